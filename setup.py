@@ -1,0 +1,33 @@
+"""Installs the package `ddpm_jax`; configs and experiments stay in the clone, to be forked."""
+
+from setuptools import setup
+
+TEST = ["pytest>=8.0", "ruff>=0.6"]
+
+setup(
+    name="ddpm_jax",
+    version="0.1.0",
+    description="Denoising diffusion probabilistic models in JAX and Flax",
+    packages=["ddpm_jax"],
+    python_requires=">=3.11",
+    # Floors, at or below what a Colab TPU runtime ships, and no upper pins: installing ddpm_jax never
+    # moves an accelerator's own jax.
+    install_requires=[
+        "jax>=0.7.2",
+        "flax>=0.11.2",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "tensorflow-datasets>=4.9.8",
+        "importlib_resources",  # tensorflow-datasets needs it and does not declare it
+        "ml-collections>=1.0.0",
+        "absl-py>=1.4",
+        "numpy>=2.0",
+        "pillow>=10.0",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",  # carries the handwritten digits of configs/digits.py
+    ],
+    extras_require={
+        "test": TEST,
+        "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set
+    },
+)
