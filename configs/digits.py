@@ -1,0 +1,36 @@
+"""Handwritten digits, 8×8 and real, out of scikit-learn's package: nothing to download.
+
+    python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
+
+TO BE MEASURED
+"""
+
+from configs import cifar10, variants
+
+
+def get_config(variant: str = ""):
+    config = cifar10.get_config()
+    config.data.name = "digits"
+    config.data.image_shape = (8, 8, 1)
+    config.data.flip = False  # a mirrored 3 is no digit
+
+    config.model.channels = 32
+    config.model.channel_mults = (1, 2)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = (4,)
+    config.model.dropout = 0.0
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay = "cosine"
+    config.step.ema_decay = 0.999
+    config.step.ema_warmup = True
+
+    config.training.num_steps = 3000
+    config.training.batch_size = 64
+    config.training.log_every = 100
+    config.training.checkpoint_every = 1000
+    config.preview.every = 500
+    config.preview.num_images = 32
+    config.preview.sampler = "ddim"
+    return variants.apply(config, variant)

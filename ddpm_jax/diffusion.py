@@ -1,0 +1,183 @@
+"""The equations of Ho et al. 2020 over a Schedule: forward process, posterior, parameterisations, variances.
+
+Dimension key: B batch, S steps of the schedule, H W C image. A step i is a row of the schedule; a time t
+is what the network is given, `schedule.timesteps[i]`; on a full chain they are the same number, and this
+file writes t for it. Arrays of images are float32 [B, H, W, C]; t is int [B], or a scalar for all.
+
+    q(x_t | x_{t−1})      = N(√α_t x_{t−1}, β_t I)                                       Ho et al. (2)
+    q(x_t | x_0)          = N(√ᾱ_t x_0, (1 − ᾱ_t) I)                                     Ho et al. (4)
+    q(x_{t−1} | x_t, x_0) = N(μ̃_t(x_t, x_0), β̃_t I)                                      Ho et al. (6)
+    μ̃_t = √ᾱ_{t−1} β_t/(1 − ᾱ_t) x_0 + √α_t (1 − ᾱ_{t−1})/(1 − ᾱ_t) x_t                  Ho et al. (7)
+    β̃_t = (1 − ᾱ_{t−1})/(1 − ᾱ_t) β_t                                                    Ho et al. (7)
+    x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε,    v = √ᾱ_t ε − √(1 − ᾱ_t) x_0    Ho et al. §3.2; Salimans & Ho 2022
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.schedules import Schedule
+
+PREDICTIONS = ("eps", "x_0", "mean", "v")
+VARIANCES = ("fixed_small", "fixed_large")
+
+
+def from_uint8(images):
+    """uint8 0 … 255 to float32 −1 … 1, exactly x/127.5 − 1 (Ho et al. §3.3)."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(x):
+    """The inverse of `from_uint8`: rounds to the nearest level, and clips what lies outside [−1, 1]."""
+    return jnp.round(jnp.clip((x + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def at(table: np.ndarray, t, x):
+    """table[t], float64 [S] cast to float32, shaped to broadcast over the images `x`."""
+    values = jnp.asarray(table, jnp.float32)[t]
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
+
+
+# ---- forward process -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def q_step(schedule: Schedule, x_prev, t, eps):
+    """One step x_t ~ q(x_t | x_{t−1}) from the noise eps ~ N(0, I), Ho et al. (2)."""
+    return (
+        at(np.sqrt(schedule.alpha), t, x_prev) * x_prev
+        + at(np.sqrt(schedule.beta), t, x_prev) * eps
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def q_sample(schedule: Schedule, x_0, t, eps):
+    """x_t ~ q(x_t | x_0) in closed form from the noise eps ~ N(0, I), Ho et al. (4)."""
+    return (
+        at(np.sqrt(schedule.alpha_bar), t, x_0) * x_0
+        + at(np.sqrt(1.0 - schedule.alpha_bar), t, x_0) * eps
+    )
+
+
+# ---- posterior and reverse variances ---------------------------------------------------------------
+
+
+def posterior_mean_coefficients(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of x_0 and of x_t in μ̃_t: two float64 [S], Ho et al. (7)."""
+    of_x_0 = np.sqrt(schedule.alpha_bar_prev) * schedule.beta / (1.0 - schedule.alpha_bar)
+    of_x_t = np.sqrt(schedule.alpha) * (1.0 - schedule.alpha_bar_prev) / (1.0 - schedule.alpha_bar)
+    return of_x_0, of_x_t
+
+
+def posterior_mean(schedule: Schedule, x_0, x_t, t):
+    """μ̃_t(x_t, x_0), Ho et al. (7)."""
+    of_x_0, of_x_t = posterior_mean_coefficients(schedule)
+    return at(of_x_0, t, x_t) * x_0 + at(of_x_t, t, x_t) * x_t
+
+
+def posterior_variance(schedule: Schedule) -> np.ndarray:
+    """β̃_t: float64 [S], 0 at the first step, Ho et al. (7)."""
+    return schedule.beta * (1.0 - schedule.alpha_bar_prev) / (1.0 - schedule.alpha_bar)
+
+
+def posterior_log_variance(schedule: Schedule) -> np.ndarray:
+    """log β̃_t: float64 [S]; β̃_0 = 0 has none, and takes that of the step above, as Ho et al.'s code."""
+    variance = posterior_variance(schedule)
+    first = (
+        variance[1] if len(schedule) > 1 else schedule.beta[0]
+    )  # a chain of one step has only β_0
+    return np.log(np.append(first, variance[1:]))
+
+
+def reverse_log_variance(schedule: Schedule, variance: str) -> np.ndarray:
+    """log σ_t² of p(x_{t−1} | x_t): float64 [S]; Ho et al. §3.2.
+
+    "fixed_small" is β̃_t, best for data that are one point; "fixed_large" is β_t, best for N(0, I). Both
+    have log β̃ of the step above at the first step, where β̃_0 = 0 (Ho et al.'s code).
+    """
+    small = posterior_log_variance(schedule)
+    if variance == "fixed_small":
+        return small
+    if variance == "fixed_large":
+        return np.append(small[0], np.log(schedule.beta[1:]))
+    raise ValueError(f"unknown variance {variance!r}; choose from {', '.join(VARIANCES)}")
+
+
+# ---- what the network predicts ---------------------------------------------------------------------
+
+
+def to_x_0(schedule: Schedule, kind: str, value, x_t, t):
+    """x_0 from the noise, the image itself, the posterior mean or the velocity.
+
+    Args:
+      kind: one of `PREDICTIONS`; says what `value` is.
+      value, x_t: [B, H, W, C].
+      t: step of `schedule`, int [B] or scalar.
+
+    With kind="eps" and ᾱ_t = 0 there is no answer and the result is not finite: x_t holds nothing of x_0.
+    """
+    alpha_bar = schedule.alpha_bar
+    if kind == "x_0":
+        return value
+    if kind == "eps":
+        with np.errstate(divide="ignore"):
+            of_x_t, of_eps = np.sqrt(1.0 / alpha_bar), np.sqrt(1.0 / alpha_bar - 1.0)
+        return at(of_x_t, t, x_t) * x_t - at(of_eps, t, x_t) * value
+    if kind == "mean":
+        of_x_0, of_x_t = posterior_mean_coefficients(schedule)
+        return at(1.0 / of_x_0, t, x_t) * value - at(of_x_t / of_x_0, t, x_t) * x_t
+    if kind == "v":
+        return at(np.sqrt(alpha_bar), t, x_t) * x_t - at(np.sqrt(1.0 - alpha_bar), t, x_t) * value
+    raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(PREDICTIONS)}")
+
+
+def from_x_0(schedule: Schedule, kind: str, x_0, x_t, t):
+    """The inverse of `to_x_0`: noise, image, posterior mean or velocity from x_0; same arguments."""
+    alpha_bar = schedule.alpha_bar
+    if kind == "x_0":
+        return x_0
+    if kind == "eps":
+        scaled = x_t - at(np.sqrt(alpha_bar), t, x_t) * x_0
+        return at(1.0 / np.sqrt(1.0 - alpha_bar), t, x_t) * scaled
+    if kind == "mean":
+        return posterior_mean(schedule, x_0, x_t, t)
+    if kind == "v":
+        of_x_t = np.sqrt(alpha_bar / (1.0 - alpha_bar))
+        of_x_0 = 1.0 / np.sqrt(1.0 - alpha_bar)
+        return at(of_x_t, t, x_t) * x_t - at(of_x_0, t, x_t) * x_0
+    raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(PREDICTIONS)}")
+
+
+class Denoised(NamedTuple):
+    """What a `denoise_fn(x_t, t)` says of x_t, by name."""
+
+    prediction: jax.Array  # [B, H, W, C] as the network gave it: what a loss compares
+    x_0: jax.Array  # [B, H, W, C] the same as an image, not clipped
+    eps: jax.Array  # [B, H, W, C] the same as noise
+
+
+def denoiser(schedule: Schedule, network_fn: Callable, *, prediction: str = "eps") -> Callable:
+    """Makes `denoise_fn(x_t, t) -> Denoised` of a network.
+
+    Losses and samplers see only this function. The conversion uses the full chain that the network was
+    trained on, so a shortened chain may ask it at its own times.
+
+    Args:
+      schedule: the full chain; t is one of its steps.
+      network_fn: (x_t [B, H, W, C], t int [B]) -> [B, H, W, C].
+      prediction: one of `PREDICTIONS`; what the network gives.
+    """
+
+    def denoise_fn(x_t, t):
+        value = network_fn(x_t, t)
+        x_0 = to_x_0(schedule, prediction, value, x_t, t)
+        eps = value if prediction == "eps" else from_x_0(schedule, "eps", x_0, x_t, t)
+        return Denoised(prediction=value, x_0=x_0, eps=eps)
+
+    return denoise_fn

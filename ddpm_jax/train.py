@@ -1,0 +1,335 @@
+"""Training: one visible loop, from a config to a run directory.
+
+    from ddpm_jax.train import train
+    train(config, "runs/digits")
+
+The same call again resumes at the last checkpoint. The directory holds config.json, log.txt,
+metrics.jsonl, loss.png, data_preview.png, checkpoints/ and samples/step_XXXXXXXX.png.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
+from ddpm_jax import config as config_lib
+from ddpm_jax.ddpm import Method, make_method
+from ddpm_jax.diffusion import to_uint8
+
+# What may differ when a run is continued: how long, how often, where from; never what is learned.
+FREE_TO_CHANGE = (
+    "config.data.data_dir",
+    "config.training.num_steps",
+    "config.training.log_every",
+    "config.training.checkpoint_every",
+    "config.training.checkpoint_minutes",
+    "config.training.keep",
+    "config.preview.",
+)
+FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
+HEARTBEAT_SECONDS = 10.0
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: one line with the step, the reason and what to do."""
+
+
+def train(config, workdir: str) -> training.TrainState:
+    """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
+
+    SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with
+    128 + the signal's number.
+
+    Returns:
+      the state after the last step, on the devices.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
+    """
+    given = ("config", "workdir", "say")
+    loop = config_lib.arguments("config.training", _train, config.training, given)
+    workdir = os.path.abspath(workdir)
+    os.makedirs(workdir, exist_ok=True)
+    if jax.process_index() > 0:
+        return _train(config, workdir, lambda line: None, **loop)
+    with checkpoints.lock(workdir), out_of_memory_advice():
+        say = writers.Log(os.path.join(workdir, "log.txt"))
+        say(f"run directory: {workdir}")
+        try:
+            return _train(config, workdir, say, **loop)
+        finally:
+            say(f"run directory: {workdir}")
+
+
+def _train(
+    config,
+    workdir: str,
+    say: Callable[[str], None],
+    *,
+    num_steps: int,
+    batch_size: int,
+    log_every: int = 100,
+    checkpoint_every: int = 5000,
+    checkpoint_minutes: float = 10.0,
+    keep: int = 3,
+) -> training.TrainState:
+    path = functools.partial(os.path.join, workdir)
+    leader = jax.process_index() == 0
+    say(parallel.banner())
+
+    # The parts. Whatever is wrong with the config is said here, before anything is computed.
+    with config_lib.errors_at("config.training"):
+        if min(num_steps, log_every, checkpoint_every, keep) < 1 or checkpoint_minutes <= 0:
+            raise ValueError("num_steps, the intervals and keep must all be positive")
+        parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
+    dataset = None
+    if config.data.image_shape is None:
+        dataset = load_data(config, "train")
+        config.data.image_shape = dataset.image_shape
+    method = make_method(config)
+    tx, learning_rate = config_lib.call(
+        "config.optimizer", training.make_optimizer, config.optimizer, num_steps=num_steps
+    )
+    init_key, train_key, preview_key = jax.random.split(jax.random.key(config.seed), 3)
+    update = config_lib.call(
+        "config.step",
+        training.make_update,
+        config.step,
+        **{"method": method, "tx": tx, "key": train_key, "axis_name": parallel.AXIS},
+    )
+    preview_every, preview = make_preview(config, method, preview_key)
+
+    # The data, and a look at them.
+    dataset = dataset or load_data(config, "train")
+    say(dataset.describe())
+    if method.num_classes and dataset.num_classes != method.num_classes:
+        raise config_lib.ConfigError(
+            f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
+            f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
+        )
+    first = dataset.fetch(np.arange(min(len(dataset), 64)))
+    say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
+    source = functools.partial(
+        data.batches,
+        dataset,
+        seed=config.seed,
+        batch_size=batch_size,
+        rows=parallel.local_rows(batch_size),
+    )
+
+    # The state: new, or from the last checkpoint of this very config.
+    directory = path("checkpoints")
+    init_state = functools.partial(training.init_state, method, tx)
+    restored = None
+    if os.path.isdir(directory):
+        refuse_another_config(config, path("config.json"))
+        restored = checkpoints.restore(directory, jax.eval_shape(init_state, init_key))
+    state, step = restored or (init_state(init_key), 0)
+    if restored:
+        say(f"resuming at step {step:,}")
+    state = parallel.place(state)
+    no_metrics = training.no_metrics(method)
+    if leader:
+        config_lib.save(config, path("config.json"))
+        writers.save_png(path("data_preview.png"), writers.grid(first))
+        writers.rewind_metrics(path("metrics.jsonl"), step)
+    if step >= num_steps:
+        say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
+        return state
+
+    # The step, compiled.
+    clock = time.perf_counter()
+    example = parallel.shard(next(source(start=step, stop=step + 1)))
+    train_step = parallel.compile_step(update, state, example)
+    say(
+        f"{sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)):,} parameters; compiled in"
+        f" {writers.duration(time.perf_counter() - clock)}; a step needs"
+        f" {writers.memory(parallel.memory(train_step))} on each device"
+    )
+
+    def log(state):
+        """Ends a span of steps: a line of metrics.jsonl, and none of them counted twice."""
+        check_finite(state, directory)
+        rate, values = progress.rate(), training.means(state.metrics)
+        text = f"loss {values['loss']:.4f}  gradient norm {values['grad_norm']:.3g}"
+        say(progress.line(text))
+        if leader:
+            row = {"step": step, **values, "learning_rate": float(learning_rate(step - 1))}
+            writers.append_metrics(path("metrics.jsonl"), {**row, "images_per_second": rate})
+        return state.replace(metrics=parallel.place(no_metrics))
+
+    def look(state):
+        """Pictures of where the model is."""
+        check_finite(state, directory)
+        if leader:
+            writers.save_grids(path("samples", f"step_{step:08d}.png"), *preview(state, step))
+            writers.save_loss_curve(path("loss.png"), writers.read_metrics(path("metrics.jsonl")))
+
+    # The loop. It waits for the step before the last, never for the one just sent: the device always
+    # has work, and the clock still tells the truth.
+    progress = writers.Progress("step", num_steps, step, unit="images", per_count=batch_size)
+    sent = collections.deque()
+    started = saved = time.perf_counter()
+    looked = step > 0
+    with (
+        stop_signals() as caught,
+        contextlib.closing(source(start=step, stop=num_steps)) as batches,
+    ):
+        for batch in batches:
+            state, loss = train_step(state, parallel.shard(batch))
+            step += 1
+            sent.append(loss)
+            if len(sent) > 2:
+                jax.block_until_ready(sent.popleft())
+            progress.done = step
+            end = step == num_steps
+            if step % log_every == 0 or end:
+                jax.block_until_ready(loss)
+                state = log(state)
+            elif progress.seconds() > HEARTBEAT_SECONDS:
+                say(progress.line(f"loss {float(sent[0]):.4f}"))
+
+            now = time.perf_counter()
+            stop = bool(caught)
+            due = stop or now - saved > 60 * checkpoint_minutes
+            if (
+                jax.process_count() > 1
+            ):  # processes must save together: they ask each other now and then
+                agree = step % log_every == 0
+                stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
+            with progress.pause():
+                early = not looked and now - started > FIRST_PREVIEW_SECONDS
+                if early or step % preview_every == 0 or end:
+                    look(state)
+                    looked = True
+                if due or step % checkpoint_every == 0 or end:
+                    check_finite(state, directory)
+                    checkpoints.save(directory, state, step=step, keep=keep)
+                    saved = time.perf_counter()
+            if stop:
+                say(f"stopped by {caught[0].name} after step {step:,}; the same command continues")
+                raise SystemExit(128 + caught[0])
+    return state
+
+
+# ---- the parts of a run ----------------------------------------------------------------------------
+
+
+def load_data(config, split: str) -> data.Dataset:
+    """The data set of config.data; `flip` is the Method's business."""
+    section = {key: value for key, value in config.data.items() if key != "flip"}
+    return config_lib.call("config.data", data.load, section, split=split)
+
+
+def describe_schedule(config, second_moment: float) -> str:
+    """One line on the health of config.schedule, and a warning if it has one."""
+    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+    health = schedules.health(schedule, second_moment=float(second_moment))
+    line = (
+        f"schedule {config.schedule.name}: {len(schedule)} steps, alpha_bar_T = {health.alpha_bar_T:.3g},"
+        f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
+    )
+    return f"{line}\nWARNING: {health.warning}" if health.warning else line
+
+
+def make_preview(config, method: Method, key) -> tuple[int, Callable]:
+    """config.preview.every, and (state, step) -> (rows, columns) for `writers.save_grids`.
+
+    Raw and EMA parameters draw from the same noise at every preview, so that rows can be compared.
+    """
+    options = dict(config.preview)
+    every, count = options.pop("every"), options.pop("num_images")
+    if every < 1 or count < 1:
+        raise config_lib.ConfigError("config.preview: every and num_images must be at least 1")
+    given = ("params", "key", "index", "label")
+    options = config_lib.arguments("config.preview", method.sample, options, given)
+    index = np.arange(count)
+    draw = parallel.map_examples(lambda *a: to_uint8(method.sample(*a, **options)))
+
+    def preview(state, step):
+        rows = [
+            (f"step {step:,}, {name}", draw(params, key, index, index % max(method.num_classes, 1)))
+            for name, params in (("raw", state.params), ("EMA", state.ema_params))
+        ]
+        return rows, min(count, 8)
+
+    return every, preview
+
+
+def refuse_another_config(config, path: str) -> None:
+    """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
+
+    Raises:
+      ConfigError: names the fields, what is saved and what was given.
+    """
+    changed = [
+        f"{field} is {saved!r} there and {given!r} here"
+        for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
+        if not field.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise config_lib.ConfigError(
+            f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
+            " it, or another --workdir to begin anew"
+        )
+
+
+def check_finite(state: training.TrainState, directory: str) -> None:
+    """Before anything is made of a state.
+
+    Raises:
+      TrainingError: a loss or a gradient was not finite; names the step.
+    """
+    bad_step = int(state.metrics.bad_step)
+    if bad_step != training.NEVER:
+        good = checkpoints.latest_step(directory)
+        saved = "no checkpoint was saved yet" if good is None else f"the last is step {good:,}"
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {bad_step:,}; no checkpoint holds it"
+            f" ({saved}). Try a lower config.optimizer.learning_rate, a longer warmup_steps, or"
+            " config.model.dtype=float32"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_advice():
+    """Turns the device's own error into one line that says what to change, in this order."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            "the device is out of memory. Try, in this order: --config.model.dtype=bfloat16,"
+            " --config.model.remat=True, --config.step.accumulate=2, a smaller"
+            f" --config.training.batch_size ({str(error).splitlines()[0][:200]})"
+        ) from error
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collects SIGTERM and SIGINT in a list; a second Ctrl-C ends the program at once."""
+    caught = []
+
+    def handle(number, frame):
+        if caught:
+            signal.default_int_handler(number, frame)
+        caught.append(signal.Signals(number))
+
+    # jax.distributed takes SIGTERM for itself when it starts: handlers are set after it, here.
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,236 @@
+"""The state of training and one step of it: pure functions, on one device or on a shard of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddpm_jax.config import nearest
+
+NEVER = np.int32(2**31 - 1)
+STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
+
+
+class Metrics(NamedTuple):
+    """What one step says of itself, or several steps together: see `merge` and `means`."""
+
+    sums: dict[str, jax.Array]  # float32 [2] each: weighted sum, sum of weights
+    bad_step: jax.Array  # int32 [], first step with a loss or gradient that is not finite, or NEVER
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The only thing that changes, and the only thing that a checkpoint holds. No device axis, no key."""
+
+    step: jax.Array  # int32 [], updates done so far
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    metrics: Metrics  # since the last log line; here, so that a resumed run writes the same lines
+
+
+def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"unknown {field} {value!r}{nearest(value, allowed)} (choose from {', '.join(allowed)})"
+        )
+
+
+def make_optimizer(
+    *,
+    num_steps: int,
+    name: str = "adam",
+    learning_rate: float = 2e-4,
+    warmup_steps: int = 5000,
+    decay: str = "none",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Adam (Ho et al. App. B) or AdamW, and the learning rate as a function of the step.
+
+    Args:
+      num_steps: length of the run, where the cosine ends.
+      warmup_steps: steps of linear warm-up from 0 at step 0.
+      decay: "none", or "cosine" down to 0 after the warm-up.
+      weight_decay: decoupled, for "adamw".
+
+    Raises:
+      ValueError: an unknown choice or a number out of range.
+    """
+    _check_choice("name", name, ("adam", "adamw"))
+    _check_choice("decay", decay, ("none", "cosine"))
+    if not learning_rate > 0 or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
+        raise ValueError(
+            "learning_rate and eps must be positive, warmup_steps at least 0, b1 and b2 in [0, 1); got"
+            f" {learning_rate}, {eps}, {warmup_steps}, {b1}, {b2}"
+        )
+    if weight_decay and name == "adam":
+        raise ValueError(f"weight_decay={weight_decay} needs name='adamw'; adam has none")
+
+    def schedule(step):
+        rate = learning_rate * (jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else 1.0)
+        if decay == "cosine":
+            done = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+            rate *= 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0)))
+        return rate
+
+    if name == "adamw":
+        return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay), schedule
+    return optax.adam(schedule, b1, b2, eps), schedule
+
+
+def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
+    """The state before the first step; the EMA starts as a copy of the parameters."""
+    params = method.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),  # a donated buffer must not be shared
+        opt_state=jax.jit(tx.init)(params),
+        metrics=no_metrics(method),
+    )
+
+
+def norm(tree):
+    """The Euclidean norm of all numbers of a tree, float32 []."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def clip_by_norm(tree, tree_norm, max_norm: float):
+    """Scales a tree of norm `tree_norm` to a norm of at most `max_norm`."""
+    scale = jnp.minimum(1.0, max_norm / jnp.maximum(tree_norm, 1e-12))
+    return jax.tree.map(lambda leaf: leaf * scale, tree)
+
+
+def make_update(
+    method,
+    tx: optax.GradientTransformation,
+    key,
+    *,
+    axis_name: str | None = None,
+    accumulate: int = 1,
+    clip: str = "global",
+    max_grad_norm: float = 1.0,
+    ema_decay: float = 0.9999,
+    ema_warmup: bool = False,
+) -> Callable:
+    """update(state, batch) -> (state, loss): one step of Ho et al. Algorithm 1 on this shard.
+
+    Randomness is a function of (key, state.step, batch["index"]), so neither the number of devices nor
+    `accumulate` changes which noise an example gets.
+
+    Args:
+      method: a `ddpm.Method`, or anything with its `loss`.
+      key: of the run's training noise.
+      axis_name: the mapped axis over which gradients and metrics are averaged; None on one device.
+      accumulate: parts that the shard is cut into, their gradients averaged before the one update; a
+        loop in Python, since XLA:CPU runs gradient convolutions inside lax.scan ten times slower.
+      clip: "global" scales the averaged gradient to a norm of at most `max_grad_norm`; "per_replica"
+        does so to each device's own before they are averaged, as Ho et al.'s code; "none".
+      ema_decay: of the exponential moving average of the parameters, in [0, 1).
+      ema_warmup: use min(ema_decay, (1 + step)/(10 + step)), so that the average of a short run has
+        forgotten where it began; the paper does without.
+
+    Raises:
+      ValueError: an unknown choice or a number out of range.
+    """
+    _check_choice("clip", clip, ("global", "per_replica", "none"))
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+    if accumulate < 1 or not max_grad_norm > 0:
+        raise ValueError(
+            f"accumulate must be at least 1 and max_grad_norm positive, got {accumulate}, {max_grad_norm}"
+        )
+
+    def mean_over_devices(tree):
+        return jax.lax.pmean(tree, axis_name) if axis_name else tree
+
+    def loss_and_sums(params, key, batch):
+        loss, metrics = method.loss(params, key, batch)
+        return jnp.mean(loss), _sums(loss, metrics)
+
+    gradient = jax.grad(loss_and_sums, has_aux=True)
+
+    def update(state: TrainState, batch) -> tuple[TrainState, jax.Array]:
+        step_key = jax.random.fold_in(key, state.step)
+        size = batch["index"].shape[0]
+        assert size % accumulate == 0, (size, accumulate)
+        parts = [
+            gradient(
+                state.params,
+                step_key,
+                jax.tree.map(lambda x: x[i : i + size // accumulate], batch),  # noqa: B023
+            )
+            for i in range(0, size, size // accumulate)
+        ]
+        grads, sums = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+        grads = jax.tree.map(lambda g: g / accumulate, grads) if accumulate > 1 else grads
+
+        if clip == "per_replica":
+            grads = clip_by_norm(grads, norm(grads), max_grad_norm)
+        grads, sums = mean_over_devices((grads, sums))
+        grad_norm = norm(grads)
+        if clip == "global":
+            grads = clip_by_norm(grads, grad_norm, max_grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        decay = jnp.float32(ema_decay)
+        if ema_warmup:
+            decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+
+        once = (grad_norm, norm(updates), norm(params), decay)
+        sums |= {
+            name: jnp.stack([value, 1.0]) for name, value in zip(STEP_METRICS, once, strict=True)
+        }
+        loss = sums["loss"][0] / sums["loss"][1]
+        bad_step = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), NEVER, state.step)
+        metrics = merge(state.metrics, Metrics(sums, bad_step))
+        return TrainState(state.step + 1, params, ema_params, opt_state, metrics), loss
+
+    return update
+
+
+# ---- metrics ---------------------------------------------------------------------------------------
+
+
+def _sums(loss, metrics) -> dict[str, jax.Array]:
+    """Values [B] and weights [B] by name, and the loss itself, to weighted sum and sum of weights."""
+    metrics = {"loss": (loss, jnp.ones_like(loss)), **metrics}
+    return {
+        name: jnp.stack([jnp.sum(values * weights), jnp.sum(weights)]).astype(jnp.float32)
+        for name, (values, weights) in metrics.items()
+    }
+
+
+def no_metrics(method) -> Metrics:
+    """The neutral element of `merge`, with the names that a step of this method reports."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(method.init, key)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, *method.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((1,), np.int32),
+        "index": jax.ShapeDtypeStruct((1,), np.int32),
+    }
+    names = jax.eval_shape(lambda *a: _sums(*method.loss(*a)), params, key, batch).keys()
+    zeros = {name: jnp.zeros(2, jnp.float32) for name in (*names, *STEP_METRICS)}
+    return Metrics(zeros, jnp.asarray(NEVER))
+
+
+def merge(a: Metrics, b: Metrics) -> Metrics:
+    """The Metrics of both together."""
+    return Metrics(jax.tree.map(jnp.add, a.sums, b.sums), jnp.minimum(a.bad_step, b.bad_step))
+
+
+def means(metrics: Metrics) -> dict[str, float | None]:
+    """Weighted means by name; None where nothing had a weight."""
+    sums = jax.device_get(metrics.sums)
+    return {name: float(s[0] / s[1]) if s[1] > 0 else None for name, s in sums.items()}

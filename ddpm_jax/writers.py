@@ -1,0 +1,229 @@
+"""What a run writes for people and programs: lines, metrics.jsonl, pictures, .npz files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image
+
+
+def _replace(path: str, write) -> None:
+    """write(temporary path), then one rename: a reader never sees half a file."""
+    root, extension = os.path.splitext(path)
+    temporary = f"{root}.tmp{extension}"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+    return rows
+
+
+def append_metrics(path: str, row: dict) -> None:
+    """One JSON object, one line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def rewind_metrics(path: str, step: int) -> None:
+    """Drops the lines after `step`, which a run resumed there will write again."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    _replace(path, write)
+
+
+def save_npz(path: str, **arrays) -> None:
+    """An uncompressed .npz, written in one piece."""
+    _replace(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+# ---- pictures --------------------------------------------------------------------------------------
+
+
+def grid(images: np.ndarray, *, columns: int | None = None, pad: int = 2) -> np.ndarray:
+    """Images side by side, row by row.
+
+    Args:
+      images: uint8 [N, H, W, C], C of 1 or 3; of other C the first channel is shown.
+      columns: images in a row; None for a square.
+
+    Returns:
+      uint8 [rows·(H + pad) + pad, columns·(W + pad) + pad, 3], white between the images. Small images
+      are enlarged by a whole factor so that one is at least 56 pixels wide.
+    """
+    if images.shape[-1] != 3:
+        images = np.repeat(images[..., :1], 3, axis=-1)
+    zoom = max(1, -(-56 // images.shape[2]))
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    n, height, width, _ = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (height + pad) * (i // columns) + pad, (width + pad) * (i % columns) + pad
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def save_png(path: str, image: np.ndarray) -> None:
+    """uint8 [H, W, 3] to a PNG file."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    _replace(path, Image.fromarray(image).save)
+
+
+def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) -> None:
+    """Grids one above the other, each under its title.
+
+    Args:
+      rows: (title, uint8 [N, H, W, C]) for each grid.
+      columns: images in a row of every grid.
+    """
+    from PIL import ImageDraw
+
+    parts = []
+    for title, images in rows:
+        picture = grid(images, columns=columns)
+        banner = Image.new("RGB", (picture.shape[1], 16), "white")
+        ImageDraw.Draw(banner).text((4, 2), title, fill="black")
+        parts += [np.asarray(banner), picture]
+    save_png(path, np.concatenate(parts))
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Each value averaged with up to `window` − 1 before it."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def save_loss_curve(path: str, rows: Iterable[dict]) -> None:
+    """Loss, its quarters of t and the gradient norm over the steps of a metrics.jsonl, as one PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    rows = [row for row in rows if row.get("loss") is not None]
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for name, style in (
+        ("loss", {"color": "black", "linewidth": 1.8}),
+        *((f"loss_t{q}", {"linewidth": 1.0}) for q in (1, 2, 3, 4)),
+        ("grad_norm", {"color": "black", "linewidth": 1.0}),
+    ):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        steps, values = np.array(points, np.float64).T
+        label = f"quarter {name[-1]} of t" if name.startswith("loss_t") else name.replace("_", " ")
+        axis = bottom if name == "grad_norm" else top
+        axis.plot(steps, _moving_average(values, max(1, len(values) // 50)), label=label, **style)
+    for axis in (top, bottom):
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    top.set_ylabel("loss (averaged over 2 % of the run)")
+    bottom.set_xlabel("step")
+    _replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+# ---- lines for people ------------------------------------------------------------------------------
+
+
+class Log:
+    """log("line") prints a line and appends it to a file."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
+
+
+class Progress:
+    """Where a long job is: how much of it is done, how fast, how long it still takes.
+
+    Args:
+      total, done: of what is counted, such as steps.
+      unit, per_count: what a speed is given in, and how many of them each count brings.
+    """
+
+    def __init__(self, what: str, total: int, done: int, *, unit: str, per_count: int = 1):
+        self._what, self._total, self._unit, self._per_count = what, total, unit, per_count
+        self.done = self._first = self._last = done
+        self._start = self._last_time = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time in here is not counted: it belongs to no step."""
+        before = time.perf_counter()
+        yield
+        away = time.perf_counter() - before
+        self._start += away
+        self._last_time += away
+
+    def seconds(self) -> float:
+        """Since the last line, pauses left out."""
+        return time.perf_counter() - self._last_time
+
+    def rate(self) -> float:
+        """Units a second since the last line."""
+        return (self.done - self._last) * self._per_count / max(self.seconds(), 1e-9)
+
+    def line(self, text: str = "") -> str:
+        """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left; begins a new span for `rate`."""
+        now = time.perf_counter()
+        each = (now - self._start) / max(self.done - self._first, 1)
+        parts = [
+            f"{self._what} {self.done:,}/{self._total:,}",
+            f"{100 * self.done // max(self._total, 1)} %",
+            text,
+            f"{self.rate():.4g} {self._unit}/s",
+            f"{duration((self._total - self.done) * each)} left",
+        ]
+        self._last, self._last_time = self.done, now
+        return "  ".join(part for part in parts if part)
+
+
+def duration(seconds: float) -> str:
+    """3 s, 12m 03s, 2h 05m or 3d 04h."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days:.0f}d {hours % 24:02.0f}h"
+    if hours:
+        return f"{hours:.0f}h {minutes % 60:02.0f}m"
+    if minutes:
+        return f"{minutes:.0f}m {seconds % 60:02.0f}s"
+    return f"{seconds:.0f} s"
+
+
+def memory(size: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,149 @@
+"""The equations against kernels composed step by step, products of Gaussians and their own inverses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, schedules
+
+SCHEDULES = [
+    schedules.make("linear"),
+    schedules.make("cosine", num_timesteps=50),
+    schedules.respace(schedules.make("linear"), schedules.subsequence(10, 1000)),
+]
+
+
+def images(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, shape), jnp.float32)
+
+
+def test_uint8_round_trip_and_range():
+    levels = np.arange(256, dtype=np.uint8)
+    x = diffusion.from_uint8(levels)
+    assert x[0] == -1 and x[-1] == 1 and x.dtype == np.float32
+    assert (diffusion.to_uint8(x) == levels).all()
+    assert diffusion.to_uint8(jnp.array([-7.0, 7.0, 0.0])).tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_steps_composed_are_the_closed_form(schedule):
+    # One-step kernels carried through a mean and a variance, in float64.
+    mean, variance = 1.0, 0.0
+    for t in range(len(schedule)):
+        mean, variance = np.sqrt(schedule.alpha[t]) * mean, schedule.alpha[t] * variance
+        variance += schedule.beta[t]
+        zero, one = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
+        if t in (0, 1, len(schedule) // 2, len(schedule) - 1):
+            ours = diffusion.q_sample(schedule, one, jnp.array([t]), zero)
+            np.testing.assert_allclose(ours, mean, rtol=1e-6)
+            ours = diffusion.q_sample(schedule, zero, jnp.array([t]), one)
+            np.testing.assert_allclose(ours**2, variance, rtol=1e-6)
+
+
+def test_q_step_is_the_kernel():
+    schedule = SCHEDULES[0]
+    x, eps = images(0, 2, 3, 3, 1), images(1, 2, 3, 3, 1)
+    t = jnp.array([0, 700])
+    expected = np.stack(
+        [
+            np.sqrt(1 - schedule.beta[k]) * x[i] + np.sqrt(schedule.beta[k]) * eps[i]
+            for i, k in enumerate((0, 700))
+        ]
+    )
+    np.testing.assert_allclose(diffusion.q_step(schedule, x, t, eps), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_posterior_is_a_product_of_gaussians(schedule):
+    # q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0): precisions add, means add by precision.
+    x_0, x_t = 0.7, -1.3
+    of_x_0, of_x_t = diffusion.posterior_mean_coefficients(schedule)
+    variance = diffusion.posterior_variance(schedule)
+    for t in range(1, len(schedule)):
+        a, b, p = schedule.alpha[t], schedule.beta[t], schedule.alpha_bar[t - 1]
+        precision = a / b + 1 / (1 - p)
+        mean = (np.sqrt(a) * x_t / b + np.sqrt(p) * x_0 / (1 - p)) / precision
+        np.testing.assert_allclose(variance[t], 1 / precision, rtol=1e-9)
+        np.testing.assert_allclose(of_x_0[t] * x_0 + of_x_t[t] * x_t, mean, rtol=1e-9)
+    assert variance[0] == 0 and of_x_0[0] == pytest.approx(1) and of_x_t[0] == 0
+
+
+def test_reverse_variances_at_both_ends():
+    schedule = SCHEDULES[0]
+    small = np.exp(diffusion.reverse_log_variance(schedule, "fixed_small"))
+    large = np.exp(diffusion.reverse_log_variance(schedule, "fixed_large"))
+    np.testing.assert_allclose(large[1:], schedule.beta[1:], rtol=1e-12)
+    np.testing.assert_allclose(large[0], 5.45318766e-5, rtol=1e-8)  # the posterior's next one
+    np.testing.assert_allclose(small[:2], 5.45318766e-5, rtol=1e-8)
+    assert (small[1:] < large[1:]).all()
+    with pytest.raises(ValueError, match="fixed_small, fixed_large"):
+        diffusion.reverse_log_variance(schedule, "large")
+
+
+@pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_conversions_round_trip(schedule, kind):
+    t = jnp.array([0, 1, len(schedule) // 2, len(schedule) - 1])
+    x_0, eps = images(2, 4, 5, 5, 2), images(3, 4, 5, 5, 2)
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    value = diffusion.from_x_0(schedule, kind, x_0, x_t, t)
+    back = diffusion.to_x_0(schedule, kind, value, x_t, t)
+    # float32 numbers of size 1, divided by √ᾱ (eps) or by the weight of x_0 in the mean
+    lost = {
+        "eps": 1 / np.sqrt(schedule.alpha_bar),
+        "mean": 1 / diffusion.posterior_mean_coefficients(schedule)[0],
+    }.get(kind, np.ones(len(schedule)))
+    bound = 2e-6 * lost[np.asarray(t)]
+    assert (np.abs(back - x_0).max(axis=(1, 2, 3)) <= bound).all()
+
+
+def test_conversions_are_the_definitions():
+    schedule, k = SCHEDULES[0], 321
+    t = jnp.array([k])
+    x_0, eps = images(4, 1, 4, 4, 1), images(5, 1, 4, 4, 1)
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    a = schedule.alpha_bar[k]
+    expected = {
+        "eps": eps,
+        "x_0": x_0,
+        "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x_0,
+        # Ho et al. (11), the mean written with the noise
+        "mean": (x_t - schedule.beta[k] / np.sqrt(1 - a) * eps) / np.sqrt(schedule.alpha[k]),
+    }
+    for kind, value in expected.items():
+        ours = diffusion.from_x_0(schedule, kind, x_0, x_t, t)
+        np.testing.assert_allclose(ours, value, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["x_0", "mean", "v"])
+def test_a_chain_that_ends_at_zero_signal(kind):
+    schedule = schedules.make("jsd", num_timesteps=20)
+    t, x_T = jnp.array([19]), images(6, 1, 3, 3, 1)
+    x_0 = images(7, 1, 3, 3, 1)
+    value = diffusion.from_x_0(schedule, kind, x_0, x_T, t)
+    np.testing.assert_allclose(diffusion.to_x_0(schedule, kind, value, x_T, t), x_0, atol=1e-5)
+
+
+def test_a_shortened_chain_asks_the_network_as_it_was_trained():
+    # A network that predicts the posterior mean of the full chain must be read with the full chain's
+    # coefficients, also when a sampler visits few steps.
+    full = SCHEDULES[0]
+    x_0, x_t, t = images(8, 1, 3, 3, 1), images(9, 1, 3, 3, 1), jnp.array([555])
+    denoise_fn = diffusion.denoiser(
+        full, lambda x, t: diffusion.posterior_mean(full, x_0, x, t), prediction="mean"
+    )
+    np.testing.assert_allclose(denoise_fn(x_t, t).x_0, x_0, atol=1e-3)
+
+
+def test_everything_is_float32_and_jits():
+    schedule = SCHEDULES[0]
+    x = images(10, 2, 3, 3, 1)
+
+    @jax.jit
+    def f(x, t):
+        x_t = diffusion.q_sample(schedule, x, t, x)
+        return diffusion.posterior_mean(schedule, x, x_t, t)
+
+    assert f(x, jnp.array([3, 999])).dtype == jnp.float32
+    np.testing.assert_allclose(f(x, jnp.array([3, 3]))[0], f(x, jnp.array(3))[0], rtol=1e-6)

@@ -1,0 +1,137 @@
+"""Samplers against the exact oracle, and their randomness against how a batch is cut."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from ddpm_jax import diffusion, samplers, schedules
+
+FULL = schedules.make("linear")
+N = 65_536  # numbers drawn; the mean is known to s/√N = 0.002, the standard deviation to s/√(2N)
+
+
+def chain(steps):
+    return schedules.respace(FULL, schedules.subsequence(steps, len(FULL)))
+
+
+@functools.cache
+def draw(steps, sampler, prediction="eps", **options):
+    schedule = chain(steps)
+    shape = (N // 16, 4, 4, 1)
+    keys = jax.random.split(jax.random.key(1), shape[0])
+    x_T = samplers.prior(keys, shape[1:])
+    denoise_fn = oracle.exact_denoiser(FULL, prediction)
+    if sampler == "ddim":
+        return samplers.ddim(schedule, denoise_fn, x_T, clip_x0=False)
+    return samplers.ancestral(schedule, denoise_fn, x_T, keys, clip_x0=False, **options)
+
+
+def agrees(x, mean, std):
+    assert abs(float(jnp.mean(x)) - mean) < 4 * std / np.sqrt(N)
+    assert abs(float(jnp.std(x)) - std) < 4 * std / np.sqrt(2 * N)
+
+
+@pytest.mark.parametrize("variance", diffusion.VARIANCES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+def test_ancestral_has_the_exact_moments(steps, variance):
+    mean, std = oracle.ancestral_moments(chain(steps).alpha_bar, variance)
+    agrees(draw(steps, "ancestral", variance=variance), mean, std)
+
+
+def test_the_recursion_has_the_known_moments():
+    moments = [oracle.ancestral_moments(FULL.alpha_bar, v) for v in ("fixed_large", "fixed_small")]
+    np.testing.assert_allclose(moments, [[0.3, 0.5008], [0.3, 0.4961]], atol=5e-5)
+
+
+@pytest.mark.parametrize("prediction", ["x_0", "v", "mean"])
+def test_parameterisations_draw_the_same_images(prediction):
+    same = draw(7, "ancestral", variance="fixed_small")
+    other = draw(7, "ancestral", prediction, variance="fixed_small")
+    np.testing.assert_allclose(other, same, atol=2e-3 if prediction == "mean" else 1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+def test_ddim_has_the_exact_moments(steps):
+    mean, std = oracle.ddim_moments(chain(steps).alpha_bar)
+    agrees(draw(steps, "ddim"), mean, std)
+
+
+@pytest.mark.parametrize("variance", diffusion.VARIANCES)
+def test_one_step_is_the_posterior_with_its_noise(variance):
+    # Two steps; at the last, x̂_0 = x_t, so the output is what the first step drew.
+    two = schedules.from_betas([0.1, 0.4])
+    x_0, x_t = 0.9, 0.4
+    denoise_fn = diffusion.denoiser(
+        two, lambda x, t: jnp.where(t[:, None, None, None] == 0, x, x_0), prediction="x_0"
+    )
+    keys = jax.random.split(jax.random.key(2), N)
+    x_T = jnp.full((N, 1, 1, 1), x_t)
+    x = samplers.ancestral(two, denoise_fn, x_T, keys, variance=variance, clip_x0=False)
+    # q(x_1 | x_2, x_0) by hand: ᾱ = 0.9, 0.54
+    mean = (np.sqrt(0.9) * 0.4 * x_0 + np.sqrt(0.6) * 0.1 * x_t) / 0.46
+    std = {"fixed_large": np.sqrt(0.4), "fixed_small": np.sqrt(0.1 / 0.46 * 0.4)}[variance]
+    agrees(x, mean, std)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_no_noise_at_the_last_step(steps):
+    # With x̂_0 fixed, the last step returns it whatever was drawn before.
+    schedule, shape = chain(steps), (4, 2, 2, 1)
+    denoise_fn = diffusion.denoiser(FULL, lambda x, t: jnp.full_like(x, 0.25), prediction="x_0")
+    for seed in (3, 4):
+        keys = jax.random.split(jax.random.key(seed), 4)
+        x = samplers.ancestral(schedule, denoise_fn, samplers.prior(keys, shape[1:]), keys)
+        np.testing.assert_allclose(x, 0.25, rtol=1e-6)
+
+
+def test_an_image_depends_on_its_key_alone():
+    denoise_fn, schedule = oracle.exact_denoiser(FULL), chain(7)
+    keys = jax.random.split(jax.random.key(5), 6)
+
+    def run(keys):
+        return samplers.ancestral(schedule, denoise_fn, samplers.prior(keys, (3, 5, 2)), keys)
+
+    whole = run(keys)
+    parts = jnp.concatenate([run(keys[:1]), run(keys[1:5]), run(keys[5:])])
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    assert jnp.std(whole, axis=0).min() > 0  # and they all differ
+
+
+def test_noise_differs_between_steps_and_from_the_prior():
+    keys = jax.random.split(jax.random.key(6), 1000)
+    draws = [samplers.prior(keys, (1, 1, 1))]
+    draws += [samplers._noise(keys, t, (1, 1, 1)) for t in (0, 1, 999)]
+    correlations = np.corrcoef(np.stack([np.ravel(d) for d in draws]))
+    assert np.abs(correlations - np.eye(4)).max() < 4 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_clipping_bounds_the_image_and_keeps_what_needs_none(sampler):
+    wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * x, prediction="x_0")
+    calm = diffusion.denoiser(FULL, lambda x, t: 0.1 * jnp.tanh(x), prediction="x_0")
+    keys = jax.random.split(jax.random.key(7), 4)
+    x_T = samplers.prior(keys, (4, 4, 1))
+
+    def run(denoise_fn, clip_x0):
+        if sampler == "ddim":
+            return samplers.ddim(chain(10), denoise_fn, x_T, clip_x0=clip_x0)
+        return samplers.ancestral(chain(10), denoise_fn, x_T, keys, clip_x0=clip_x0)
+
+    assert jnp.abs(run(wild, True)).max() <= 1.0 + 1e-6
+    assert jnp.abs(run(wild, False)).max() > 1.0
+    np.testing.assert_allclose(run(calm, True), run(calm, False), atol=1e-5)
+
+
+def test_clipped_ddim_stays_consistent():
+    # ε̂ re-derived from the clipped x̂_0: with x̂_0 clipped to 1, x_t lies on the line from 1 to the noise.
+    two = schedules.from_betas([0.2, 0.5])
+    denoise_fn = diffusion.denoiser(
+        two, lambda x, t: jnp.where(t[0] == 0, x, 5.0), prediction="x_0"
+    )
+    x_1 = samplers.ddim(two, denoise_fn, jnp.full((1, 1, 1, 1), 0.3))
+    eps = (0.3 - np.sqrt(0.4)) / np.sqrt(0.6)  # x_2 = √ᾱ·1 + √(1 − ᾱ) ε with ᾱ = 0.4
+    np.testing.assert_allclose(x_1, np.sqrt(0.8) + np.sqrt(0.2) * eps, rtol=1e-6)

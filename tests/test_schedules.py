@@ -1,0 +1,181 @@
+"""Schedules against published constants, respacing against the notations' own tables."""
+
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, schedules
+
+
+def make(name, **options):
+    return schedules.make(name, **options)
+
+
+def test_linear_constants():
+    s = make("linear", num_timesteps=1000)
+    np.testing.assert_allclose(
+        s.alpha_bar[[0, 499, 999]], [0.9999, 0.0785872429, 4.035829765e-5], rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        diffusion.posterior_variance(s)[:3], [0, 5.45318766e-5, 8.54891152e-5], rtol=1e-8
+    )
+    np.testing.assert_allclose(diffusion.posterior_log_variance(s)[0], -9.8167251, rtol=1e-8)
+
+
+def test_cosine_constants():
+    s = make("cosine")
+    np.testing.assert_allclose(s.beta[0], 4.12842248e-5, rtol=1e-8)
+    assert s.beta[-1] == 0.999 and (s.beta == 0.999).sum() == 1
+    np.testing.assert_allclose(s.alpha_bar[-1], 2.4288e-9, rtol=1e-4)
+    np.testing.assert_allclose(make("cosine", num_timesteps=4000).beta[0], 9.8658e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, alpha_bar_T", [("quad", 7.334e-4), ("const", 1.683e-9), ("jsd", 0.0)]
+)
+def test_last_alpha_bar(name, alpha_bar_T):
+    np.testing.assert_allclose(make(name).alpha_bar[-1], alpha_bar_T, rtol=1e-3, atol=0)
+
+
+def test_linear_4000_with_end_points_divided():
+    s = make("linear", num_timesteps=4000, start=1e-4 / 4, end=0.02 / 4)
+    np.testing.assert_allclose(s.alpha_bar[-1], 4.2467e-5, rtol=1e-4)
+
+
+def test_jsd_is_linear_in_alpha_bar():
+    s = make("jsd", num_timesteps=100)
+    np.testing.assert_allclose(s.alpha_bar, np.arange(99, -1, -1) / 100, atol=1e-12)
+    assert s.beta[-1] == 1.0
+
+
+def test_warmups_and_sigmoid():
+    for name, end in (("warmup10", 100), ("warmup50", 500)):
+        beta = make(name).beta
+        np.testing.assert_allclose(beta[:end], np.linspace(1e-4, 0.02, end), rtol=1e-12)
+        assert (beta[end:] == 0.02).all()
+    beta = make("sigmoid", start=0.0, end=1.0, num_timesteps=9).beta
+    np.testing.assert_allclose(beta + beta[::-1], 1.0, rtol=1e-12)  # the logistic curve is odd
+    np.testing.assert_allclose(np.log(beta / (1 - beta)), np.linspace(-6, 6, 9), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", [*schedules.NAMED])
+@pytest.mark.parametrize("T", [1, 2, 10, 1000])
+def test_every_schedule_at_every_length(name, T):
+    s = make(name, num_timesteps=T)
+    assert len(s) == T and ((s.beta > 0) & (s.beta <= 1)).all()
+    assert (np.diff(s.alpha_bar) < 0).all() and s.beta.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"name": "linaer"}, "did you mean 'linear'"),
+        ({"name": "linear", "num_timesteps": 0}, "at least 1"),
+        ({"name": "cosine", "start": 1e-4}, "'start'"),
+        ({"name": "linear", "end": 1.5}, r"\(0, 1\]"),
+        ({"name": "linear", "start": 0.0}, r"beta\[0\] = 0"),
+        ({"name": "betas"}, "needs the list"),
+        ({"name": "betas", "betas": (0.1, float("nan"))}, r"beta\[1\] = nan"),
+        ({"name": "betas", "betas": (0.1, 0.2), "num_timesteps": 3}, "2 betas"),
+    ],
+)
+def test_refusals(options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_own_betas_and_immutability():
+    s = make("betas", betas=(0.1, 0.5, 1.0))
+    np.testing.assert_allclose(s.alpha_bar, [0.9, 0.45, 0.0])
+    with pytest.raises(ValueError):
+        s.beta[0] = 0.3
+
+
+@pytest.mark.parametrize("second_moment, bits", [(0.25, 7.28e-6), (0.5, 1.456e-5), (1, 2.911e-5)])
+def test_prior_term(second_moment, bits):
+    health = schedules.health(make("linear"), second_moment=second_moment)
+    np.testing.assert_allclose(health.prior_bits_per_dim, bits, rtol=1e-3)
+    assert not health.warning
+
+
+def test_a_chain_that_stops_short_is_reported():
+    health = schedules.health(make("linear", num_timesteps=100))
+    # KL(N(√ᾱ x, 1 − ᾱ) ‖ N(0, 1)) by quadrature over x_T, for |x_0| = 1.
+    mean, var = np.sqrt(health.alpha_bar_T), 1 - health.alpha_bar_T
+    z = np.linspace(-12, 12, 200_001)
+    density = np.exp(-((z - mean) ** 2) / (2 * var)) / np.sqrt(2 * np.pi * var)
+    log_ratio = -((z - mean) ** 2) / (2 * var) - 0.5 * np.log(var) + z**2 / 2
+    kl = np.sum(density * log_ratio) * (z[1] - z[0]) / np.log(2)
+    np.testing.assert_allclose(health.prior_bits_per_dim, kl, rtol=1e-8)
+    assert "does not reach" in health.warning
+
+
+# ---- shortened chains ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, T, count, head, tail",
+    [
+        ("10,15,20", 300, 45, [0, 11, 22], [294, 299]),
+        ("ddim50", 1000, 50, [0, 20, 40], [960, 980]),
+        ("50", 1000, 50, [0, 20, 41, 61], [979, 999]),
+        (100, 4000, 100, [0, 40, 81], [3959, 3999]),
+        ("quad10", 1000, 10, [0, 9, 39, 88, 158], [632, 800]),
+        ([3, 7, 9], 10, 3, [3, 7], [9]),
+        (1, 1000, 1, [999], [999]),
+    ],
+)
+def test_subsequence_tables(steps, T, count, head, tail):
+    tau = schedules.subsequence(steps, T)
+    assert len(tau) == count
+    assert tau[: len(head)].tolist() == head
+    assert tau[-len(tail) :].tolist() == tail
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("notation", ["{}", "ddim{}", "quad{}"])
+def test_every_length_without_repeats(notation, T):
+    for S in range(1, T + 1):
+        tau = schedules.subsequence(notation.format(S), T)
+        assert len(tau) == S and (np.diff(tau) > 0).all() and tau[0] >= 0 and tau[-1] < T
+    assert (tau == np.arange(T)).all()  # S = T is the whole chain
+
+
+@pytest.mark.parametrize(
+    "steps, words",
+    [
+        (1001, "1 to 1000"),
+        (0, "1 to 1000"),
+        ("ddim0", "1 to 1000"),
+        ("quad2000", "1 to 1000"),
+        ("10,600", "600 of 500"),
+        ("fifty", "cannot read"),
+        ([3, 3], "strictly"),
+        ([5, 1000], "0 … 999"),
+        ([], "whole numbers"),
+        ([0.5, 2], "whole numbers"),
+    ],
+)
+def test_subsequence_refusals(steps, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.subsequence(steps, 1000)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
+def test_respacing_keeps_the_marginals(name):
+    full = make(name, num_timesteps=100)
+    tau = schedules.subsequence(7, 100)
+    short = schedules.respace(full, tau)
+    # Near β = 1 the table holds α = 1 − β to 1e-16 of one, not of itself: hence 1e-7 for cosine.
+    np.testing.assert_allclose(short.alpha_bar, full.alpha_bar[tau], rtol=1e-7)
+    assert short.timesteps.tolist() == tau.tolist()
+    # A shortened chain shortened again is a Schedule of the first one's times.
+    again = schedules.respace(short, [1, 4])
+    assert again.timesteps.tolist() == tau[[1, 4]].tolist()
+    np.testing.assert_allclose(again.alpha_bar, full.alpha_bar[tau[[1, 4]]], rtol=1e-7)
+
+
+def test_respacing_to_all_steps_changes_nothing():
+    full = make("linear")
+    same = schedules.respace(full, np.arange(1000))
+    np.testing.assert_allclose(same.beta, full.beta, rtol=1e-9)
