@@ -48,25 +48,31 @@ def fold_in_each(key, index):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
+def make_parts(config) -> tuple[schedules.Schedule, UNet]:
+    """The Schedule and the network of a config, checked against its data.image_shape."""
+    image_shape = tuple(config.data.image_shape)
+    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+    unet = config_lib.call("config.model", UNet, config.model, out_channels=image_shape[-1])
+    with config_lib.errors_at("config.model"):
+        check(image_shape, **config.model)
+    return schedule, unet
+
+
 def make(config) -> Method:
     """The Method of a config: reads its sections data, model, schedule and diffusion.
 
     Raises:
       ConfigError: a field that is unknown, of a wrong type or impossible.
     """
-    image_shape = tuple(config.data.image_shape)
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
-    unet = config_lib.call("config.model", UNet, config.model, out_channels=image_shape[-1])
-    with config_lib.errors_at("config.model"):
-        pass  # check(image_shape, **config.model)
+    schedule, unet = make_parts(config)
+    given = {"image_shape": tuple(config.data.image_shape), "flip": config.data.flip}
     return config_lib.call(
         "config.diffusion",
         diffusion_method,
         config.diffusion,
         schedule=schedule,
         unet=unet,
-        image_shape=image_shape,
-        flip=config.data.flip,
+        **given,
     )
 
 
@@ -107,6 +113,8 @@ def diffusion_method(
         )
 
     def denoiser(params, label, dropout_keys=None):
+        label = label if unet.num_classes else None
+
         def network_fn(x_t, t):
             return unet.apply({"params": params}, x_t, t, label, dropout_keys=dropout_keys)
 

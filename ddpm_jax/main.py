@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from ddpm_jax import checkpoints, config, data, parallel, sample, train
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py or FILE.py:VARIANT with a get_config(); fields: --config.seed=1 …"
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
@@ -29,7 +29,7 @@ _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "sample: which pa
 _SEED = flags.DEFINE_integer("seed", 0, "sample: image i depends on the seed and i alone.")
 _VARIANCE = flags.DEFINE_string("variance", None, "sample: reverse variance; else the config's.")
 _CLIP = flags.DEFINE_bool("clip", None, "sample: clip x_0 to [-1, 1]; else as the config says.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "sample: images at a time.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sample: images at a time; else 64.", 1)
 _OUT = flags.DEFINE_string("out", None, "sample: the .npz to write, with a grid as .png beside it.")
 
 USER_ERRORS = (
@@ -45,7 +45,7 @@ USER_ERRORS = (
 def _workdir() -> str:
     if _WORKDIR.value:
         return _WORKDIR.value
-    if _CONFIG.value is None:
+    if CONFIG.value is None:
         raise app.UsageError("give --config=configs/NAME.py, or --workdir=DIR of a run")
     filename = config_flags.get_config_filename(flags.FLAGS["config"])
     name, _, variant = os.path.basename(filename).partition(":")
@@ -53,6 +53,7 @@ def _workdir() -> str:
 
 
 def main(argv) -> None:
+    logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]!r}? Every option begins with --")
     if _DISTRIBUTED.value:
@@ -60,18 +61,18 @@ def main(argv) -> None:
     parallel.enable_compilation_cache()
     workdir = _workdir()
     if _MODE.value == "train":
-        if _CONFIG.value is None:
+        if CONFIG.value is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
-        train.train(_CONFIG.value, workdir)
+        train.train(CONFIG.value, workdir)
     else:
-        if _CONFIG.value is not None:
-            train.refuse_another_config(_CONFIG.value, os.path.join(workdir, "config.json"))
+        if CONFIG.value is not None:
+            train.refuse_another_config(CONFIG.value, os.path.join(workdir, "config.json"))
         sample.sample(
             workdir,
             num_samples=_NUM_SAMPLES.value,
             weights=_WEIGHTS.value,
             seed=_SEED.value,
-            batch_size=_BATCH_SIZE.value,
+            batch_size=BATCH_SIZE.value or 64,
             out=_OUT.value,
             variance=_VARIANCE.value,
             clip_x0=_CLIP.value,
@@ -132,7 +133,6 @@ def run(main) -> None:
             )  # an orderly exit would wait for the other processes, and they for this one
         sys.exit(status)
 
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # jax and orbax have much to say
     app.run(guarded, flags_parser=parse_flags)
 
 

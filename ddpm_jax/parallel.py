@@ -86,6 +86,17 @@ def memory(compiled) -> int:
     )
 
 
+def flops(compiled) -> float:
+    """Floating-point operations of a compiled function on one device, as XLA counts them."""
+    costs = compiled.cost_analysis()
+    return (costs[0] if isinstance(costs, list) else costs).get("flops", float("nan"))
+
+
+def map_shards(function: Callable) -> Callable:
+    """function(tree, batch) on each of this process's devices: (tree, sharded batch) -> [L, …]."""
+    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+
+
 def map_examples(function: Callable) -> Callable:
     """Runs function(params, key, index, label) over this process's devices.
 
@@ -93,15 +104,15 @@ def map_examples(function: Callable) -> Callable:
       (params, key, index [N], label [N]) -> NumPy [N, …] for any N: the last rows are filled up by
       repeating an example, and cut off again. `params` come from `place` or from a training state.
     """
-    mapped = jax.pmap(function, in_axes=(None, None, 0, 0), devices=jax.local_devices())
+    mapped = map_shards(lambda tree, examples: function(*tree, *examples))
 
     def call(params, key, index, label):
         fill = -len(index) % jax.local_device_count()
-        index, label = (
-            shard(np.pad(np.asarray(x, np.int32), (0, fill), mode="edge")) for x in (index, label)
+        filled = tuple(
+            np.pad(np.asarray(x, np.int32), (0, fill), mode="edge") for x in (index, label)
         )
-        result = jax.device_get(mapped(params, key, index, label))
-        return result.reshape(-1, *result.shape[2:])[: result.shape[0] * result.shape[1] - fill]
+        result = jax.device_get(mapped((params, key), shard(filled)))
+        return result.reshape(-1, *result.shape[2:])[: len(index)]
 
     return call
 

@@ -113,9 +113,12 @@ def sample(
     growing = _GrowingFile(out, recipe, method.image_shape)
     draw = parallel.map_examples(lambda *a: diffusion.to_uint8(method.sample(*a, **options)))
     progress = writers.Progress("image", num_samples, growing.count, unit="images")
+    remaining = max(num_samples - growing.count, 1)
+    even = -(-remaining // -(-remaining // batch_size))  # equal batches: one compilation
     while growing.count < num_samples:
-        index = np.arange(growing.count, min(growing.count + batch_size, num_samples))
-        growing.append(draw(params, jax.random.key(seed), index, labels_of(method, index)))
+        index = np.arange(growing.count, growing.count + even)
+        drawn = draw(params, jax.random.key(seed), index, labels_of(method, index))
+        growing.append(drawn[: num_samples - growing.count])
         progress.done = growing.count
         print(progress.line(), flush=True)
     images = growing.images()[:num_samples]

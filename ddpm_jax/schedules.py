@@ -163,7 +163,11 @@ def make(
         takes = {"betas", "num_timesteps"}
     elif name in NAMED:
         function = NAMED[name]
-        takes = {"num_timesteps", *(function.__kwdefaults__ or ())}
+        takes = {"num_timesteps", *(function.__kwdefaults__ or ())} & {
+            "num_timesteps",
+            "start",
+            "end",
+        }
     else:
         close = difflib.get_close_matches(name, [*NAMED, "betas"], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -1,0 +1,104 @@
+"""Sampling from run directories: restartable, one recipe a file, image i always the same."""
+
+import json
+
+import numpy as np
+import pytest
+from test_train import make_config
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import sample, train
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train.train(make_config(num_steps=3), folder)
+    return str(folder)
+
+
+def images(path):
+    with np.load(path) as file:
+        return file["images"]
+
+
+def test_images_depend_on_seed_and_index_alone(workdir, tmp_path):
+    def draw(name, **options):
+        return images(sample.sample(workdir, out=str(tmp_path / f"{name}.npz"), **options))
+
+    whole = draw("a", num_samples=10)
+    assert whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
+    assert (tmp_path / "a.png").exists() and not list(tmp_path.glob("*.partial*"))
+    np.testing.assert_array_equal(draw("b", num_samples=10, batch_size=3), whole)
+    np.testing.assert_array_equal(draw("c", num_samples=4), whole[:4])
+    assert (draw("d", num_samples=10, seed=1) != whole).any(axis=(1, 2, 3)).all()
+    assert (draw("e", num_samples=10, weights="raw") != whole).any()
+
+
+def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, monkeypatch):
+    whole = images(sample.sample(workdir, num_samples=12, out=str(tmp_path / "whole.npz")))
+    out = str(tmp_path / "killed.npz")
+
+    class Killed(Exception):
+        pass
+
+    append = sample._GrowingFile.append
+
+    def killed_after_two(self, new):
+        append(self, new)
+        if self.count >= 8:
+            with open(f"{out}.partial", "ab") as file:
+                file.write(b"half an image")
+            raise Killed
+
+    monkeypatch.setattr(sample._GrowingFile, "append", killed_after_two)
+    with pytest.raises(Killed):
+        sample.sample(workdir, num_samples=12, batch_size=4, out=out)
+    drawn = []
+    monkeypatch.setattr(
+        sample._GrowingFile, "append", lambda self, new: (drawn.append(len(new)), append(self, new))
+    )
+    np.testing.assert_array_equal(
+        images(sample.sample(workdir, num_samples=12, batch_size=4, out=out)), whole
+    )
+    assert drawn == [4]
+
+
+def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
+    out = str(tmp_path / "some.npz")
+    few = images(sample.sample(workdir, num_samples=3, out=out))
+    more = images(sample.sample(workdir, num_samples=9, out=out))
+    np.testing.assert_array_equal(more[:3], few)
+    with np.load(out) as file:
+        recipe = json.loads(str(file["recipe"]))
+    assert recipe["step"] == 3 and recipe["weights"] == "ema" and recipe["clip_x0"] is True
+
+
+def test_another_recipe_does_not_overwrite(workdir, tmp_path):
+    out = str(tmp_path / "x.npz")
+    before = images(sample.sample(workdir, num_samples=3, out=out))
+    with pytest.raises(sample.SampleError, match="another way"):
+        sample.sample(workdir, num_samples=3, seed=5, out=out)
+    (tmp_path / "y.npz").write_bytes(b"not ours")
+    with pytest.raises(sample.SampleError, match="another --out"):
+        sample.sample(workdir, num_samples=3, out=str(tmp_path / "y.npz"))
+    np.testing.assert_array_equal(images(out), before)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"out": "x.png"}, "must end in .npz"),
+        ({"varaince": "fixed_small"}, "no field 'varaince'"),
+        ({"spread": "wide"}, "spread must be float"),
+    ],
+)
+def test_refusals(workdir, options, words):
+    with pytest.raises((sample.SampleError, config_lib.ConfigError), match=words):
+        sample.sample(workdir, **options)
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    config_lib.save(make_config(), tmp_path / "config.json")
+    with pytest.raises(sample.SampleError, match="no checkpoint"):
+        sample.sample(str(tmp_path))
