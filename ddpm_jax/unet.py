@@ -212,19 +212,22 @@ def group_norm(x, scale=None, shift=None, *, plain: bool, name: str):
 def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array:
     """Dropout of x [B, ...]; the mask of an example depends on its key, keys [B], and `layer`.
 
-    The rate is rounded to 1/65536 so that one 32-bit draw serves two elements (9 against 30 ms for
-    jax.random.bernoulli at 28x28x32, batch 128); what is kept is scaled by the rounded rate.
+    A hash of the position (the finaliser of MurmurHash3, seeded by both words of the key) in place of
+    jax.random: it fuses with what is around it, and compiles in 0.05 s a layer against 0.5 s. The
+    CIFAR-10 network has 22 layers.
     """
-    shape = x.shape[1:]
-    half = (math.prod(shape) + 1) // 2
-    threshold = round(rate * 65536)
+    words = jax.random.key_data(keys)  # uint32 [B, 2]
+    position = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:]))
+    seeded = position[None, :] + _hash(words[:, :1] ^ _hash(jnp.uint32(layer + 1)))
+    bits = _hash(_hash(seeded) ^ words[:, -1:]).reshape(x.shape)
+    return jnp.where(bits >= round(rate * 2**32), x / (1 - rate), 0.0)
 
-    def keep(key):
-        bits = jax.random.bits(jax.random.fold_in(key, layer), (half,), jnp.uint32)
-        bits = jnp.concatenate([bits & 0xFFFF, bits >> 16])
-        return (bits[: math.prod(shape)] >= threshold).reshape(shape)
 
-    return jnp.where(jax.vmap(keep)(keys), x / (1 - threshold / 65536), 0.0)
+def _hash(x):
+    """Scrambles uint32, one to one."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def bernoulli_dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array:

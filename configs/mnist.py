@@ -1,0 +1,17 @@
+"""MNIST, 28×28, on one accelerator.
+
+    python -m ddpm_jax.main --config=configs/mnist.py
+
+The archives are downloaded to data/mnist, 12 MB, or found there. Hyper-parameters after configs/cifar10.py
+with half the channels and three levels (28, 14, 7).
+
+Measured: not run (no accelerator at hand); `:cpu` is measured in configs/fashion_mnist.py.
+"""
+
+from configs import fashion_mnist, variants
+
+
+def get_config(variant: str = ""):
+    config = fashion_mnist.get_config()
+    config.data.name = "mnist"
+    return variants.apply(config, variant, cpu=fashion_mnist.cpu)

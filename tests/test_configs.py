@@ -1,0 +1,81 @@
+"""Every config builds, at full size, without computing anything; and the papers' numbers are in them."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import training
+from ddpm_jax.ddpm import make_method
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "variants")
+
+
+def get_config(name, variant=""):
+    return importlib.import_module(f"configs.{name}").get_config(variant)
+
+
+def trace(config):
+    """eval_shape of the whole training step; once for configs that build the same one."""
+    parts = {k: config[k] for k in ("model", "schedule", "diffusion", "optimizer", "step")}
+    more = (config.method, config.data.image_shape, config.data.flip, config.training.batch_size)
+    key = repr((parts, more))
+    if key not in TRACES:
+        TRACES[key] = trace_step(config)
+    return TRACES[key]
+
+
+TRACES = {}
+
+
+def trace_step(config):
+    method = make_method(config)
+    tx, _ = config_lib.call(
+        "config.optimizer",
+        training.make_optimizer,
+        config.optimizer,
+        num_steps=config.training.num_steps,
+    )
+    key, n = jax.random.key(0), config.training.batch_size
+    state = jax.eval_shape(lambda key: training.init_state(method, tx, key), key)
+    batch = {
+        "image": jax.ShapeDtypeStruct((n, *method.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((n,), np.int32),
+        "index": jax.ShapeDtypeStruct((n,), np.int32),
+    }
+    update = training.make_update(method, tx, key, **config.step)
+    return state, *jax.eval_shape(update, state, batch)
+
+
+@pytest.mark.parametrize("variant", ["", "smoke"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_training_step_of_every_config(name, variant):
+    config = get_config(name, variant)
+    before, after, loss = trace(config)
+    assert after == before and loss.shape == () and loss.dtype == np.float32
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(before.params))
+    assert config.training.batch_size % (8 * config.step.accumulate) == 0  # a TPU host's devices
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("cifar10", 35_746_307), ("celebahq256", 113_673_219), ("lsun_cat", 113_673_219)],
+)
+def test_the_papers_networks(name, parameters):
+    state, *_ = trace(get_config(name))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameters
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_docstring_says_what_to_run_and_what_came_of_it(name):
+    text = importlib.import_module(f"configs.{name}").__doc__
+    assert f"--config=configs/{name}.py" in text and "Measured" in text
+
+
+def test_an_unknown_variant():
+    with pytest.raises(ValueError, match="it has smoke, cpu"):
+        get_config("fashion_mnist", "smoek")
