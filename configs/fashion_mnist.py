@@ -35,10 +35,10 @@ def cpu(config):
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     config.optimizer.decay = "cosine"
-    config.training.num_steps = 3000
-    config.training.batch_size = 64
+    config.training.num_steps = 4500
+    config.training.batch_size = 32
     config.training.log_every = 50
-    config.training.checkpoint_every = 1000
+    config.training.checkpoint_every = 500
     config.preview.every = 500
     config.preview.num_images = 32
     return config

@@ -220,7 +220,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array
     position = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:]))
     seeded = position[None, :] + _hash(words[:, :1] ^ _hash(jnp.uint32(layer + 1)))
     bits = _hash(_hash(seeded) ^ words[:, -1:]).reshape(x.shape)
-    return jnp.where(bits >= round(rate * 2**32), x / (1 - rate), 0.0)
+    return jnp.where(bits >= np.uint32(round(rate * 2**32)), x / (1 - rate), 0.0)
 
 
 def _hash(x):
