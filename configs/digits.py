@@ -14,7 +14,7 @@ def get_config(variant: str = ""):
     config.data.image_shape = (8, 8, 1)
     config.data.flip = False  # a mirrored 3 is no digit
 
-    config.model.channels = 32
+    config.model.channels = 24
     config.model.channel_mults = (1, 2)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (4,)
@@ -27,10 +27,9 @@ def get_config(variant: str = ""):
     config.step.ema_warmup = True
 
     config.training.num_steps = 3000
-    config.training.batch_size = 64
+    config.training.batch_size = 32
     config.training.log_every = 100
     config.training.checkpoint_every = 1000
     config.preview.every = 500
     config.preview.num_images = 32
-    config.preview.sampler = "ddim"
     return variants.apply(config, variant)

@@ -138,7 +138,6 @@ def _train(
     if restored:
         say(f"resuming at step {step:,}")
     state = parallel.place(state)
-    no_metrics = training.no_metrics(method)
     if leader:
         config_lib.save(config, path("config.json"))
         writers.save_png(path("data_preview.png"), writers.grid(first))
@@ -166,7 +165,7 @@ def _train(
         if leader:
             row = {"step": step, **values, "learning_rate": float(learning_rate(step - 1))}
             writers.append_metrics(path("metrics.jsonl"), {**row, "images_per_second": rate})
-        return state.replace(metrics=parallel.place(no_metrics))
+        return state.replace(metrics=parallel.place(training.clear(state.metrics)))
 
     def look(state):
         """Pictures of where the model is."""

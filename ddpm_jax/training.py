@@ -220,9 +220,14 @@ def no_metrics(method) -> Metrics:
         "label": jax.ShapeDtypeStruct((1,), np.int32),
         "index": jax.ShapeDtypeStruct((1,), np.int32),
     }
-    names = jax.eval_shape(lambda *a: _sums(*method.loss(*a)), params, key, batch).keys()
-    zeros = {name: jnp.zeros(2, jnp.float32) for name in (*names, *STEP_METRICS)}
+    sums = jax.eval_shape(lambda *args: _sums(*method.loss(*args)), params, key, batch)
+    zeros = {name: jnp.zeros(2, jnp.float32) for name in (*sums, *STEP_METRICS)}
     return Metrics(zeros, jnp.asarray(NEVER))
+
+
+def clear(metrics: Metrics) -> Metrics:
+    """The neutral element of `merge` with the same names, on the host."""
+    return Metrics({name: np.zeros(2, np.float32) for name in metrics.sums}, NEVER)
 
 
 def merge(a: Metrics, b: Metrics) -> Metrics:
