@@ -74,13 +74,16 @@ def grid(images: np.ndarray, *, columns: int | None = None, pad: int = 2) -> np.
 
     Returns:
       uint8 [rows·(H + pad) + pad, columns·(W + pad) + pad, 3], white between the images. Small images
-      are enlarged by a whole factor so that one is at least 56 pixels wide.
+      are enlarged by a whole factor, bicubically, so that one is at least 56 pixels wide.
     """
     if images.shape[-1] != 3:
         images = np.repeat(images[..., :1], 3, axis=-1)
     zoom = max(1, -(-56 // images.shape[2]))
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, height, width, _ = images.shape
+    height, width = height * zoom, width * zoom
+    if zoom > 1:
+        large = (Image.fromarray(image).resize((width, height)) for image in images)
+        images = np.stack([np.asarray(image) for image in large])
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     canvas = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
