@@ -37,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.dropout = 0.1
     config.model.scale_shift = False
     config.model.num_classes = 0  # 0: labels are not used
+    config.model.num_groups = 32  # of each norm, or the largest divisor of its channels below
     config.model.dtype = "float32"  # or "bfloat16"
     config.model.remat = False
 

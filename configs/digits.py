@@ -15,6 +15,7 @@ def get_config(variant: str = ""):
     config.data.flip = False  # a mirrored 3 is no digit
 
     config.model.channels = 24
+    config.model.num_groups = 8
     config.model.channel_mults = (1, 2)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (4,)

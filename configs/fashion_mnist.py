@@ -29,13 +29,14 @@ def get_config(variant: str = ""):
 def cpu(config):
     """A network and a run for two cores and forty minutes."""
     config.model.channels = 32
+    config.model.num_groups = 8
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (7,)
     config.model.dropout = 0.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 200
     config.optimizer.decay = "cosine"
-    config.training.num_steps = 4500
+    config.training.num_steps = 4000
     config.training.batch_size = 32
     config.training.log_every = 50
     config.training.checkpoint_every = 500

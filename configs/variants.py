@@ -13,6 +13,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.data.name = "synthetic"
     config.data.image_shape = (min(height, 64), min(width, 64), channels)
     config.model.channels = 8
+    config.model.num_groups = 2
     config.model.num_res_blocks = 1
     config.optimizer.warmup_steps = 5
     config.training.num_steps = 20

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, losses, samplers, schedules
@@ -55,6 +56,12 @@ def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     unet = config_lib.call("config.model", UNet, config.model, out_channels=image_shape[-1])
     with config_lib.errors_at("config.model"):
         check(image_shape, **config.model)
+    if unet.num_groups >= unet.channels and not unet.scale_shift:
+        logging.warning(
+            "config.model: a group norm of %d channels in %d groups takes away what the time embedding"
+            " adds; set num_groups=%d or less",
+            *(unet.channels, unet.channels, max(1, unet.channels // 4)),
+        )
     return schedule, unet
 
 

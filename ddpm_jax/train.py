@@ -130,12 +130,14 @@ def _train(
     # The state: new, or from the last checkpoint of this very config.
     directory = path("checkpoints")
     init_state = functools.partial(training.init_state, method, tx)
-    restored = None
+    state, step = None, 0
     if os.path.isdir(directory):
         refuse_another_config(config, path("config.json"))
-        restored = checkpoints.restore(directory, jax.eval_shape(init_state, init_key))
-    state, step = restored or (init_state(init_key), 0)
-    if restored:
+        template = jax.eval_shape(init_state, init_key)
+        state, step = checkpoints.restore(directory, template) or (None, 0)
+    if state is None:
+        state = init_state(init_key)
+    else:
         say(f"resuming at step {step:,}")
     state = parallel.place(state)
     if leader:
