@@ -1,4 +1,4 @@
-"""Four CPU devices, so that every test of sharding is a real one; broadcasting by rank is an error."""
+"""Four CPU devices, so that every test of sharding is a real one; broadcasting by rank is an error; fast compiling."""
 
 import os
 
@@ -9,3 +9,4 @@ os.environ["XLA_FLAGS"] = (
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time here is compiling

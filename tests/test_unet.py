@@ -24,9 +24,6 @@ SHAPE = (7, 5, 2)
 
 LABELS = np.array([0, 1, 2, 0])
 
-# Compiling is most of the time here, and halves without LLVM's optimisations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def count(params):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -56,7 +53,7 @@ def random_params(**options):
 def compiled(**options):
     """(params, x, t, labels, keys) -> output, compiled once per choice of options."""
     unet = UNet(**{**TINY, **options})
-    return jit(
+    return jax.jit(
         lambda p, x, t, labels, keys: unet.apply({"params": p}, x, t, labels, dropout_keys=keys)
     )
 
@@ -104,7 +101,7 @@ def test_init_params_equals_init():
     unet = UNet(**TINY, num_classes=5, scale_shift=True)
     x, t = inputs(batch=1)
     ours = init_params(unet, jax.random.key(0), SHAPE)
-    theirs = jit(unet.init)(jax.random.key(0), x, t, t)["params"]
+    theirs = jax.jit(unet.init)(jax.random.key(0), x, t, t)["params"]
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     pairs = zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
     for (path, a), b in pairs:
@@ -236,7 +233,7 @@ def test_gradient_of_the_convolution_is_that_of_xla(size):
 
     def gradient(convolution):
         loss = lambda x, kernel: jnp.sum(jnp.sin(convolution(x, kernel)))  # noqa: E731
-        return jit(jax.grad(loss, (0, 1)))(x, kernel)
+        return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
 
     ours = gradient(unet_lib.convolve_padded)
     theirs = gradient(lambda x, kernel: unet_lib.convolve(x, kernel, ((1, 1), (1, 1))))
@@ -267,7 +264,7 @@ def value_and_gradient(**options):
         y = unet.apply({"params": params}, x, t, LABELS)
         return jnp.sum(jnp.sin(y)), y
 
-    (_, y), gradient = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
     return y, gradient
 
 
