@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 def smoke(config: ConfigDict) -> ConfigDict:
     """The whole program within a minute on two CPU cores, and without a file of data.
 
-    The same data shape up to 64 pixels, levels, attention, loss and schedule; few channels, few steps,
-    made-up images.
+    The same channels of data, attention, loss and schedule; at most 32 pixels and three levels, few
+    channels in the network, few steps, made-up images.
     """
-    height, width, channels = config.data.image_shape
+    height, width, channels = config.data.image_shape or (32, 32, 3)
     config.data.name = "synthetic"
-    config.data.image_shape = (min(height, 64), min(width, 64), channels)
+    config.data.image_shape = (min(height, 32), min(width, 32), channels)
+    config.model.channel_mults = config.model.channel_mults[:3]
     config.model.channels = 8
     config.model.num_groups = 2
     config.model.num_res_blocks = 1

@@ -58,7 +58,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
     schedule, unet = ddpm.make_parts(config)
     method = ddpm.make_method(config)
-    tx, _ = training.make_optimizer(num_steps=1)
+    tx, _ = training.make_optimizer(num_steps=config.training.num_steps, **config.optimizer)
     key = jax.random.key(config.seed)
     update = training.make_update(method, tx, key, axis_name=parallel.AXIS, **config.step)
 
@@ -114,19 +114,24 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "chain": lambda: chain((params, key), (batch["index"], batch["label"])),
         "forward": lambda: bare_forward(params, (x, t, label)),
     }
+    seconds = median_seconds(calls)
+    stats = jax.local_devices()[0].memory_stats() or {}
     if plain:
         textbook = unet.clone(plain=True)
         plain_gradient = parallel.map_shards(functools.partial(gradient, textbook))
         plain_forward = parallel.map_shards(functools.partial(forward, textbook))
-        calls["plain_gradient"] = lambda: plain_gradient(params, (x, t, label, keys))
-        calls["plain_forward"] = lambda: plain_forward(params, (x, t, label))
-    seconds = median_seconds(calls)
+        versus = {
+            "gradient": calls["gradient"],
+            "plain_gradient": lambda: plain_gradient(params, (x, t, label, keys)),
+            "forward": calls["forward"],
+            "plain_forward": lambda: plain_forward(params, (x, t, label)),
+        }
+        versus = median_seconds(versus)
 
     chain_step = seconds["chain"] / min(CHAIN_STEPS, len(schedule))
     per_image = jax.local_device_count() / batch_size
     flops = parallel.flops(step) * per_image
     forward_flops = parallel.flops(bare_forward.lower(params, (x, t, label)).compile()) * per_image
-    stats = jax.local_devices()[0].memory_stats() or {}
     result = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "batch_size": batch_size,
@@ -136,19 +141,20 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "train_images_per_second": batch_size / seconds["train"],
         "sample_step_images_per_second": batch_size / chain_step,
         "sample_chain_steps": len(schedule),
+        "sample_chain_steps_timed": min(CHAIN_STEPS, len(schedule)),
         "sample_chain_images_per_second": batch_size / (chain_step * len(schedule)),
         "train_gflop_per_image": flops / 1e9,
         "forward_gflop_per_image": forward_flops / 1e9,
         "train_gflop_per_second": flops * batch_size / seconds["train"] / 1e9,
         "step_memory_mib": parallel.memory(step) / 2**20,
-        "peak_device_memory_mib": stats.get("peak_bytes_in_use", 0) / 2**20,
+        "peak_device_memory_mib": stats.get("peak_bytes_in_use", float("nan")) / 2**20,
         "peak_host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         "train_step_over_bare_gradient": seconds["train"] / seconds["gradient"],
         "chain_step_over_bare_forward": chain_step / seconds["forward"],
     }
     if plain:
-        result["plain_gradient_over_gradient"] = seconds["plain_gradient"] / seconds["gradient"]
-        result["plain_forward_over_forward"] = seconds["plain_forward"] / seconds["forward"]
+        result["plain_gradient_over_gradient"] = versus["plain_gradient"] / versus["gradient"]
+        result["plain_forward_over_forward"] = versus["plain_forward"] / versus["forward"]
     return result
 
 

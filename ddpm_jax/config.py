@@ -24,6 +24,23 @@ def nearest(word: str, words) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest choice, if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(
+            f"unknown {field} {value!r}{nearest(str(value), choices)} (choose from {', '.join(choices)})"
+        )
+
+
+def check_names(config: Mapping, known: Sequence[str]) -> None:
+    """Raises ConfigError for a name at the top of a config that nobody reads."""
+    for name in config:
+        if name not in known:
+            raise ConfigError(
+                f"config has {name!r}, which nobody reads{nearest(name, known)} (it has {', '.join(known)})"
+            )
+
+
 def _fits(value, hint) -> bool:
     """Whether a config's value is of an annotated type; lists pass for tuples, ints for floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -8,16 +8,20 @@ usually this one with a function replaced: `make(config)._replace(loss=my_loss)`
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import diffusion, losses, samplers, schedules
 from ddpm_jax.unet import UNet, check, init_params
+
+SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those that every Method has
 
 
 class Method(NamedTuple):
@@ -51,9 +55,12 @@ def fold_in_each(key, index):
 
 def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     """The Schedule and the network of a config, checked against its data.image_shape."""
+    if config.data.image_shape is None:
+        raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
     image_shape = tuple(config.data.image_shape)
     schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
-    unet = config_lib.call("config.model", UNet, config.model, out_channels=image_shape[-1])
+    given = {"out_channels": image_shape[-1], "name": None, "parent": None}
+    unet = config_lib.call("config.model", UNet, config.model, **given)
     with config_lib.errors_at("config.model"):
         check(image_shape, **config.model)
     if unet.num_groups >= unet.channels and not unet.scale_shift:
@@ -105,19 +112,10 @@ def diffusion_method(
       loss: "simple" for L_simple, "variational" for the terms of the bound with their true weights.
       clip_x0: whether samplers clip x̂_0 to [−1, 1] unless told otherwise.
     """
-    for name, value, choices in (
-        ("prediction", prediction, diffusion.PREDICTIONS),
-        ("variance", variance, diffusion.VARIANCES),
-        ("loss", loss, ("simple", "variational")),
-    ):
-        if value not in choices:
-            near = config_lib.nearest(value, choices)
-            raise ValueError(f"unknown {name} {value!r}{near} (choose from {', '.join(choices)})")
-    if prediction == "eps" and schedule.alpha_bar[-1] == 0:
-        raise ValueError(
-            "prediction 'eps' cannot recover x_0 at the end of this schedule, where alpha_bar = 0;"
-            " use prediction 'x_0' or 'v', or a schedule whose betas stay below 1"
-        )
+    config_lib.check_choice("prediction", prediction, diffusion.PREDICTIONS)
+    config_lib.check_choice("variance", variance, diffusion.VARIANCES)
+    config_lib.check_choice("loss", loss, ("simple", "variational"))
+    diffusion.check_invertible(schedule, prediction)
 
     def denoiser(params, label, dropout_keys=None):
         label = label if unet.num_classes else None
@@ -161,6 +159,8 @@ def diffusion_method(
         clip_x0: bool = clip_x0,
     ):
         """sampler: "ancestral" or "ddim"; steps: see `schedules.subsequence`, None for all T."""
+        config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
+        config_lib.check_choice("variance", variance, diffusion.VARIANCES)
         keys = fold_in_each(key, index)
         x_T = samplers.prior(keys, image_shape)
         chain = schedule
@@ -178,21 +178,46 @@ def diffusion_method(
 def make_method(config) -> Method:
     """The Method that config.method names: a module with a `make(config)`.
 
+    A module that lists the sections it reads as `SECTIONS` has the config's other names checked.
+
     Raises:
-      ConfigError: there is no such module, or it has no `make`.
+      ConfigError: there is no such module, it has no `make`, or nobody reads a name of the config.
     """
     try:
         module = importlib.import_module(config.method)
-        return module.make(config)
-    except ModuleNotFoundError as error:
-        if not config.method.startswith(str(error.name)):
-            raise
+    except (ImportError, TypeError, ValueError) as error:
+        missing = getattr(error, "name", None)
+        if missing and not str(config.method).startswith(missing):
+            raise  # the module is there, but not what it imports
         raise config_lib.ConfigError(
             f"config.method {config.method!r} is no module that can be imported from here ({error})"
         ) from None
-    except AttributeError:
-        if hasattr(module, "make"):
-            raise
-        raise config_lib.ConfigError(
-            f"config.method {config.method!r} has no function make(config)"
-        ) from None
+    if not hasattr(module, "make"):
+        raise config_lib.ConfigError(f"config.method {config.method!r} has no make(config)")
+    if hasattr(module, "SECTIONS"):
+        known = ("method", "seed", "data", "optimizer", "step", "training", "preview")
+        config_lib.check_names(config, (*known, *module.SECTIONS))
+    return module.make(config)
+
+
+def sample_options(path: str, method: Method, options: dict) -> dict:
+    """The options of `method.sample`, its defaults filled in, checked by tracing it once.
+
+    Raises:
+      ConfigError: an option that the method does not have, of a wrong type, or impossible.
+    """
+    given = ("params", "key", "index", "label")
+    options = config_lib.arguments(path, method.sample, options, given)
+    key = jax.random.key(0)
+    example = jax.ShapeDtypeStruct((1,), np.int32)
+    with config_lib.errors_at(path):
+        params = jax.eval_shape(method.init, key)
+        jax.eval_shape(lambda *args: method.sample(*args, **options), params, key, example, example)
+    parameters = inspect.signature(method.sample).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return defaults | options
+
+
+def labels_of(method: Method, index: np.ndarray) -> np.ndarray:
+    """The classes in turn, int32 [N]; zeros for a model without."""
+    return (index % max(method.num_classes, 1)).astype(np.int32)

@@ -154,6 +154,23 @@ def from_x_0(schedule: Schedule, kind: str, x_0, x_t, t):
     raise ValueError(f"unknown prediction {kind!r}; choose from {', '.join(PREDICTIONS)}")
 
 
+def check_invertible(schedule: Schedule, kind: str) -> None:
+    """Refuses a schedule whose last steps leave too little in x_t to compute x_0 in float32.
+
+    Raises:
+      ValueError: a factor of `to_x_0` is beyond 1e30, as with "eps" where ᾱ_t is 0 or below 1e-60.
+    """
+    factors = {
+        "eps": np.sqrt(schedule.alpha_bar),
+        "mean": posterior_mean_coefficients(schedule)[0],
+    }.get(kind, np.ones(1))
+    if factors.min() < 1e-30:
+        raise ValueError(
+            f"prediction {kind!r} cannot recover x_0 on this schedule, where alpha_bar falls to"
+            f" {schedule.alpha_bar[-1]:.3g}; use prediction 'x_0' or 'v', or smaller betas"
+        )
+
+
 class Denoised(NamedTuple):
     """What a `denoise_fn(x_t, t)` says of x_t, by name."""
 

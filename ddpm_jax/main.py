@@ -26,11 +26,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "sample: how many images.", lower_bound=1)
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "sample: which parameters.")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: image i depends on the seed and i alone.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "sample: image i depends on the seed and i alone.", 0, 2**32 - 1
+)
 _VARIANCE = flags.DEFINE_string("variance", None, "sample: reverse variance; else the config's.")
 _CLIP = flags.DEFINE_bool("clip", None, "sample: clip x_0 to [-1, 1]; else as the config says.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sample: images at a time; else 64.", 1)
 _OUT = flags.DEFINE_string("out", None, "sample: the .npz to write, with a grid as .png beside it.")
+
+_SAMPLE_FLAGS = ("num_samples", "weights", "seed", "variance", "clip", "batch_size", "out")
 
 USER_ERRORS = (
     config.ConfigError,
@@ -39,6 +43,7 @@ USER_ERRORS = (
     train.TrainingError,
     sample.SampleError,
     app.UsageError,
+    OSError,  # its text names the file
 )
 
 
@@ -53,17 +58,25 @@ def _workdir() -> str:
 
 
 def main(argv) -> None:
-    logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Every option begins with --")
+    del argv  # checked by `parse_flags`
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise app.UsageError(f"--distributed: {error}") from error
     parallel.enable_compilation_cache()
     workdir = _workdir()
     if _MODE.value == "train":
         if CONFIG.value is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
+        for name in _SAMPLE_FLAGS:
+            if flags.FLAGS[name].present:
+                near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}.get(name)
+                hint = f"; for training write --{near}" if near else ""
+                raise app.UsageError(f"--{name} is for --mode=sample{hint}")
         train.train(CONFIG.value, workdir)
+    elif jax.process_count() > 1:
+        raise app.UsageError("--mode=sample runs in one process; leave out --distributed")
     else:
         if CONFIG.value is not None:
             train.refuse_another_config(CONFIG.value, os.path.join(workdir, "config.json"))
@@ -81,10 +94,12 @@ def main(argv) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with the folder above configs/ importable, and every mistake as one line."""
-    given = [
-        value for key, _, value in (a.lstrip("-").partition("=") for a in argv) if key == "config"
-    ]
-    for filename in (value.split(":")[0] for value in given):
+    given = []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            given.append((value if equals else following).split(":")[0])
+    for filename in given:
         if not os.path.isfile(filename):
             folder = os.path.dirname(filename) or "."
             names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -92,16 +107,19 @@ def parse_flags(argv: list[str]) -> list[str]:
             _exit(f"there is no config file {filename!r}{near}")
         sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(filename))))
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except (
         flags.Error
     ) as error:  # a traceback inside a config file comes as text: its last line counts
         _exit(str(error).strip().splitlines()[-1])
     except (KeyError, AttributeError) as error:
         frames = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if frames & {value.split(":")[0] for value in given}:
+        if frames & set(given):
             raise  # a mistake in the config file itself
         _exit("no such field of the config: " + str(error.args[0]).replace("\n", "; "))
+    if len(rest) > 1:
+        _exit(f"what is {rest[1]!r}? Every option begins with --")
+    return rest
 
 
 def _exit(line: str):
@@ -110,16 +128,20 @@ def _exit(line: str):
 
 
 def run(main) -> None:
-    """app.run(main), where a user's mistake ends as one line with status 2, and the rest as a traceback."""
+    """app.run(main), where a user's mistake ends as one line, and the rest as a traceback.
+
+    Exit status 2: the command or its config is wrong; 1: the data, files or the run are; 130: Ctrl-C.
+    """
 
     def guarded(argv):
+        logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
         try:
             main(argv)
+        except KeyboardInterrupt:
+            line, status = "stopped by Ctrl-C; the same command continues", 130
         except USER_ERRORS as error:
-            line, status = (
-                f"error: {error}",
-                2 if isinstance(error, (config.ConfigError, app.UsageError)) else 1,
-            )
+            line = f"error: {error}"
+            status = 2 if isinstance(error, (config.ConfigError, app.UsageError)) else 1
         except Exception:
             if jax.process_count() == 1:
                 raise

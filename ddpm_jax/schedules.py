@@ -35,7 +35,7 @@ class Schedule:
         timesteps = np.array(self.timesteps, np.int32)
         if beta.ndim != 1 or beta.size == 0:
             raise ValueError(f"betas must be a non-empty list of numbers, got shape {beta.shape}")
-        bad = np.flatnonzero(~((beta > 0) & (beta <= 1)))
+        bad = np.flatnonzero(~((1.0 - beta < 1.0) & (beta <= 1)))
         if bad.size:
             raise ValueError(
                 f"every beta must lie in (0, 1], but beta[{bad[0]}] = {beta[bad[0]]:g}"
@@ -177,7 +177,7 @@ def make(
     if num_timesteps is not None and num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
     if name == "betas":
-        if not betas:
+        if betas is None or len(betas) == 0:
             raise ValueError("schedule 'betas' needs the list betas=(…), T numbers in (0, 1]")
         if num_timesteps not in (None, len(betas)):
             raise ValueError(f"num_timesteps is {num_timesteps}, but {len(betas)} betas are given")

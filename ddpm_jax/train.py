@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, make_method
+from ddpm_jax.ddpm import Method, labels_of, make_method, sample_options
 from ddpm_jax.diffusion import to_uint8
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
@@ -34,6 +35,8 @@ FREE_TO_CHANGE = (
     "config.training.checkpoint_every",
     "config.training.checkpoint_minutes",
     "config.training.keep",
+    "config.model.remat",
+    "config.step.accumulate",
     "config.preview.",
 )
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
@@ -92,25 +95,29 @@ def _train(
         if min(num_steps, log_every, checkpoint_every, keep) < 1 or checkpoint_minutes <= 0:
             raise ValueError("num_steps, the intervals and keep must all be positive")
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
+    with config_lib.errors_at("config.seed"):
+        keys = training.make_keys(config.seed)
     dataset = None
     if config.data.image_shape is None:
-        dataset = load_data(config, "train")
+        dataset = load_data(config)
         config.data.image_shape = dataset.image_shape
     method = make_method(config)
     tx, learning_rate = config_lib.call(
         "config.optimizer", training.make_optimizer, config.optimizer, num_steps=num_steps
     )
-    init_key, train_key, preview_key = jax.random.split(jax.random.key(config.seed), 3)
     update = config_lib.call(
         "config.step",
         training.make_update,
         config.step,
-        **{"method": method, "tx": tx, "key": train_key, "axis_name": parallel.AXIS},
+        **{"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS},
     )
-    preview_every, preview = make_preview(config, method, preview_key)
+    preview_every, preview = make_preview(config, method, keys.preview)
+    directory = path("checkpoints")
+    if os.path.isdir(directory):
+        refuse_another_config(config, path("config.json"))
 
     # The data, and a look at them.
-    dataset = dataset or load_data(config, "train")
+    dataset = dataset or load_data(config)
     say(dataset.describe())
     if method.num_classes and dataset.num_classes != method.num_classes:
         raise config_lib.ConfigError(
@@ -118,7 +125,8 @@ def _train(
             f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
         )
     first = dataset.fetch(np.arange(min(len(dataset), 64)))
-    say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
+    if "schedule" in config:
+        say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
     source = functools.partial(
         data.batches,
         dataset,
@@ -128,17 +136,21 @@ def _train(
     )
 
     # The state: new, or from the last checkpoint of this very config.
-    directory = path("checkpoints")
     init_state = functools.partial(training.init_state, method, tx)
     state, step = None, 0
     if os.path.isdir(directory):
-        refuse_another_config(config, path("config.json"))
-        template = jax.eval_shape(init_state, init_key)
+        template = jax.eval_shape(init_state, keys.init)
         state, step = checkpoints.restore(directory, template) or (None, 0)
     if state is None:
-        state = init_state(init_key)
+        state = init_state(keys.init)
     else:
         say(f"resuming at step {step:,}")
+        if config.optimizer.decay != "none" and config_lib.differences(
+            config_lib.load(path("config.json")).training, config.training
+        ).get("config.num_steps"):
+            say(
+                "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
+            )
     state = parallel.place(state)
     if leader:
         config_lib.save(config, path("config.json"))
@@ -164,6 +176,7 @@ def _train(
         rate, values = progress.rate(), training.means(state.metrics)
         text = f"loss {values['loss']:.4f}  gradient norm {values['grad_norm']:.3g}"
         say(progress.line(text))
+        progress.begin()
         if leader:
             row = {"step": step, **values, "learning_rate": float(learning_rate(step - 1))}
             writers.append_metrics(path("metrics.jsonl"), {**row, "images_per_second": rate})
@@ -180,7 +193,7 @@ def _train(
     # has work, and the clock still tells the truth.
     progress = writers.Progress("step", num_steps, step, unit="images", per_count=batch_size)
     sent = collections.deque()
-    started = saved = time.perf_counter()
+    started = saved = spoke = time.perf_counter()
     looked = step > 0
     with (
         stop_signals() as caught,
@@ -197,8 +210,11 @@ def _train(
             if step % log_every == 0 or end:
                 jax.block_until_ready(loss)
                 state = log(state)
-            elif progress.seconds() > HEARTBEAT_SECONDS:
-                say(progress.line(f"loss {float(sent[0]):.4f}"))
+                spoke = time.perf_counter()
+            elif time.perf_counter() - spoke > HEARTBEAT_SECONDS:
+                check_finite(state, directory)
+                say(progress.line())
+                spoke = time.perf_counter()
 
             now = time.perf_counter()
             stop = bool(caught)
@@ -209,27 +225,28 @@ def _train(
                 agree = step % log_every == 0
                 stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
             with progress.pause():
-                early = not looked and now - started > FIRST_PREVIEW_SECONDS
-                if early or step % preview_every == 0 or end:
-                    look(state)
-                    looked = True
                 if due or step % checkpoint_every == 0 or end:
                     check_finite(state, directory)
                     checkpoints.save(directory, state, step=step, keep=keep)
                     saved = time.perf_counter()
+                early = not looked and now - started > FIRST_PREVIEW_SECONDS
+                if not stop and (early or step % preview_every == 0 or end):
+                    look(state)
+                    looked = True
             if stop:
-                say(f"stopped by {caught[0].name} after step {step:,}; the same command continues")
-                raise SystemExit(128 + caught[0])
+                number = caught[0] if caught else signal.SIGTERM  # caught by another process
+                say(f"stopped by {number.name} after step {step:,}; the same command continues")
+                raise SystemExit(128 + number)
     return state
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------
 
 
-def load_data(config, split: str) -> data.Dataset:
-    """The data set of config.data; `flip` is the Method's business."""
+def load_data(config) -> data.Dataset:
+    """The training data of config.data; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
-    return config_lib.call("config.data", data.load, section, split=split)
+    return config_lib.call("config.data", data.load, section, split="train")
 
 
 def describe_schedule(config, second_moment: float) -> str:
@@ -252,14 +269,13 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
     every, count = options.pop("every"), options.pop("num_images")
     if every < 1 or count < 1:
         raise config_lib.ConfigError("config.preview: every and num_images must be at least 1")
-    given = ("params", "key", "index", "label")
-    options = config_lib.arguments("config.preview", method.sample, options, given)
+    options = sample_options("config.preview", method, options)
     index = np.arange(count)
     draw = parallel.map_examples(lambda *a: to_uint8(method.sample(*a, **options)))
 
     def preview(state, step):
         rows = [
-            (f"step {step:,}, {name}", draw(params, key, index, index % max(method.num_classes, 1)))
+            (f"step {step:,}, {name}", draw(params, key, index, labels_of(method, index)))
             for name, params in (("raw", state.params), ("EMA", state.ema_params))
         ]
         return rows, min(count, 8)
@@ -270,6 +286,8 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
 def refuse_another_config(config, path: str) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
 
+    An image_shape of None was filled in from the data, and stands for what is saved.
+
     Raises:
       ConfigError: names the fields, what is saved and what was given.
     """
@@ -277,6 +295,7 @@ def refuse_another_config(config, path: str) -> None:
         f"{field} is {saved!r} there and {given!r} here"
         for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
         if not field.startswith(FREE_TO_CHANGE)
+        and not (field == "config.data.image_shape" and given is None)
     ]
     if changed:
         raise config_lib.ConfigError(
@@ -297,8 +316,8 @@ def check_finite(state: training.TrainState, directory: str) -> None:
         saved = "no checkpoint was saved yet" if good is None else f"the last is step {good:,}"
         raise TrainingError(
             f"the loss or its gradient is not finite at step {bad_step:,}; no checkpoint holds it"
-            f" ({saved}). Try a lower config.optimizer.learning_rate, a longer warmup_steps, or"
-            " config.model.dtype=float32"
+            f" ({saved}). Begin anew, in another --workdir, with a lower config.optimizer.learning_rate"
+            " or longer warmup_steps"
         )
 
 
@@ -311,19 +330,26 @@ def out_of_memory_advice():
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            "the device is out of memory. Try, in this order: --config.model.dtype=bfloat16,"
-            " --config.model.remat=True, --config.step.accumulate=2, a smaller"
-            f" --config.training.batch_size ({str(error).splitlines()[0][:200]})"
+            "the device is out of memory. Try, in this order: --config.step.accumulate=2,"
+            " --config.model.remat=True, which a run may change as it continues; for a new run also"
+            " --config.model.dtype=bfloat16 or a smaller --config.training.batch_size"
+            f" ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collects SIGTERM and SIGINT in a list; a second Ctrl-C ends the program at once."""
+    """Collects SIGTERM and SIGINT in a list; a second Ctrl-C ends the program at once.
+
+    Only a main thread can; elsewhere, as in some notebooks, nothing is caught.
+    """
     caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def handle(number, frame):
-        if caught:
+        if number == signal.SIGINT and signal.SIGINT in caught:
             signal.default_int_handler(number, frame)
         caught.append(signal.Signals(number))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax.config import nearest
+from ddpm_jax.config import check_choice
 
 NEVER = np.int32(2**31 - 1)
 STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
@@ -34,13 +34,6 @@ class TrainState(flax.struct.PyTreeNode):
     metrics: Metrics  # since the last log line; here, so that a resumed run writes the same lines
 
 
-def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"unknown {field} {value!r}{nearest(value, allowed)} (choose from {', '.join(allowed)})"
-        )
-
-
 def make_optimizer(
     *,
     num_steps: int,
@@ -59,13 +52,13 @@ def make_optimizer(
       num_steps: length of the run, where the cosine ends.
       warmup_steps: steps of linear warm-up from 0 at step 0.
       decay: "none", or "cosine" down to 0 after the warm-up.
-      weight_decay: decoupled, for "adamw".
+      weight_decay: decoupled, for "adamw"; of all parameters, biases and norms included.
 
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    _check_choice("name", name, ("adam", "adamw"))
-    _check_choice("decay", decay, ("none", "cosine"))
+    check_choice("name", name, ("adam", "adamw"))
+    check_choice("decay", decay, ("none", "cosine"))
     if not learning_rate > 0 or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
         raise ValueError(
             "learning_rate and eps must be positive, warmup_steps at least 0, b1 and b2 in [0, 1); got"
@@ -84,6 +77,26 @@ def make_optimizer(
     if name == "adamw":
         return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay), schedule
     return optax.adam(schedule, b1, b2, eps), schedule
+
+
+class Keys(NamedTuple):
+    """The random streams of a seed. Sampling has its own: image i of a seed is no training noise."""
+
+    init: jax.Array
+    train: jax.Array
+    preview: jax.Array
+    sample: jax.Array
+
+
+def make_keys(seed: int) -> Keys:
+    """The streams of a seed in 0 … 2³² − 1 (larger ones would repeat).
+
+    Raises:
+      ValueError: the seed is outside.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {seed}")
+    return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
 
 
 def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
@@ -141,7 +154,7 @@ def make_update(
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    _check_choice("clip", clip, ("global", "per_replica", "none"))
+    check_choice("clip", clip, ("global", "per_replica", "none"))
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
     if accumulate < 1 or not max_grad_norm > 0:

@@ -121,8 +121,8 @@ def upsample_convolve(x, kernel):
     outputs = kernel.shape[-1]
     fold = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, row, tap]
     fold = jnp.asarray(fold, kernel.dtype)
-    phases = jnp.einsum("pky,qlx,yxio->klipqo", fold, fold, kernel)
-    y = convolve_padded(x, phases.reshape(2, 2, inputs, 4 * outputs))
+    phases = jnp.einsum("pky,qlx,yxio->klipqo", fold, fold, kernel)  # float32, then x's type
+    y = convolve_padded(x, phases.reshape(2, 2, inputs, 4 * outputs).astype(x.dtype))
     y = y.reshape(b, h + 1, w + 1, 2, 2, outputs)
     rows = [
         jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], axis=3) for p in range(2)
@@ -149,7 +149,9 @@ class Conv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", variance_scaling(self.scale), shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
+        if not self.upsample or self.plain:
+            kernel = kernel.astype(self.dtype)
         if self.upsample and self.plain:
             b, h, w, c = x.shape
             y = convolve(jax.image.resize(x, (b, 2 * h, 2 * w, c), "nearest"), kernel, "SAME")
@@ -223,7 +225,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array
     position = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:]))
     seeded = position[None, :] + _hash(words[:, :1] ^ _hash(jnp.uint32(layer + 1)))
     bits = _hash(_hash(seeded) ^ words[:, -1:]).reshape(x.shape)
-    return jnp.where(bits >= np.uint32(round(rate * 2**32)), x / (1 - rate), 0.0)
+    return jnp.where(bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1)), x / (1 - rate), 0.0)
 
 
 def _hash(x):

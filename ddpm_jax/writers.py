@@ -49,10 +49,15 @@ def append_metrics(path: str, row: dict) -> None:
 def rewind_metrics(path: str, step: int) -> None:
     """Drops the lines after `step`, which a run resumed there will write again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
+    save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_text(path: str, text: str) -> None:
+    """A text file, written in one piece."""
 
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(text)
 
     _replace(path, write)
 
@@ -192,18 +197,14 @@ class Progress:
         self._start += away
         self._last_time += away
 
-    def seconds(self) -> float:
-        """Since the last line, pauses left out."""
-        return time.perf_counter() - self._last_time
-
     def rate(self) -> float:
-        """Units a second since the last line."""
-        return (self.done - self._last) * self._per_count / max(self.seconds(), 1e-9)
+        """Units a second in this span, pauses left out."""
+        seconds = time.perf_counter() - self._last_time
+        return (self.done - self._last) * self._per_count / max(seconds, 1e-9)
 
     def line(self, text: str = "") -> str:
-        """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left; begins a new span for `rate`."""
-        now = time.perf_counter()
-        each = (now - self._start) / max(self.done - self._first, 1)
+        """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""
+        each = (time.perf_counter() - self._start) / max(self.done - self._first, 1)
         parts = [
             f"{self._what} {self.done:,}/{self._total:,}",
             f"{100 * self.done // max(self._total, 1)} %",
@@ -211,8 +212,11 @@ class Progress:
             f"{self.rate():.4g} {self._unit}/s",
             f"{duration((self._total - self.done) * each)} left",
         ]
-        self._last, self._last_time = self.done, now
         return "  ".join(part for part in parts if part)
+
+    def begin(self) -> None:
+        """Begins a new span for `rate`."""
+        self._last, self._last_time = self.done, time.perf_counter()
 
 
 def duration(seconds: float) -> str:

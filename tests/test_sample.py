@@ -28,7 +28,7 @@ def test_images_depend_on_seed_and_index_alone(workdir, tmp_path):
 
     whole = draw("a", num_samples=10)
     assert whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
-    assert (tmp_path / "a.png").exists() and not list(tmp_path.glob("*.partial*"))
+    assert (tmp_path / "a.png").exists() and not list(tmp_path.glob("*.partial"))
     np.testing.assert_array_equal(draw("b", num_samples=10, batch_size=3), whole)
     np.testing.assert_array_equal(draw("c", num_samples=4), whole[:4])
     assert (draw("d", num_samples=10, seed=1) != whole).any(axis=(1, 2, 3)).all()
@@ -47,7 +47,7 @@ def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, mo
     def killed_after_two(self, new):
         append(self, new)
         if self.count >= 8:
-            with open(f"{out}.partial", "ab") as file:
+            with open(f"{out}.partial/images", "ab") as file:
                 file.write(b"half an image")
             raise Killed
 
@@ -69,9 +69,11 @@ def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
     few = images(sample.sample(workdir, num_samples=3, out=out))
     more = images(sample.sample(workdir, num_samples=9, out=out))
     np.testing.assert_array_equal(more[:3], few)
+    np.testing.assert_array_equal(images(sample.sample(workdir, num_samples=2, out=out)), more)
     with np.load(out) as file:
         recipe = json.loads(str(file["recipe"]))
-    assert recipe["step"] == 3 and recipe["weights"] == "ema" and recipe["clip_x0"] is True
+    assert recipe["step"] == 3 and recipe["weights"] == "ema" and recipe["spread"] == 0.1
+    assert len(recipe["weights_sha256"]) == 64
 
 
 def test_another_recipe_does_not_overwrite(workdir, tmp_path):
