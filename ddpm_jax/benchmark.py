@@ -103,11 +103,8 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
 
     bare_forward = parallel.map_shards(functools.partial(forward, unet))
     bare_gradient = parallel.map_shards(functools.partial(gradient, unet))
-    chain = parallel.map_shards(
-        lambda tree, examples: method.sample(
-            *tree, *examples, steps=str(min(CHAIN_STEPS, len(schedule)))
-        )
-    )
+    sample = method.make_sample(steps=str(min(CHAIN_STEPS, len(schedule))))
+    chain = parallel.map_shards(lambda tree, examples: sample(*tree, *examples))
     calls = {
         "train": train_step,
         "gradient": lambda: bare_gradient(params, (x, t, label, keys)),

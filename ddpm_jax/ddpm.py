@@ -37,15 +37,17 @@ class Method(NamedTuple):
       init: (key) -> params.
       loss: (params, key, batch) -> (loss [B], metrics), for training: with dropout and flips. metrics is
         {name: (values [B], weights [B])}; a weight of 0 leaves the example out of that mean.
-      sample: (params, key, index int32 [B], label int32 [B], **options) -> x float32 [B, H, W, C] in
-        [−1, 1] or beyond; the options are the method's own and static.
+      metric_names: the keys of those metrics.
+      make_sample: (**options) -> sample, with sample(params, key, index int32 [B], label int32 [B]) ->
+        x float32 [B, H, W, C] in [−1, 1] or beyond. The options are the method's own, checked here.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
     init: Callable
     loss: Callable
-    sample: Callable
+    metric_names: tuple[str, ...]
+    make_sample: Callable
 
 
 def fold_in_each(key, index):
@@ -117,6 +119,8 @@ def diffusion_method(
     config_lib.check_choice("loss", loss, ("simple", "variational"))
     diffusion.check_invertible(schedule, prediction)
 
+    metric_names = tuple(f"loss_t{quarter}" for quarter in (1, 2, 3, 4))
+
     def denoiser(params, label, dropout_keys=None):
         label = label if unet.num_classes else None
 
@@ -145,13 +149,9 @@ def diffusion_method(
                 schedule, denoise_fn, x_0, t, eps, prediction=prediction, variance=variance
             )
         quarter = 4 * t // len(schedule)
-        return values, {f"loss_t{q + 1}": (values, quarter == q) for q in range(4)}
+        return values, {name: (values, quarter == q) for q, name in enumerate(metric_names)}
 
-    def sample(
-        params,
-        key,
-        index,
-        label,
+    def make_sample(
         *,
         sampler: str = "ancestral",
         steps=None,
@@ -161,18 +161,23 @@ def diffusion_method(
         """sampler: "ancestral" or "ddim"; steps: see `schedules.subsequence`, None for all T."""
         config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
         config_lib.check_choice("variance", variance, diffusion.VARIANCES)
-        keys = fold_in_each(key, index)
-        x_T = samplers.prior(keys, image_shape)
         chain = schedule
         if steps is not None:
             chain = schedules.respace(schedule, schedules.subsequence(steps, len(schedule)))
-        if sampler == "ddim":
-            return samplers.ddim(chain, denoiser(params, label), x_T, clip_x0=clip_x0)
-        return samplers.ancestral(
-            chain, denoiser(params, label), x_T, keys, variance=variance, clip_x0=clip_x0
-        )
 
-    return Method(image_shape, unet.num_classes, init=init, loss=loss_fn, sample=sample)
+        def sample(params, key, index, label):
+            keys = fold_in_each(key, index)
+            x_T = samplers.prior(keys, image_shape)
+            denoise_fn = denoiser(params, label)
+            if sampler == "ddim":
+                return samplers.ddim(chain, denoise_fn, x_T, clip_x0=clip_x0)
+            return samplers.ancestral(
+                chain, denoise_fn, x_T, keys, variance=variance, clip_x0=clip_x0
+            )
+
+        return sample
+
+    return Method(image_shape, unet.num_classes, init, loss_fn, metric_names, make_sample)
 
 
 def make_method(config) -> Method:
@@ -200,22 +205,10 @@ def make_method(config) -> Method:
     return module.make(config)
 
 
-def sample_options(path: str, method: Method, options: dict) -> dict:
-    """The options of `method.sample`, its defaults filled in, checked by tracing it once.
-
-    Raises:
-      ConfigError: an option that the method does not have, of a wrong type, or impossible.
-    """
-    given = ("params", "key", "index", "label")
-    options = config_lib.arguments(path, method.sample, options, given)
-    key = jax.random.key(0)
-    example = jax.ShapeDtypeStruct((1,), np.int32)
-    with config_lib.errors_at(path):
-        params = jax.eval_shape(method.init, key)
-        jax.eval_shape(lambda *args: method.sample(*args, **options), params, key, example, example)
-    parameters = inspect.signature(method.sample).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return defaults | options
+def all_options(function: Callable, options: dict) -> dict:
+    """The options with the defaults of a `make_sample` filled in: what moves its samples."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters} | options
 
 
 def labels_of(method: Method, index: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, diffusion, parallel, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import labels_of, make_method, sample_options
+from ddpm_jax.ddpm import all_options, labels_of, make_method
 
 GRID_LIMIT = 100  # images in the .png
 
@@ -73,7 +73,7 @@ def sample(
       batch_size: images at a time; it changes memory and speed, and an image by rounding at most.
       out: the .npz to write; None names it after step, weights, seed and options, in workdir/samples.
         Images that it already has by the same recipe are kept, and only further ones are drawn.
-      options: of the Method's `sample`, such as variance="fixed_small"; None leaves the config's.
+      options: of the Method's `make_sample`, such as variance="fixed_small"; None leaves the config's.
 
     Returns:
       the path of the .npz.
@@ -86,7 +86,7 @@ def sample(
         key = training.make_keys(seed).sample
     _, method, params, step = load_run(workdir, weights)
     chosen = {name: value for name, value in options.items() if value is not None}
-    options = sample_options("sampling", method, chosen)
+    draw = config_lib.call("sampling", method.make_sample, chosen)
     name = [f"step_{step:08d}", weights, f"seed{seed}"]
     name += [f"{option}_{value}" for option, value in sorted(chosen.items())]
     out = os.path.abspath(out or os.path.join(workdir, "samples", f"{'_'.join(name)}.npz"))
@@ -98,19 +98,19 @@ def sample(
         "weights": weights,
         "weights_sha256": _sha256(params),
     }
-    recipe |= {"seed": seed, **options}
+    recipe |= {"seed": seed, **all_options(method.make_sample, chosen)}
 
     folder = f"{out}.partial"
     with checkpoints.lock(folder):
         growing = _GrowingFile(out, folder, recipe, method.image_shape)
         print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
-        draw = parallel.map_examples(lambda *a: diffusion.to_uint8(method.sample(*a, **options)))
+        mapped = parallel.map_examples(lambda *args: diffusion.to_uint8(draw(*args)))
         params = parallel.place(params)
         num_samples = max(num_samples, growing.count)
         progress = writers.Progress("image", num_samples, growing.count, unit="images")
         while growing.count < num_samples:
             index = growing.count + np.arange(min(batch_size, num_samples))
-            images = draw(params, key, index, labels_of(method, index))
+            images = mapped(params, key, index, labels_of(method, index))
             growing.append(images[: num_samples - growing.count])
             progress.done = growing.count
             print(progress.line(), flush=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, labels_of, make_method, sample_options
+from ddpm_jax.ddpm import Method, labels_of, make_method
 from ddpm_jax.diffusion import to_uint8
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
@@ -269,9 +269,9 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
     every, count = options.pop("every"), options.pop("num_images")
     if every < 1 or count < 1:
         raise config_lib.ConfigError("config.preview: every and num_images must be at least 1")
-    options = sample_options("config.preview", method, options)
+    sample = config_lib.call("config.preview", method.make_sample, options)
     index = np.arange(count)
-    draw = parallel.map_examples(lambda *a: to_uint8(method.sample(*a, **options)))
+    draw = parallel.map_examples(lambda *args: to_uint8(sample(*args)))
 
     def preview(state, step):
         rows = [

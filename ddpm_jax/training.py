@@ -226,16 +226,8 @@ def _sums(loss, metrics) -> dict[str, jax.Array]:
 
 def no_metrics(method) -> Metrics:
     """The neutral element of `merge`, with the names that a step of this method reports."""
-    key = jax.random.key(0)
-    params = jax.eval_shape(method.init, key)
-    batch = {
-        "image": jax.ShapeDtypeStruct((1, *method.image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct((1,), np.int32),
-        "index": jax.ShapeDtypeStruct((1,), np.int32),
-    }
-    sums = jax.eval_shape(lambda *args: _sums(*method.loss(*args)), params, key, batch)
-    zeros = {name: jnp.zeros(2, jnp.float32) for name in (*sums, *STEP_METRICS)}
-    return Metrics(zeros, jnp.asarray(NEVER))
+    names = ("loss", *method.metric_names, *STEP_METRICS)
+    return Metrics({name: jnp.zeros(2, jnp.float32) for name in names}, jnp.asarray(NEVER))
 
 
 def clear(metrics: Metrics) -> Metrics:

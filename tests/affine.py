@@ -33,8 +33,11 @@ def make(config):
             "never": (values, dark & ~dark),
         }
 
-    def sample(params, key, index, label, *, spread: float = 0.1):
-        ramp = jnp.linspace(-1.0, 1.0, shape[0] * shape[1]).reshape(1, shape[0], shape[1], 1)
-        return level(params) + spread * (_noise(key, index) + ramp)
+    def make_sample(*, spread: float = 0.1):
+        def sample(params, key, index, label):
+            ramp = jnp.linspace(-1.0, 1.0, shape[0] * shape[1]).reshape(1, shape[0], shape[1], 1)
+            return level(params) + spread * (_noise(key, index) + ramp)
 
-    return Method(shape, 0, init, loss, sample)
+        return sample
+
+    return Method(shape, 0, init, loss, ("dark", "never"), make_sample)

@@ -131,7 +131,7 @@ def test_a_tiny_batch_is_overfitted():
     assert np.mean(losses[-50:]) < 0.35 * np.mean(losses[:5])
     # Two images were shown: ancestral samples lie close to one or the other, pure noise does not.
     keys = (jax.random.key(3), np.arange(8), np.zeros(8, np.int32))
-    x = jax.jit(method.sample)(state.ema_params, *keys)
+    x = jax.jit(method.make_sample())(state.ema_params, *keys)
     seen = np.asarray(batch["image"][:2] / 127.5 - 1)
     distance = np.sqrt(np.mean((np.asarray(x)[:, None] - seen[None]) ** 2, axis=(2, 3, 4)))
     apart = np.sqrt(np.mean((seen[0] - seen[1]) ** 2))
@@ -142,7 +142,7 @@ def test_a_tiny_batch_is_overfitted():
 def test_samples_depend_on_their_index_alone(sampler):
     method = ddpm.make_method(make_config(model__num_classes=3))
     params = far_from_zero(method.init(KEY))
-    draw = jax.jit(functools.partial(method.sample, sampler=sampler, steps="5"))
+    draw = jax.jit(method.make_sample(sampler=sampler, steps="5"))
     index, label = np.arange(6), np.arange(6) % 3
     whole = draw(params, KEY, index, label)
     part = draw(params, KEY, index[2:5], label[2:5])

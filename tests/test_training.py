@@ -187,7 +187,7 @@ def test_batches_must_divide_over_devices_and_parts():
 
 def test_examples_are_the_same_for_any_number_of_them():
     params = parallel.place(METHOD.init(jax.random.key(0)))
-    draw = parallel.map_examples(METHOD.sample)
+    draw = parallel.map_examples(METHOD.make_sample())
     whole = draw(params, KEY, np.arange(7), np.zeros(7))
     part = draw(params, KEY, np.arange(5, 7), np.zeros(2))
     assert whole.shape == (7, 2, 2, 3)
