@@ -25,7 +25,7 @@ from absl import app, flags
 from ddpm_jax import config as config_lib
 from ddpm_jax import ddpm, main, parallel, training
 
-CHAIN_STEPS = 20  # of the reverse chain that is timed; they all cost the same
+CHAIN_STEPS = 10  # of the reverse chain that is timed; they all cost the same
 
 
 def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[str, float]:
@@ -34,7 +34,7 @@ def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[s
         jax.block_until_ready(call())
     times = {name: [] for name in calls}
     begin, rounds = time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - begin < at_least:
+    while rounds < 3 or time.perf_counter() - begin < at_least:
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())

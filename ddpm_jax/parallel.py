@@ -7,6 +7,7 @@ mapped function unbatched. Batches are cut along their first axis by `shard`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import glob
 import hashlib
 import importlib.metadata
@@ -72,7 +73,11 @@ def compile_step(step: Callable, state, batch):
       a `jax.stages.Compiled`: callable, with `memory_analysis()` and `cost_analysis()` of one device.
     """
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
-    return mapped.lower(state, batch).compile()
+    gc.disable()  # tracing makes millions of objects that live on: 4.3 s instead of 5.5 for CIFAR-10
+    try:
+        return mapped.lower(state, batch).compile()
+    finally:
+        gc.enable()
 
 
 def memory(compiled) -> int:
