@@ -233,4 +233,6 @@ def duration(seconds: float) -> str:
 
 def memory(size: float) -> str:
     """Bytes as MiB or GiB."""
+    if size != size:
+        return "an unknown amount of memory"
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
