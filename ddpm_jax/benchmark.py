@@ -58,7 +58,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
     schedule, unet = ddpm.make_parts(config)
     method = ddpm.make_method(config)
-    tx, _ = training.make_optimizer(num_steps=config.training.num_steps, **config.optimizer)
+    tx, _ = training.optimizer_of(config)
     key = jax.random.key(config.seed)
     update = training.make_update(method, tx, key, axis_name=parallel.AXIS, **config.step)
 

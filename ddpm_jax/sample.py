@@ -40,12 +40,7 @@ def load_run(workdir: str, weights: str = "ema"):
     """
     config = config_lib.load(os.path.join(workdir, "config.json"))
     method = make_method(config)
-    tx, _ = config_lib.call(
-        "config.optimizer",
-        training.make_optimizer,
-        config.optimizer,
-        num_steps=config.training.num_steps,
-    )
+    tx, _ = training.optimizer_of(config)
     template = jax.eval_shape(lambda key: training.init_state(method, tx, key), jax.random.key(0))
     restored = checkpoints.restore(os.path.join(workdir, "checkpoints"), template)
     if restored is None:

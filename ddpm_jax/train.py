@@ -61,6 +61,7 @@ def train(config, workdir: str) -> training.TrainState:
     """
     given = ("config", "workdir", "say")
     loop = config_lib.arguments("config.training", _train, config.training, given)
+    config = config.copy_and_resolve_references()  # the caller's own is left as it is
     workdir = os.path.abspath(workdir)
     os.makedirs(workdir, exist_ok=True)
     if jax.process_index() > 0:
@@ -102,15 +103,9 @@ def _train(
         dataset = load_data(config)
         config.data.image_shape = dataset.image_shape
     method = make_method(config)
-    tx, learning_rate = config_lib.call(
-        "config.optimizer", training.make_optimizer, config.optimizer, num_steps=num_steps
-    )
-    update = config_lib.call(
-        "config.step",
-        training.make_update,
-        config.step,
-        **{"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS},
-    )
+    tx, learning_rate = training.optimizer_of(config)
+    given = {"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS}
+    update = config_lib.call("config.step", training.make_update, config.step, **given)
     preview_every, preview = make_preview(config, method, keys.preview)
     directory = path("checkpoints")
     if os.path.isdir(directory):
@@ -219,9 +214,8 @@ def _train(
             now = time.perf_counter()
             stop = bool(caught)
             due = stop or now - saved > 60 * checkpoint_minutes
-            if (
-                jax.process_count() > 1
-            ):  # processes must save together: they ask each other now and then
+            if jax.process_count() > 1:
+                # They must save together, so they ask each other, at steps that all of them know.
                 agree = step % log_every == 0
                 stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
             with progress.pause():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax.config import check_choice
+from ddpm_jax import config as config_lib
 
 NEVER = np.int32(2**31 - 1)
 STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
@@ -57,8 +57,8 @@ def make_optimizer(
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    check_choice("name", name, ("adam", "adamw"))
-    check_choice("decay", decay, ("none", "cosine"))
+    config_lib.check_choice("name", name, ("adam", "adamw"))
+    config_lib.check_choice("decay", decay, ("none", "cosine"))
     if not learning_rate > 0 or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
         raise ValueError(
             "learning_rate and eps must be positive, warmup_steps at least 0, b1 and b2 in [0, 1); got"
@@ -77,6 +77,14 @@ def make_optimizer(
     if name == "adamw":
         return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay), schedule
     return optax.adam(schedule, b1, b2, eps), schedule
+
+
+def optimizer_of(config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """`make_optimizer` of a config's section optimizer, for a run of its training.num_steps."""
+    num_steps = config.training.num_steps
+    return config_lib.call(
+        "config.optimizer", make_optimizer, config.optimizer, num_steps=num_steps
+    )
 
 
 class Keys(NamedTuple):
@@ -154,7 +162,7 @@ def make_update(
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    check_choice("clip", clip, ("global", "per_replica", "none"))
+    config_lib.check_choice("clip", clip, ("global", "per_replica", "none"))
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
     if accumulate < 1 or not max_grad_norm > 0:

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import config as config_lib
 from ddpm_jax import training
 from ddpm_jax.ddpm import make_method
 
@@ -34,12 +33,7 @@ TRACES = {}
 
 def trace_step(config):
     method = make_method(config)
-    tx, _ = config_lib.call(
-        "config.optimizer",
-        training.make_optimizer,
-        config.optimizer,
-        num_steps=config.training.num_steps,
-    )
+    tx, _ = training.optimizer_of(config)
     key, n = jax.random.key(0), config.training.batch_size
     state = jax.eval_shape(lambda key: training.init_state(method, tx, key), key)
     batch = {
