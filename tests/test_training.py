@@ -192,3 +192,20 @@ def test_examples_are_the_same_for_any_number_of_them():
     part = draw(params, KEY, np.arange(5, 7), np.zeros(2))
     assert whole.shape == (7, 2, 2, 3)
     np.testing.assert_allclose(part, whole[5:], rtol=1e-6)
+
+
+def test_compiled_programs_are_kept_by_version_and_processor(monkeypatch, tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        parallel.enable_compilation_cache()
+        folder = jax.config.jax_compilation_cache_dir
+        assert folder.startswith(f"{tmp_path}/ddpm_jax/jaxlib-{jax.lib.__version__}-")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        parallel.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
