@@ -55,6 +55,12 @@ def fold_in_each(key, index):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
+def mirror_at_random(keys, images):
+    """Mirrors each image [B, H, W, C] left to right with probability ½; keys [B]."""
+    mirror = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+
+
 def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     """The Schedule and the network of a config, checked against its data.image_shape."""
     if config.data.image_shape is None:
@@ -137,8 +143,7 @@ def diffusion_method(
         t_keys, eps_keys, dropout_keys, flip_keys = keys[:, 0], keys[:, 1], keys[:, 2], keys[:, 3]
         x_0 = diffusion.from_uint8(batch["image"])
         if flip:
-            mirror = jax.vmap(jax.random.bernoulli)(flip_keys)
-            x_0 = jnp.where(mirror[:, None, None, None], x_0[:, :, ::-1], x_0)
+            x_0 = mirror_at_random(flip_keys, x_0)
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(schedule)))(t_keys)
         eps = jax.vmap(lambda key: jax.random.normal(key, image_shape))(eps_keys)
         denoise_fn = denoiser(params, batch["label"], dropout_keys)

@@ -21,7 +21,7 @@ def get_config(name, variant=""):
 def trace(config):
     """eval_shape of the whole training step; once for configs that build the same one."""
     parts = {k: config[k] for k in ("model", "schedule", "diffusion", "optimizer", "step")}
-    more = (config.method, config.data.image_shape, config.data.flip, config.training.batch_size)
+    more = (config.method, config.data.image_shape, config.training.batch_size)
     key = repr((parts, more))
     if key not in TRACES:
         TRACES[key] = trace_step(config)

@@ -158,11 +158,11 @@ def test_group_norm(mean):
             part = (part - part.mean()) / np.sqrt(part.var() + 1e-6)
             expected[image, :, :, 2 * group : 2 * group + 2] = part
     params = {"scale": jnp.asarray(gamma, jnp.float32), "bias": jnp.asarray(beta, jnp.float32)}
-    actual = unet_lib.GroupNorm().apply({"params": params}, x)
+    actual = unet_lib.GroupNorm(32).apply({"params": params}, x)
     np.testing.assert_allclose(actual, expected * gamma + beta, atol=1e-3 if mean else 1e-5)
 
     scale, shift = rng.normal(size=(2, 2, 64)).astype(np.float32)
-    conditioned = unet_lib.GroupNorm().apply({"params": params}, x, scale, shift)
+    conditioned = unet_lib.GroupNorm(32).apply({"params": params}, x, scale, shift)
     by_hand = actual * (1 + scale[:, None, None]) + shift[:, None, None]
     np.testing.assert_allclose(conditioned, by_hand, rtol=1e-3, atol=1e-3)
 
@@ -174,13 +174,13 @@ def test_groups_divide_the_channels():
 @pytest.mark.parametrize("heads", [1, 2])
 def test_attention(heads):
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    layer = unet_lib.Attention(heads, "float32", plain=False)
+    layer = unet_lib.Attention(heads, "float32", num_groups=4, plain=False)
     params = jax.tree.map(
         lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape),
         layer.init(jax.random.key(0), x)["params"],
     )
     actual = layer.apply({"params": params}, x)
-    normed = nn.GroupNorm(8, epsilon=1e-6).apply({"params": params["norm"]}, x)
+    normed = nn.GroupNorm(4, epsilon=1e-6).apply({"params": params["norm"]}, x)
     normed = np.asarray(normed, np.float64).reshape(2, 6, 8)
     q, k, v = (
         normed @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
