@@ -16,6 +16,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.model.channels = 8
     config.model.num_groups = 2
     config.model.num_res_blocks = 1
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 5
     config.training.num_steps = 20
     config.training.batch_size = 8
