@@ -2,7 +2,7 @@
 
     python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
 
-TO BE MEASURED
+Measured on two cores of an AMD EPYC server, jax 0.10.2, from the command to the end: MEASURED
 """
 
 from configs import cifar10, variants
@@ -27,7 +27,7 @@ def get_config(variant: str = ""):
     config.step.ema_decay = 0.999
     config.step.ema_warmup = True
 
-    config.training.num_steps = 3000
+    config.training.num_steps = 2000
     config.training.batch_size = 32
     config.training.log_every = 100
     config.training.checkpoint_every = 1000

@@ -4,6 +4,13 @@
     python -m ddpm_jax.main --config=configs/fashion_mnist.py:cpu      two CPU cores
 
 The archives are downloaded to data/fashion_mnist, 31 MB, or found there.
+
+Measured, `:cpu`, on two cores of an AMD EPYC server shared with other work, jax 0.10.2: 4000 steps of 32
+images in 64 minutes, 34 images/s in the median of the log lines and 50 in the best (at which the run takes
+43 minutes); compiled in 31 s; L_simple 0.041 over the last 500 steps, by quarters of t 0.131, 0.025, 0.005,
+0.001. Most of the images drawn by DDIM in 50 steps are plain shirts, trousers, dresses, shoes and bags; about
+one in four breaks up into a mottled texture.
+Measured, the full config: not run (no accelerator at hand).
 """
 
 from configs import cifar10, variants

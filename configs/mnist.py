@@ -5,7 +5,8 @@
 The archives are downloaded to data/mnist, 12 MB, or found there. Hyper-parameters after configs/cifar10.py
 with half the channels and three levels (28, 14, 7).
 
-Measured: not run (no accelerator at hand); `:cpu` is measured in configs/fashion_mnist.py.
+Measured: not run (no accelerator at hand). `:cpu` is the same network and run as that of
+configs/fashion_mnist.py, whose numbers stand there.
 """
 
 from configs import fashion_mnist, variants
