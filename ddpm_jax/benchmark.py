@@ -144,11 +144,12 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "forward_gflop_per_image": forward_flops / 1e9,
         "train_gflop_per_second": flops * batch_size / seconds["train"] / 1e9,
         "step_memory_mib": parallel.memory(step) / 2**20,
-        "peak_device_memory_mib": stats.get("peak_bytes_in_use", float("nan")) / 2**20,
         "peak_host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         "train_step_over_bare_gradient": seconds["train"] / seconds["gradient"],
         "chain_step_over_bare_forward": chain_step / seconds["forward"],
     }
+    if "peak_bytes_in_use" in stats:  # a CPU has no such count
+        result["peak_device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
     if plain:
         result["plain_gradient_over_gradient"] = versus["plain_gradient"] / versus["gradient"]
         result["plain_forward_over_forward"] = versus["plain_forward"] / versus["forward"]
