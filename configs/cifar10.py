@@ -50,8 +50,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.diffusion = ConfigDict()
     config.diffusion.prediction = "eps"  # or "x_0", "mean", "v"
-    config.diffusion.variance = "fixed_large"  # or "fixed_small"
-    config.diffusion.loss = "simple"  # or "variational"
+    config.diffusion.variance = "fixed_large"  # or "fixed_small", "learned", "learned_range"
+    config.diffusion.loss = "simple"  # or "vlb"; "hybrid" with a learned variance
+    config.diffusion.t_sampling = "uniform"  # or "antithetic", "importance"
+    config.diffusion.min_snr_gamma = placeholder(float)  # None: L_simple as it is
     config.diffusion.clip_x0 = True
 
     config.optimizer = ConfigDict()

@@ -25,7 +25,8 @@ import numpy as np
 from ddpm_jax.schedules import Schedule
 
 PREDICTIONS = ("eps", "x_0", "mean", "v")
-VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "analytic")
+LEARNED = ("learned", "learned_range")  # a second half of the network's channels says them
 
 
 def from_uint8(images):
@@ -63,6 +64,11 @@ def q_sample(schedule: Schedule, x_0, t, eps):
         at(np.sqrt(schedule.alpha_bar), t, x_0) * x_0
         + at(np.sqrt(1.0 - schedule.alpha_bar), t, x_0) * eps
     )
+
+
+def noise(keys, t, image_shape):
+    """N(0, I) from each example's key and the time t, which is the same for all: [B, H, W, C]."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), image_shape))(keys)
 
 
 # ---- posterior and reverse variances ---------------------------------------------------------------
@@ -106,7 +112,45 @@ def reverse_log_variance(schedule: Schedule, variance: str) -> np.ndarray:
         return small
     if variance == "fixed_large":
         return np.append(small[0], np.log(schedule.beta[1:]))
-    raise ValueError(f"unknown variance {variance!r}; choose from {', '.join(VARIANCES)}")
+    raise ValueError(f"variance {variance!r} is no table: only fixed_small and fixed_large are")
+
+
+def analytic_log_variance(schedule: Schedule, x_0_error) -> np.ndarray:
+    """log σ_t² that minimises the bound for the mean that a network has: float64 [S].
+
+    σ_t² = β̃_t + (√ᾱ_{t−1} β_t/(1 − ᾱ_t))² E‖x_0 − x̂_0(x_t, t)‖²/d. For a perfect network the error is
+    (1 − ᾱ_t)/ᾱ_t · (1 − E‖ε̂‖²/d), and this is Bao et al. 2022 (Analytic-DPM), Theorem 1; for a trained
+    one the measured error is what the bound itself contains.
+
+    Args:
+      x_0_error: [S], the mean squared error of x̂_0 for each pixel, as `likelihood.bound` measures it.
+    """
+    of_x_0, _ = posterior_mean_coefficients(schedule)
+    variance = posterior_variance(schedule) + of_x_0**2 * np.asarray(x_0_error, np.float64)
+    return np.log(np.maximum(variance, 1e-20))  # a first step without any error would have none
+
+
+def model_log_variance(schedule: Schedule, variance, denoised: Denoised, x_t, t):
+    """log σ_t² of p(x_{t−1} | x_t), to be broadcast over the images `x_t`.
+
+    "learned" is what the network says; "learned_range" moves in log β̃_t … log β_t as it says −1 … 1,
+    Nichol & Dhariwal (15). Both ends are those of `reverse_log_variance`, so that an output of −1 is
+    exactly "fixed_small" and one of 1 exactly "fixed_large"; at t = 0 they coincide, whereas Improved
+    DDPM's code lets that range end at log β_0.
+
+    Args:
+      variance: one of `VARIANCES` but "analytic", or a table of log σ², float64 [S].
+      t: step of `schedule`, int [B] or scalar.
+    """
+    if not isinstance(variance, str):
+        return at(variance, t, x_t)
+    if variance == "learned":
+        return denoised.variance_values
+    if variance == "learned_range":
+        large = 0.5 * (denoised.variance_values + 1.0)
+        low, high = (reverse_log_variance(schedule, end) for end in ("fixed_small", "fixed_large"))
+        return large * at(high, t, x_t) + (1.0 - large) * at(low, t, x_t)
+    return at(reverse_log_variance(schedule, variance), t, x_t)
 
 
 # ---- what the network predicts ---------------------------------------------------------------------
@@ -177,9 +221,16 @@ class Denoised(NamedTuple):
     prediction: jax.Array  # [B, H, W, C] as the network gave it: what a loss compares
     x_0: jax.Array  # [B, H, W, C] the same as an image, not clipped
     eps: jax.Array  # [B, H, W, C] the same as noise
+    variance_values: jax.Array | None = None  # [B, H, W, C] what a learned variance is made of
 
 
-def denoiser(schedule: Schedule, network_fn: Callable, *, prediction: str = "eps") -> Callable:
+def denoiser(
+    schedule: Schedule,
+    network_fn: Callable,
+    *,
+    prediction: str = "eps",
+    learned_variance: bool = False,
+) -> Callable:
     """Makes `denoise_fn(x_t, t) -> Denoised` of a network.
 
     Losses and samplers see only this function. The conversion uses the full chain that the network was
@@ -187,14 +238,17 @@ def denoiser(schedule: Schedule, network_fn: Callable, *, prediction: str = "eps
 
     Args:
       schedule: the full chain; t is one of its steps.
-      network_fn: (x_t [B, H, W, C], t int [B]) -> [B, H, W, C].
+      network_fn: (x_t [B, H, W, C], t int [B]) -> [B, H, W, C], or twice as many channels.
       prediction: one of `PREDICTIONS`; what the network gives.
+      learned_variance: whether it gives the values of a learned variance too, as its last C channels.
     """
 
     def denoise_fn(x_t, t):
-        value = network_fn(x_t, t)
+        value, variance_values = network_fn(x_t, t), None
+        if learned_variance:
+            value, variance_values = jnp.split(value, 2, axis=-1)
         x_0 = to_x_0(schedule, prediction, value, x_t, t)
         eps = value if prediction == "eps" else from_x_0(schedule, "eps", x_0, x_t, t)
-        return Denoised(prediction=value, x_0=x_0, eps=eps)
+        return Denoised(value, x_0, eps, variance_values)
 
     return denoise_fn

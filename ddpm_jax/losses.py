@@ -1,17 +1,23 @@
-"""Training losses over a Schedule and a `denoise_fn`: L_simple, and the terms of the variational bound.
+"""Training losses over a Schedule and a `denoise_fn`, and how their time t is drawn.
 
-Each returns one number for each example; x_0, eps are [B, H, W, C], t is int [B].
+Each loss returns one number for each example; x_0, eps are [B, H, W, C], t is int [B], a step of the schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import diffusion, gaussians
+from ddpm_jax import diffusion, likelihood
 from ddpm_jax.schedules import Schedule
+
+LOSSES = ("simple", "vlb", "hybrid")
+T_SAMPLINGS = ("uniform", "antithetic", "importance")
+HYBRID_WEIGHT = 0.001  # λ of Nichol & Dhariwal §3.1
 
 
 def mean_over_pixels(x):
@@ -19,43 +25,10 @@ def mean_over_pixels(x):
     return jnp.mean(x, axis=(1, 2, 3))
 
 
-def _target(schedule: Schedule, prediction: str, x_0, x_t, t, eps):
-    return eps if prediction == "eps" else diffusion.from_x_0(schedule, prediction, x_0, x_t, t)
+# ---- losses ----------------------------------------------------------------------------------------
 
 
-def simple(schedule: Schedule, denoise_fn: Callable, x_0, t, eps, *, prediction: str = "eps"):
-    """L_simple, Ho et al. (14): the squared error of what the network predicts, averaged over pixels. [B]"""
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    target = _target(schedule, prediction, x_0, x_t, t, eps)
-    return mean_over_pixels(jnp.square(denoise_fn(x_t, t).prediction - target))
-
-
-def variational_weight(schedule: Schedule, prediction: str, variance: str) -> np.ndarray:
-    """w_t with L_{t−1} = w_t ‖target − prediction‖² + constant, in nats: float64 [S], Ho et al. (8)–(12).
-
-        mean: 1/(2σ_t²)                                       Ho et al. (8)
-        x_0:  ᾱ_{t−1} β_t² / (2σ_t² (1 − ᾱ_t)²)
-        eps:  β_t² / (2σ_t² α_t (1 − ᾱ_t))                    Ho et al. (12)
-        v:    (1 − ᾱ_t) times that of x_0, as Δx_0 = −√(1 − ᾱ_t) Δv
-
-    Row 0 belongs to L_0, which is no squared error; see `variational`.
-    """
-    of_mean = 0.5 * np.exp(-diffusion.reverse_log_variance(schedule, variance))
-    of_x_0 = of_mean * diffusion.posterior_mean_coefficients(schedule)[0] ** 2
-    if prediction == "mean":
-        return of_mean
-    if prediction == "x_0":
-        return of_x_0
-    if prediction == "v":
-        return of_x_0 * (1.0 - schedule.alpha_bar)
-    if prediction == "eps":
-        return of_mean * schedule.beta**2 / (schedule.alpha * (1.0 - schedule.alpha_bar))
-    raise ValueError(
-        f"unknown prediction {prediction!r}; choose from {', '.join(diffusion.PREDICTIONS)}"
-    )
-
-
-def variational(
+def simple(
     schedule: Schedule,
     denoise_fn: Callable,
     x_0,
@@ -63,22 +36,184 @@ def variational(
     eps,
     *,
     prediction: str = "eps",
-    variance: str = "fixed_large",
+    min_snr_gamma: float | None = None,
 ):
-    """One term of the bound for a fixed variance, scaled so that its mean over t estimates the whole. [B]
+    """L_simple, Ho et al. (14): the squared error of what the network predicts, averaged over pixels. [B]
 
-    T·L_{t−1} of Ho et al. (5) in bits per dimension: the weighted squared error where t > 0, without the
-    constant KL of the two fixed variances; the discretised likelihood of x_0 where t = 0. L_T does not
-    depend on the network and is left out.
+    Args:
+      min_snr_gamma: weigh it by `min_snr_weight` with this γ.
     """
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     denoised = denoise_fn(x_t, t)
-    target = _target(schedule, prediction, x_0, x_t, t, eps)
-    squared_error = jnp.square(denoised.prediction - target)
-    weight = diffusion.at(variational_weight(schedule, prediction, variance), t, x_t)
-    mean = diffusion.posterior_mean(schedule, denoised.x_0, x_t, t)
-    log_variance = diffusion.at(diffusion.reverse_log_variance(schedule, variance), t, x_t)
-    decoder = -gaussians.discretized_log_likelihood(x_0, mean, log_variance)
-    first = t.reshape(*t.shape, 1, 1, 1) == 0
-    nats = mean_over_pixels(jnp.where(first, decoder, weight * squared_error))
-    return nats * (len(schedule) / np.log(2.0))
+    return _simple(schedule, denoised, x_0, x_t, t, eps, prediction, min_snr_gamma)
+
+
+def _simple(schedule, denoised, x_0, x_t, t, eps, prediction, min_snr_gamma):
+    target = eps
+    if prediction != "eps":
+        target = diffusion.from_x_0(schedule, prediction, x_0, x_t, t)
+    squared_error = mean_over_pixels(jnp.square(denoised.prediction - target))
+    if min_snr_gamma is None:
+        return squared_error
+    weight = min_snr_weight(schedule, prediction, min_snr_gamma)
+    return jnp.asarray(weight, jnp.float32)[t] * squared_error
+
+
+def min_snr_weight(schedule: Schedule, prediction: str, gamma: float = 5.0) -> np.ndarray:
+    """Min-SNR-γ, float64 [S]: whatever is predicted, ‖x_0 − x̂_0‖² weighs min(SNR_t, γ); Hang et al. 2023.
+
+    The squared error of eps is SNR times that of x_0, of v SNR + 1 times, of the mean ᾱ_{t−1}β²/(1 − ᾱ)²
+    times; the weight is divided by it.
+    """
+    snr = schedule.snr
+    of_mean, _ = diffusion.posterior_mean_coefficients(schedule)
+    relative = {"x_0": 1.0, "eps": snr, "v": snr + 1.0, "mean": of_mean**2}[prediction]
+    return np.minimum(snr, gamma) / relative
+
+
+def vlb(
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_0,
+    t,
+    eps,
+    *,
+    variance: str = "fixed_large",
+):
+    """S times one term of the bound: its mean over t is the bound less L_T, in bits/dim. [B]
+
+    The other constant of a fixed variance, the divergence that is left when the means agree, is in it.
+    """
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    denoised = denoise_fn(x_t, t)
+    return len(schedule) * likelihood.term(schedule, denoised, x_0, x_t, t, variance=variance)
+
+
+def hybrid(
+    schedule: Schedule,
+    denoise_fn: Callable,
+    x_0,
+    t,
+    eps,
+    *,
+    prediction: str = "eps",
+    variance: str = "learned_range",
+    min_snr_gamma: float | None = None,
+):
+    """L_simple for the mean and L_vlb for the variance alone: two [B], see `simple` and `vlb`.
+
+    L_hybrid = L_simple + λ L_vlb with λ = `HYBRID_WEIGHT`, Nichol & Dhariwal (16); in L_vlb the mean is
+    a constant. Their code's factor T/1000 on a single term is the same: λ times the T terms it stands for.
+    """
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    denoised = denoise_fn(x_t, t)
+    of_mean = _simple(schedule, denoised, x_0, x_t, t, eps, prediction, min_snr_gamma)
+    frozen = denoised._replace(x_0=jax.lax.stop_gradient(denoised.x_0))
+    of_variance = likelihood.term(schedule, frozen, x_0, x_t, t, variance=variance)
+    return of_mean, len(schedule) * of_variance
+
+
+def check(loss: str, variance: str, min_snr_gamma: float | None) -> None:
+    """Refuses what makes no sense together.
+
+    Raises:
+      ValueError: one line with the reason and what to choose.
+    """
+    if variance == "analytic":
+        raise ValueError(
+            "variance 'analytic' is measured on a trained model, not trained: train with fixed_large"
+            " and give --variance=analytic afterwards"
+        )
+    learned = variance in diffusion.LEARNED
+    if loss == "simple" and learned:
+        raise ValueError(
+            f"loss 'simple' does not train the variance {variance!r}; use 'hybrid' or 'vlb', or a"
+            " variance of fixed_small or fixed_large"
+        )
+    if loss == "hybrid" and not learned:
+        raise ValueError(
+            f"loss 'hybrid' trains a learned variance, and {variance!r} is fixed; use 'simple', or"
+            " variance 'learned_range'"
+        )
+    if min_snr_gamma is not None and (loss == "vlb" or not min_snr_gamma > 0):
+        raise ValueError(
+            f"min_snr_gamma={min_snr_gamma} must be positive, and weighs 'simple' and 'hybrid' only;"
+            f" the loss is {loss!r}"
+        )
+
+
+# ---- how t is drawn --------------------------------------------------------------------------------
+
+
+def uniform_t(keys, num_timesteps: int):
+    """t uniform in 0 … T−1, independent for each key: int32 [B]."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_timesteps))(keys)
+
+
+def antithetic_t(key, place, num_timesteps: int):
+    """t at even distances around the whole range from one random start: int32 [B]; Kingma et al. 2021 §I.1.
+
+    Each t is uniform, and a batch covers the range evenly, so the mean loss varies less.
+
+    Args:
+      key: the same for the whole batch.
+      place: [B] in [0, 1), where the example stands in the batch.
+    """
+    u = (jax.random.uniform(key) + place) % 1.0
+    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+
+
+class LossHistory(NamedTuple):
+    """The last losses seen at each t, from which importance sampling learns; part of the TrainState."""
+
+    losses: jax.Array  # float32 [T, 10], each row a ring
+    count: jax.Array  # int32 [T], losses seen at each t so far
+
+
+def no_history(num_timesteps: int, size: int = 10) -> LossHistory:
+    """A history that has seen nothing; Nichol & Dhariwal §3.3 keep ten losses for each t."""
+    return LossHistory(np.zeros((num_timesteps, size), np.float32), np.zeros(num_timesteps, np.int32))
+
+
+def remember(history: LossHistory, t, losses) -> LossHistory:
+    """The history after a batch of losses [B] at times t int [B], in the batch's order.
+
+    Where a t occurs more often than a row is long, its last ones count.
+    """
+    size = history.losses.shape[1]
+    same = t[:, None] == t[None, :]
+    earlier = jnp.sum(jnp.tril(same, -1), axis=1)  # examples before this one with the same t
+    later = jnp.sum(jnp.triu(same, 1), axis=1)
+    column = jnp.where(later < size, (history.count[t] + earlier) % size, size)  # size: dropped
+    rings = history.losses.at[t, column].set(losses, mode="drop")
+    return LossHistory(rings, history.count.at[t].add(1))
+
+
+def probabilities(history: LossHistory, *, uniform: float = 0.001):
+    """p_t as whole numbers of 2⁻³²: uint32 [T] that sum to 2³², the sum understood modulo 2³².
+
+    p_t ∝ √E[L_t²] over the history, Nichol & Dhariwal (18), mixed with a share `uniform` of the uniform
+    distribution; all equal until every t has a full row. Whole numbers, because a float32 distribution
+    function has too few digits for the least likely t, and its sample would not follow p_t.
+    """
+    num_timesteps, size = history.losses.shape
+    root = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
+    share = root / jnp.maximum(jnp.sum(root), 1e-30)
+    learned = (1.0 - uniform) * share + uniform / num_timesteps
+    full = jnp.all(history.count >= size)
+    p = jnp.where(full, learned, 1.0 / num_timesteps)
+    parts = (p * (2.0**32 * (1.0 - 1e-5))).astype(jnp.uint32)  # their sum stays below 2³² …
+    return parts.at[0].add(0 - jnp.sum(parts))  # … and t = 0 takes the rest
+
+
+def importance_t(keys, parts):
+    """t drawn from `probabilities`, and the weight 1/(T p_t) that leaves the expected loss as it is.
+
+    Returns:
+      t int32 [B], weight float32 [B].
+    """
+    last = jnp.cumsum(parts) - np.uint32(1)  # the last word that belongs to each t
+    words = jax.vmap(jax.random.bits)(keys)
+    t = jnp.searchsorted(last, words, side="left").astype(jnp.int32)
+    count = (parts[t] - np.uint32(1)).astype(jnp.float32) + 1.0  # all 2³² words wrap to 0
+    return t, (2.0**32 / len(parts)) / count

@@ -109,21 +109,19 @@ def map_shards(function: Callable) -> Callable:
 
 
 def map_examples(function: Callable) -> Callable:
-    """Runs function(params, key, index, label) over this process's devices.
+    """Runs function(params, key, *examples) over this process's devices.
 
     Returns:
-      (params, key, index [N], label [N]) -> NumPy [N, …] for any N: the last rows are filled up by
+      (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last rows are filled up by
       repeating an example, and cut off again. `params` come from `place` or from a training state.
     """
     mapped = map_shards(lambda tree, examples: function(*tree, *examples))
 
-    def call(params, key, index, label):
-        fill = -len(index) % jax.local_device_count()
-        filled = tuple(
-            np.pad(np.asarray(x, np.int32), (0, fill), mode="edge") for x in (index, label)
-        )
-        result = jax.device_get(mapped((params, key), shard(filled)))
-        return result.reshape(-1, *result.shape[2:])[: len(index)]
+    def call(params, key, *examples):
+        count = len(examples[0])
+        rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
+        result = jax.device_get(mapped((params, key), shard(tuple(x[rows] for x in examples))))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], result)
 
     return call
 

@@ -18,12 +18,7 @@ from ddpm_jax.schedules import Schedule
 
 def prior(keys, image_shape):
     """x_T ~ N(0, I): [B, H, W, C] from one key for each example; the keys are not consumed."""
-    return _noise(keys, np.uint32(2**32 - 1), image_shape)  # the one time that no chain has
-
-
-def _noise(keys, t, image_shape):
-    """N(0, I) from each example's key and the time t: [B, H, W, C]."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), image_shape))(keys)
+    return diffusion.noise(keys, np.uint32(2**32 - 1), image_shape)  # the one time no chain has
 
 
 def _reverse(schedule: Schedule, denoise_fn: Callable, x_T, step):
@@ -43,7 +38,7 @@ def ancestral(
     x_T,
     keys,
     *,
-    variance: str = "fixed_large",
+    variance: str | np.ndarray = "fixed_large",
     clip_x0: bool = True,
 ):
     """Ho et al. Algorithm 2: x_{t−1} ~ N(μ̃_t(x_t, x̂_0), σ_t² I), no noise at the last step.
@@ -53,20 +48,20 @@ def ancestral(
       denoise_fn: (x_t [B, H, W, C], t int [B]) -> Denoised.
       x_T: [B, H, W, C] from N(0, I).
       keys: [B] keys, one for each example.
-      variance: "fixed_large" (β) or "fixed_small" (β̃), see `diffusion.reverse_log_variance`.
+      variance: a name or a table of log σ², float64 [S]; see `diffusion.model_log_variance`.
       clip_x0: clip x̂_0 to [−1, 1] before the posterior mean, as Ho et al.'s code does and the paper
         does not say; it applies to every parameterisation.
 
     Returns:
       x_0: [B, H, W, C]; within [−1, 1] if clipped.
     """
-    std = np.exp(0.5 * diffusion.reverse_log_variance(schedule, variance))
-    std[0] = 0.0  # z = 0 at the last step
 
     def step(i, t, x_t, denoised):
         x_0 = jnp.clip(denoised.x_0, -1.0, 1.0) if clip_x0 else denoised.x_0
         mean = diffusion.posterior_mean(schedule, x_0, x_t, i)
-        return mean + diffusion.at(std, i, x_t) * _noise(keys, t, x_t.shape[1:])
+        log_variance = diffusion.model_log_variance(schedule, variance, denoised, x_t, i)
+        std = jnp.where(i > 0, jnp.exp(0.5 * log_variance), 0.0)  # z = 0 at the last step
+        return mean + std * diffusion.noise(keys, t, x_t.shape[1:])
 
     return _reverse(schedule, denoise_fn, x_T, step)
 

@@ -31,6 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     ema_params: Any
     opt_state: Any
+    memory: Any  # what the method's loss remembers, such as a loss history; often nothing
     metrics: Metrics  # since the last log line; here, so that a resumed run writes the same lines
 
 
@@ -115,6 +116,7 @@ def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),  # a donated buffer must not be shared
         opt_state=jax.jit(tx.init)(params),
+        memory=jax.tree.map(jnp.asarray, method.memory),
         metrics=no_metrics(method),
     )
 
@@ -173,25 +175,41 @@ def make_update(
     def mean_over_devices(tree):
         return jax.lax.pmean(tree, axis_name) if axis_name else tree
 
-    def loss_and_sums(params, key, batch):
-        loss, metrics = method.loss(params, key, batch)
-        return jnp.mean(loss), _sums(loss, metrics)
+    def of_all_devices(record):
+        if not axis_name:
+            return record
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), record)
 
-    gradient = jax.grad(loss_and_sums, has_aux=True)
+    def with_place(batch):
+        """Adds where each example stands in the batch of all devices."""
+        size = batch["index"].shape[0]
+        first = size * jax.lax.axis_index(axis_name) if axis_name else 0
+        total = size * (jax.lax.axis_size(axis_name) if axis_name else 1)
+        return {**batch, "place": (first + jnp.arange(size)) / np.float32(total)}
+
+    def loss_and_more(params, memory, key, batch):
+        loss, metrics, record = method.loss(params, memory, key, batch)
+        return jnp.mean(loss), (_sums(loss, metrics), record)
+
+    gradient = jax.grad(loss_and_more, has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, jax.Array]:
         step_key = jax.random.fold_in(key, state.step)
-        size = batch["index"].shape[0]
+        batch, size = with_place(batch), batch["index"].shape[0]
         assert size % accumulate == 0, (size, accumulate)
         parts = [
             gradient(
                 state.params,
+                state.memory,
                 step_key,
                 jax.tree.map(lambda x: x[i : i + size // accumulate], batch),  # noqa: B023
             )
             for i in range(0, size, size // accumulate)
         ]
-        grads, sums = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+        records = [record for _, (_, record) in parts]
+        grads, sums = jax.tree.map(
+            lambda *leaves: sum(leaves), *((grads, sums) for grads, (sums, _) in parts)
+        )
         grads = jax.tree.map(lambda g: g / accumulate, grads) if accumulate > 1 else grads
 
         if clip == "per_replica":
@@ -215,7 +233,9 @@ def make_update(
         loss = sums["loss"][0] / sums["loss"][1]
         bad_step = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), NEVER, state.step)
         metrics = merge(state.metrics, Metrics(sums, bad_step))
-        return TrainState(state.step + 1, params, ema_params, opt_state, metrics), loss
+        record = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
+        memory = method.remember(state.memory, of_all_devices(record))
+        return TrainState(state.step + 1, params, ema_params, opt_state, memory, metrics), loss
 
     return update
 
