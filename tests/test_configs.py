@@ -57,11 +57,19 @@ def test_the_training_step_of_every_config(name, variant):
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("cifar10", 35_746_307), ("celebahq256", 113_673_219), ("lsun_cat", 113_673_219)],
+    [
+        ("cifar10", 35_746_307),
+        ("celebahq256", 113_673_219),
+        ("lsun_cat", 113_673_219),
+        ("cifar10_iddpm", 52_546_438),
+        ("imagenet64_iddpm", 121_063_942),
+        ("imagenet64_iddpm_class", 273_049_350),
+    ],
 )
 def test_the_papers_networks(name, parameters):
     state, *_ = trace(get_config(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameters
+    assert f"{parameters:,} parameters" in importlib.import_module(f"configs.{name}").__doc__
 
 
 @pytest.mark.parametrize("name", NAMES)
