@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.ddpm import Method, fold_in_each
 from ddpm_jax.diffusion import from_uint8
@@ -23,15 +24,14 @@ def make(config):
     def level(params):
         return params["level"][None, None, None, :]
 
-    def loss(params, key, batch):
+    def loss(params, memory, key, batch):
+        del memory  # nothing here depends on it
         image = from_uint8(batch["image"])
         error = image + 0.1 * _noise(key, batch["index"]) - level(params)
         values = jnp.mean(jnp.square(error), axis=(1, 2, 3))
         dark = jnp.mean(image, axis=(1, 2, 3)) < 0
-        return values * config.affine.scale, {
-            "dark": (values, dark),
-            "never": (values, dark & ~dark),
-        }
+        metrics = {"dark": (values, dark), "never": (values, dark & ~dark)}
+        return values * config.affine.scale, metrics, values
 
     def make_sample(*, spread: float = 0.1):
         def sample(params, key, index, label):
@@ -40,4 +40,10 @@ def make(config):
 
         return sample
 
-    return Method(shape, 0, init, loss, ("dark", "never"), make_sample)
+    def remember(memory, record):
+        return jnp.concatenate([memory, record])[-len(memory) :]
+
+    last = np.zeros(8, np.float32)  # losses, in the batch's order
+    return Method(
+        *(shape, 0, init, loss, ("dark", "never"), make_sample), memory=last, remember=remember
+    )

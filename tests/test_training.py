@@ -62,6 +62,27 @@ def test_accumulation_equals_the_whole_batch(devices):
     close(run(3, **options)[-1].params, run(3, accumulate=2, **options)[-1].params, atol=1e-6)
 
 
+@pytest.mark.parametrize("devices, accumulate", [(0, 1), (0, 2), (4, 1), (4, 2)])
+def test_the_method_remembers_the_whole_batch_in_its_order(devices, accumulate):
+    states = run(2, devices=devices, accumulate=accumulate)
+    for k in (0, 1):
+        losses = METHOD.loss(states[k].params, (), jax.random.fold_in(KEY, k), make_batch(seed=k))[
+            0
+        ]
+        np.testing.assert_allclose(states[k + 1].memory, losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices, accumulate", [(0, 1), (0, 2), (4, 1), (4, 2)])
+def test_each_example_knows_its_place_in_the_whole_batch(devices, accumulate):
+    def loss(params, memory, key, batch):
+        values, metrics, _ = METHOD.loss(params, memory, key, batch)
+        return values, metrics, batch["place"]
+
+    method = METHOD._replace(loss=loss)
+    state = run(1, devices=devices, accumulate=accumulate, method=method)[-1]
+    assert state.memory.tolist() == [k / 8 for k in range(8)]
+
+
 def test_the_same_compiled_step_serves_every_state():
     state = parallel.place(training.init_state(METHOD, SGD, jax.random.key(0)))
     update = training.make_update(METHOD, SGD, KEY, axis_name=parallel.AXIS)
@@ -78,12 +99,12 @@ def test_the_same_compiled_step_serves_every_state():
 def test_randomness_is_of_the_key_the_step_and_the_index():
     params = METHOD.init(jax.random.key(0))
     batch = make_batch()
-    whole, _ = METHOD.loss(params, KEY, batch)
+    whole = METHOD.loss(params, (), KEY, batch)[0]
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(8)]
     np.testing.assert_allclose(
-        np.concatenate([METHOD.loss(params, KEY, row)[0] for row in rows]), whole, rtol=1e-6
+        np.concatenate([METHOD.loss(params, (), KEY, row)[0] for row in rows]), whole, rtol=1e-6
     )
-    other, _ = METHOD.loss(params, jax.random.fold_in(KEY, 1), batch)
+    other = METHOD.loss(params, (), jax.random.fold_in(KEY, 1), batch)[0]
     assert np.abs(other - whole).min() > 0
 
 
@@ -118,7 +139,7 @@ def test_per_replica_clip_is_the_mean_of_clipped_gradients():
     grads = []
     for d in range(4):
         part = jax.tree.map(lambda x, d=d: x[2 * d : 2 * d + 2], batch)
-        gradient = jax.grad(lambda p, b=part: METHOD.loss(p, step_key, b)[0].mean())
+        gradient = jax.grad(lambda p, b=part: METHOD.loss(p, (), step_key, b)[0].mean())
         grads.append(gradient(params)["level"])
     expected = np.mean([g * min(1, 0.01 / np.linalg.norm(g)) for g in grads], axis=0)
     moved = states[1].params["level"] - states[0].params["level"]
