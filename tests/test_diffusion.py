@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from ddpm_jax import diffusion, schedules
@@ -77,8 +78,58 @@ def test_reverse_variances_at_both_ends():
     np.testing.assert_allclose(large[0], 5.45318766e-5, rtol=1e-8)  # the posterior's next one
     np.testing.assert_allclose(small[:2], 5.45318766e-5, rtol=1e-8)
     assert (small[1:] < large[1:]).all()
-    with pytest.raises(ValueError, match="fixed_small, fixed_large"):
-        diffusion.reverse_log_variance(schedule, "large")
+    for other in ("large", "learned"):
+        with pytest.raises(ValueError, match="only fixed_small and fixed_large"):
+            diffusion.reverse_log_variance(schedule, other)
+
+
+def log_variance(schedule, variance, said, t):
+    """log σ_t² for one pixel where the network said a number."""
+    x_t = jnp.zeros((len(t), 1, 1, 1))
+    values = jnp.broadcast_to(jnp.float32(said), x_t.shape)
+    denoised = diffusion.Denoised(x_t, x_t, x_t, values)
+    result = diffusion.model_log_variance(schedule, variance, denoised, x_t, t)
+    return np.asarray(jnp.broadcast_to(result, x_t.shape))[:, 0, 0, 0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learned_range_reaches_from_one_fixed_variance_to_the_other(schedule):
+    t = jnp.arange(len(schedule))
+    low, high = (log_variance(schedule, end, 0.0, t) for end in ("fixed_small", "fixed_large"))
+    assert (log_variance(schedule, "learned_range", -1.0, t) == low).all()  # to the last bit
+    assert (log_variance(schedule, "learned_range", 1.0, t) == high).all()
+    between = [log_variance(schedule, "learned_range", v, t) for v in (-1.0, -0.5, 0.5, 1.0)]
+    steps = np.diff(between, axis=0)[:, 1:]  # at t = 0 both ends are one
+    apart = (high - low)[1:] > 1e-5  # near the end they differ by less than float32 can divide
+    assert (steps[:, apart] > 0).all() and (steps[:, ~apart] > -1e-6).all()
+    for share, v in ((0.25, -0.5), (0.75, 0.5)):  # Nichol & Dhariwal (15), β̃_t and β_t by hand
+        a, p = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
+        large, small = np.log(1 - a / p), np.log((1 - a / p) * (1 - p) / (1 - a))
+        ours = log_variance(schedule, "learned_range", v, t)[1:]
+        np.testing.assert_allclose(ours, share * large + (1 - share) * small, atol=2e-6)
+
+
+def test_learned_is_what_the_network_says_and_a_table_what_it_holds():
+    schedule, t = SCHEDULES[1], jnp.array([0, 7, 49])
+    table = np.linspace(-9, -3, 50)
+    assert (log_variance(schedule, "learned", -3.25, t) == np.float32(-3.25)).all()
+    assert (log_variance(schedule, table, -3.25, t) == np.float32(table[[0, 7, 49]])).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_analytic_variance_is_that_of_q_for_gaussian_data(schedule):
+    """The exact denoiser of N(m, s²) errs by the conditional variance; q(x_{t−1}|x_t) is then known."""
+    a, s2 = schedule.alpha_bar, oracle.STD**2
+    p = np.append(1.0, a[:-1])
+    ours = np.exp(diffusion.analytic_log_variance(schedule, s2 * (1 - a) / (a * s2 + 1 - a)))
+    of_previous, of_step = p * s2 + 1 - p, a / p  # Var x_{t−1}; α_t
+    np.testing.assert_allclose(ours, 1 / (1 / of_previous + of_step / (1 - of_step)), rtol=1e-9)
+
+    # Bao et al. 2022, Theorem 1 with λ² = β̃, from the noise that the network predicts.
+    of_eps = (1 - a) / (a * s2 + 1 - a)  # E‖ε̂‖²/d
+    b, b_prev, lam2 = 1 - a, 1 - p, (1 - a / p) * (1 - p) / (1 - a)
+    bao = lam2 + (np.sqrt(b * p / a) - np.sqrt(b_prev - lam2)) ** 2 * (1 - of_eps)
+    np.testing.assert_allclose(ours, bao, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
