@@ -235,6 +235,7 @@ def diffusion_method(
         variance: str = variance,
         clip_x0: bool = clip_x0,
         x_0_error=None,
+        frames: int = 0,
     ):
         """The options of sampling.
 
@@ -243,20 +244,22 @@ def diffusion_method(
           steps: see `schedules.subsequence`; None for all T.
           variance: one of `diffusion.VARIANCES` that the network has the outputs for.
           x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
+          frames: return (x, `samplers.Trajectory`) with this many steps of the chain, evenly spaced.
         """
         config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
         chain = shortened(steps)
         variance = reverse_variance(variance, chain, x_0_error)
+        options = {"clip_x0": clip_x0}
+        if frames:
+            options["keep"] = schedules.subsequence(min(frames, len(chain)), len(chain))[::-1]
 
         def sample(params, key, index, label):
             keys = fold_in_each(key, index)
             x_T = samplers.prior(keys, image_shape)
             denoise_fn = denoiser(params, label)
             if sampler == "ddim":
-                return samplers.ddim(chain, denoise_fn, x_T, clip_x0=clip_x0)
-            return samplers.ancestral(
-                chain, denoise_fn, x_T, keys, variance=variance, clip_x0=clip_x0
-            )
+                return samplers.ddim(chain, denoise_fn, x_T, **options)
+            return samplers.ancestral(chain, denoise_fn, x_T, keys, variance=variance, **options)
 
         return sample
 

@@ -172,7 +172,9 @@ class LossHistory(NamedTuple):
 
 def no_history(num_timesteps: int, size: int = 10) -> LossHistory:
     """A history that has seen nothing; Nichol & Dhariwal §3.3 keep ten losses for each t."""
-    return LossHistory(np.zeros((num_timesteps, size), np.float32), np.zeros(num_timesteps, np.int32))
+    return LossHistory(
+        np.zeros((num_timesteps, size), np.float32), np.zeros(num_timesteps, np.int32)
+    )
 
 
 def remember(history: LossHistory, t, losses) -> LossHistory:

@@ -2,6 +2,9 @@
 
 python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the same again resumes
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
+python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
+
+Other modes: progressive (x_0 as seen on the way), rate_distortion, best_steps (of a shortened chain).
 """
 
 import os
@@ -12,36 +15,61 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddpm_jax import checkpoints, config, data, parallel, sample, train
+from ddpm_jax import checkpoints, config, data, evaluate, parallel, runs, sample, train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py or FILE.py:VARIANT with a get_config(); fields: --config.seed=1 …"
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "sample", "progressive", "nll", "rate_distortion", "best_steps"],
+    "What to do; all but train read a run directory.",
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; runs/<name of the config> if not given."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "This is one of several processes: calls jax.distributed.initialize()."
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 64, "sample: how many images.", lower_bound=1)
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "sample: which parameters.")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Which parameters.")
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "sample: image i depends on the seed and i alone.", 0, 2**32 - 1
+    "seed", 0, "Of all noise: image i depends on the seed and i alone.", 0, 2**32 - 1
 )
-_VARIANCE = flags.DEFINE_string("variance", None, "sample: reverse variance; else the config's.")
-_CLIP = flags.DEFINE_bool("clip", None, "sample: clip x_0 to [-1, 1]; else as the config says.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "sample: images at a time; else 64.", 1)
-_OUT = flags.DEFINE_string("out", None, "sample: the .npz to write, with a grid as .png beside it.")
+_STEPS = flags.DEFINE_string(
+    "steps", None, "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; else all."
+)
+_VARIANCE = flags.DEFINE_string("variance", None, "Of the reverse chain; else the config's.")
+_CLIP = flags.DEFINE_bool("clip", None, "Clip x_0 to [-1, 1]; else as the config says.")
+_OUT = flags.DEFINE_string(
+    "out", None, "The .npz (sample) or .json (nll) to write, with a picture beside it."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time.", 1)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many to measure; else all.", 1)
+_SPLIT = flags.DEFINE_string("split", "test", "Of the data.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are; else as the config says.")
+_CDF = flags.DEFINE_string("cdf", None, "Of the decoder: normal, or tanh as in Ho et al.'s code.")
 
-_SAMPLE_FLAGS = ("num_samples", "weights", "seed", "variance", "clip", "batch_size", "out")
+# Which flags a mode hears. A flag that it would not hear is refused.
+_RUN_FLAGS = ("weights", "seed", "steps", "variance", "clip", "out")
+_NLL_FLAGS = (*_RUN_FLAGS, "batch_size", "num_images", "split", "data_dir", "cdf")
+_HEARD = {
+    "train": (),
+    "sample": (*_RUN_FLAGS, "batch_size", "num_samples"),
+    "progressive": (*_RUN_FLAGS, "num_samples"),
+    "nll": _NLL_FLAGS,
+    "rate_distortion": _NLL_FLAGS,
+    "best_steps": _NLL_FLAGS,
+}
+_CALLED = {"clip": "clip_x0"}  # as the functions call them, where the flag is shorter
 
 USER_ERRORS = (
     config.ConfigError,
     data.DataError,
     checkpoints.CheckpointError,
     train.TrainingError,
-    sample.SampleError,
+    runs.RunError,
     app.UsageError,
     OSError,  # its text names the file
 )
@@ -65,31 +93,41 @@ def main(argv) -> None:
         except ValueError as error:
             raise app.UsageError(f"--distributed: {error}") from error
     parallel.enable_compilation_cache()
-    workdir = _workdir()
-    if _MODE.value == "train":
+    workdir, mode = _workdir(), _MODE.value
+    options = _options(mode)
+    if mode == "train":
         if CONFIG.value is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
-        for name in _SAMPLE_FLAGS:
-            if flags.FLAGS[name].present:
-                near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}.get(name)
-                hint = f"; for training write --{near}" if near else ""
-                raise app.UsageError(f"--{name} is for --mode=sample{hint}")
         train.train(CONFIG.value, workdir)
-    elif jax.process_count() > 1:
-        raise app.UsageError("--mode=sample runs in one process; leave out --distributed")
-    else:
-        if CONFIG.value is not None:
-            train.refuse_another_config(CONFIG.value, os.path.join(workdir, "config.json"))
-        sample.sample(
-            workdir,
-            num_samples=_NUM_SAMPLES.value,
-            weights=_WEIGHTS.value,
-            seed=_SEED.value,
-            batch_size=BATCH_SIZE.value or 64,
-            out=_OUT.value,
-            variance=_VARIANCE.value,
-            clip_x0=_CLIP.value,
-        )
+        return
+    if jax.process_count() > 1:
+        raise app.UsageError(f"--mode={mode} runs in one process; leave out --distributed")
+    if CONFIG.value is not None:
+        train.refuse_another_config(CONFIG.value, os.path.join(workdir, "config.json"))
+    if mode == "best_steps" and "steps" not in options:
+        raise app.UsageError("--mode=best_steps needs --steps=S, how many of the T steps to choose")
+    home = sample if mode in ("sample", "progressive") else evaluate
+    getattr(home, mode)(workdir, **options)
+
+
+def _options(mode: str) -> dict:
+    """The flags that were given, as keyword arguments of the function that the mode is named after.
+
+    Raises:
+      UsageError: one that the mode does not hear.
+    """
+    given = {}
+    for name in sorted({name for heard in _HEARD.values() for name in heard}):
+        if not flags.FLAGS[name].present:
+            continue
+        if name not in _HEARD[mode]:
+            modes = ", ".join(other for other, heard in _HEARD.items() if name in heard)
+            near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}
+            near = near.get(name) if mode == "train" else None
+            hint = f"; for training write --{near}" if near else ""
+            raise app.UsageError(f"--{name} is for --mode={modes}, not for {mode}{hint}")
+        given[_CALLED.get(name, name)] = flags.FLAGS[name].value
+    return given
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -126,6 +126,11 @@ def map_examples(function: Callable) -> Callable:
     return call
 
 
+def examples_at_once() -> int:
+    """How many images a command works on at a time unless told: few where a word of progress is rare."""
+    return (16 if jax.devices()[0].platform == "cpu" else 64) * jax.local_device_count()
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. All of them must call it, at the same step."""
     if jax.process_count() == 1:

@@ -7,9 +7,11 @@ puts a table on a device casts it to float32 at that moment and not before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -199,7 +201,7 @@ def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndar
           (Song et al. App. D.2, linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved
           up or down by the least that keeps them distinct;
-        a list of the times themselves.
+        a list of the times themselves, or such a list as text: "[0,20,41]".
       num_timesteps: T.
 
     Raises:
@@ -216,6 +218,9 @@ def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndar
 
     if isinstance(steps, (int, np.integer)):
         steps = str(int(steps))
+    if isinstance(steps, str) and steps.startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):  # what cannot be read is refused below
+            steps = json.loads(steps)
     if not isinstance(steps, str):
         tau = np.asarray(steps)
         if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.integer):
@@ -241,7 +246,7 @@ def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndar
         if "invalid literal" not in str(error):
             raise
         raise ValueError(
-            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', '10,15,20' or a list of times"
+            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', '10,15,20' or '[0,20,41]'"
         ) from None
     if counts == [1]:
         return np.array([T - 1])

@@ -26,6 +26,7 @@ from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, labels_of, make_method
 from ddpm_jax.diffusion import to_uint8
+from ddpm_jax.runs import check_classes, load_data
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
@@ -114,11 +115,7 @@ def _train(
     # The data, and a look at them.
     dataset = dataset or load_data(config)
     say(dataset.describe())
-    if method.num_classes and dataset.num_classes != method.num_classes:
-        raise config_lib.ConfigError(
-            f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
-            f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
-        )
+    check_classes(method, dataset)
     first = dataset.fetch(np.arange(min(len(dataset), 64)))
     if "schedule" in config:
         say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
@@ -235,12 +232,6 @@ def _train(
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------
-
-
-def load_data(config) -> data.Dataset:
-    """The training data of config.data; `flip` is the Method's business."""
-    section = {key: value for key, value in config.data.items() if key != "flip"}
-    return config_lib.call("config.data", data.load, section, split="train")
 
 
 def describe_schedule(config, second_moment: float) -> str:

@@ -95,6 +95,7 @@ class Keys(NamedTuple):
     train: jax.Array
     preview: jax.Array
     sample: jax.Array
+    evaluate: jax.Array  # a new stream comes last: it leaves those before as they are
 
 
 def make_keys(seed: int) -> Keys:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -52,18 +53,29 @@ def rewind_metrics(path: str, step: int) -> None:
     save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def save_text(path: str, text: str) -> None:
-    """A text file, written in one piece."""
+def save_bytes(path: str, content: bytes) -> None:
+    """A file, written in one piece."""
 
     def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
 
     _replace(path, write)
 
 
+def save_text(path: str, text: str) -> None:
+    """A text file, written in one piece."""
+    save_bytes(path, text.encode())
+
+
+def save_json(path: str, tree) -> None:
+    """A JSON file for programs and people, written in one piece."""
+    save_text(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
 def save_npz(path: str, **arrays) -> None:
     """An uncompressed .npz, written in one piece."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _replace(path, lambda temporary: np.savez(temporary, **arrays))
 
 
@@ -157,6 +169,36 @@ def save_loss_curve(path: str, rows: Iterable[dict]) -> None:
         axis.legend(fontsize=8)
     top.set_ylabel("loss (averaged over 2 % of the run)")
     bottom.set_xlabel("step")
+    _replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+class Panel(NamedTuple):
+    """One diagram of curves over the same x."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: np.ndarray  # [N]
+    curves: dict[str, np.ndarray]  # name: [N]
+    x_scale: str = "linear"
+    y_scale: str = "linear"
+
+
+def save_panels(path: str, title: str, panels: Sequence[Panel]) -> None:
+    """Diagrams side by side, as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for axis, panel in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        for name, values in panel.curves.items():
+            axis.plot(panel.x, values, label=name, linewidth=1.4)
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        axis.set(xscale=panel.x_scale, yscale=panel.y_scale)
+        axis.grid(alpha=0.3)
+        if len(panel.curves) > 1:
+            axis.legend(fontsize=8)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 

@@ -10,12 +10,14 @@ FLOORS = {
     **dict.fromkeys(["config", "data", "checkpoints", "writers"], -1),  # the I/O row
     **dict.fromkeys(["schedules", "gaussians"], 0),
     **dict.fromkeys(["diffusion", "unet"], 1),
-    **dict.fromkeys(["losses", "samplers"], 2),
-    **dict.fromkeys(["ddpm", "training", "parallel"], 3),
-    **dict.fromkeys(["train", "sample"], 4),
-    "main": 5,
-    "benchmark": 6,
-    "__init__": 7,
+    **dict.fromkeys(["likelihood", "samplers"], 2),
+    "losses": 3,
+    **dict.fromkeys(["ddpm", "training", "parallel"], 4),
+    "runs": 5,
+    **dict.fromkeys(["train", "sample", "evaluate"], 6),
+    "main": 7,
+    "benchmark": 8,
+    "__init__": 9,
 }
 FILES = sorted((ROOT / "ddpm_jax").glob("**/*.py"))
 

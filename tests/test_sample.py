@@ -7,7 +7,7 @@ import pytest
 from test_train import make_config
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import sample, train
+from ddpm_jax import runs, sample, train
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,10 @@ def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
 def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     out = str(tmp_path / "x.npz")
     before = images(sample.sample(workdir, num_samples=3, out=out))
-    with pytest.raises(sample.SampleError, match="another way"):
+    with pytest.raises(runs.RunError, match="another way"):
         sample.sample(workdir, num_samples=3, seed=5, out=out)
     (tmp_path / "y.npz").write_bytes(b"not ours")
-    with pytest.raises(sample.SampleError, match="another --out"):
+    with pytest.raises(runs.RunError, match="another --out"):
         sample.sample(workdir, num_samples=3, out=str(tmp_path / "y.npz"))
     np.testing.assert_array_equal(images(out), before)
 
@@ -96,11 +96,11 @@ def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     ],
 )
 def test_refusals(workdir, options, words):
-    with pytest.raises((sample.SampleError, config_lib.ConfigError), match=words):
+    with pytest.raises((runs.RunError, config_lib.ConfigError), match=words):
         sample.sample(workdir, **options)
 
 
 def test_a_run_without_a_checkpoint(tmp_path):
     config_lib.save(make_config(), tmp_path / "config.json")
-    with pytest.raises(sample.SampleError, match="no checkpoint"):
+    with pytest.raises(runs.RunError, match="no checkpoint"):
         sample.sample(str(tmp_path))

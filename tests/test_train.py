@@ -18,7 +18,7 @@ from PIL import Image
 from configs import digits
 from ddpm_jax import checkpoints, train
 from ddpm_jax import config as config_lib
-from ddpm_jax import sample as sample_lib
+
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -159,9 +159,9 @@ def test_two_processes_are_one_run(tmp_path):
         for process in processes:
             process.kill()
     one = train.train(make_config(), tmp_path / "one")
-    _, _, params, step = sample_lib.load_run(tmp_path, "raw")
-    assert step == 6
-    np.testing.assert_allclose(params["level"], one.params["level"], atol=1e-6)
+    run = runs.load(tmp_path, "raw")
+    assert run.step == 6
+    np.testing.assert_allclose(run.params["level"], one.params["level"], atol=1e-6)
     assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6]
 
 
@@ -174,8 +174,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     with pytest.raises(train.TrainingError, match=r"not finite at step 3.*the last is step 3"):
         train.train(config, tmp_path)
     assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
-    _, _, params, step = sample_lib.load_run(tmp_path)
-    assert step == 3 and np.isfinite(params["level"]).all()
+    run = runs.load(tmp_path)
+    assert run.step == 3 and np.isfinite(run.params["level"]).all()
 
 
 def test_a_run_keeps_its_config(tmp_path):
