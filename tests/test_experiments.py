@@ -1,0 +1,244 @@
+"""Every row of every experiment builds, its printed command means what it says, and results become a table."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from ddpm_jax import main, training
+from ddpm_jax.ddpm import make_method
+from experiments import sweep
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(f"experiments/{path.parent.name}" for path in ROOT.glob("experiments/*/config.py"))
+NAME = re.compile(
+    r"(?!config$|metrics$)[a-z0-9_]+"
+)  # of a row or a column: a file among a run's own
+EVERY = [(folder, size) for folder in FOLDERS for size in sweep.SIZES]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def printed(capsys, *arguments) -> list[list[str]]:
+    sweep.main(list(arguments))
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line) for line in lines if line]
+
+
+def parsed(command):
+    """The config and the work directory of a training command, as the main program reads them."""
+    assert command[:3] == ["python", "-m", "ddpm_jax.main"]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    with mock.patch("sys.argv", command[2:]), warnings.catch_warnings():
+        # ml_collections looks for fields in sys.argv, and loads the file by an old method.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert values(command[2:]) == ["ddpm_jax.main"]
+    return config.value, workdir.value
+
+
+@pytest.mark.parametrize("folder, size", EVERY)
+def test_printed_commands_parse_back_to_the_rows_and_build(folder, size, capsys):
+    experiment, variant = sweep.load(folder), sweep.SIZES[size]
+    rows = experiment.rows(variant)
+    commands = printed(capsys, folder, f"--size={size}", "--root=my runs", "--data_dir=a b")
+    trainings = [command for command in commands if "--mode=nll" not in command]
+    assert len(rows) == len(trainings) >= 2
+    for (row, overrides), command in zip(rows.items(), trainings, strict=True):
+        config, workdir = parsed(command)
+        assert workdir == f"my runs/{os.path.basename(folder)}/{size}/{row}"
+        expected = experiment.get_config(variant)
+        overrides = overrides | {"config.data.data_dir": "a b"}
+        for field, value in overrides.items():
+            *sections, name = field.split(".")[1:]
+            section = expected
+            for part in sections:
+                section = section[part]
+            assert name in section, field
+            section[name] = value
+        assert config.to_dict() == expected.to_dict()
+        make_method(config)
+        training.optimizer_of(config)
+        assert config.preview.every >= 1 and NAME.fullmatch(row)
+
+
+@pytest.mark.parametrize("folder, size", EVERY)
+def test_evaluations_follow_their_training_and_use_flags_that_exist(folder, size, capsys):
+    experiment, variant = sweep.load(folder), sweep.SIZES[size]
+    commands = iter(printed(capsys, folder, f"--size={size}"))
+    for row in experiment.rows(variant):
+        config, workdir = parsed(next(commands))
+        evaluations = experiment.evaluations(variant, row)
+        assert evaluations
+        for column, arguments in evaluations.items():
+            out = f"{workdir}/{column}.json"
+            expected = ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}", *arguments]
+            assert next(commands) == [*expected, f"--out={out}"] and NAME.fullmatch(column)
+            given = dict(argument[2:].split("=", 1) for argument in [*arguments, f"--out={out}"])
+            for name, value in given.items():
+                main.flags.FLAGS[name].parser.parse(
+                    value
+                )  # KeyError or ValueError: no such flag, no such value
+            fixed = config.diffusion.variance.startswith("fixed")
+            assert given.get("variance") in (None, config.diffusion.variance, fixed and "analytic")
+    assert next(commands, None) is None
+
+
+SMOKE = [(folder, row) for folder in FOLDERS for row in sweep.load(ROOT / folder).rows("smoke")]
+
+
+@pytest.mark.parametrize("folder, row", SMOKE)
+def test_the_loss_of_every_row(folder, row, capsys):
+    (command, *_) = printed(capsys, folder, "--size=smoke", f"--row={row}")
+    config, _ = parsed(command)
+    config.model.channel_mults = (1, 2)  # a shallower network is traced in half the time
+    config.model.attention_resolutions = (16,)
+    method = make_method(config)
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    b, shape = 2, jax.ShapeDtypeStruct
+    batch = {"image": shape((b, *method.image_shape), np.uint8), "label": shape((b,), np.int32)}
+    batch |= {"index": shape((b,), np.int32), "place": shape((b,), np.float32)}
+    memory = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, method.memory))
+    loss, metrics, record = jax.eval_shape(
+        method.loss, params, memory, jax.eval_shape(lambda: jax.random.key(0)), batch
+    )
+    assert loss.shape == (b,) and set(metrics) == set(method.metric_names)
+    assert jax.eval_shape(method.remember, memory, record) == memory
+
+
+def test_the_papers_rows(capsys):
+    def config_of(folder, row):
+        return parsed(printed(capsys, f"experiments/{folder}", f"--row={row}")[0])[0]
+
+    one = config_of("iddpm_table2", "linear_simple_1k")
+    four = config_of("iddpm_table2", "linear_hybrid")
+    vlb = config_of("iddpm_table2", "cosine_vlb")
+    assert (one.schedule.num_timesteps, one.schedule.start, one.schedule.end) == (1000, None, None)
+    assert (four.schedule.num_timesteps, four.schedule.start) == (4000, 2.5e-5)
+    assert four.schedule.end == 0.005 and four.model.dropout == 0.1 and vlb.model.dropout == 0.3
+    assert (vlb.schedule.name, vlb.diffusion.t_sampling) == ("cosine", "importance")
+    simple = config_of("ho2020_table2", "eps_simple")
+    base = sweep.load("experiments/ho2020_table2").get_config()
+    assert simple.to_dict() == base.to_dict()  # the paper's best row is configs/cifar10.py
+
+
+def test_a_table_of_what_is_there(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    place = tmp_path / "runs" / "mine" / "cpu"
+    folder.mkdir()
+    (folder / "config.py").write_text(
+        "def rows(size):\n    return {'a': {}, 'b': {}, 'c': {}}\n"
+        "def evaluations(size, row):\n"
+        "    return {'p': ['--mode=nll'], ('q' if row == 'b' else 'r'): ['--mode=nll']}\n"
+    )
+
+    def write(name, **result):
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+
+    write("a/p.json", total=3.14159, total_stderr=0.0125, num_images=64, L_T=0.0)
+    write("a/r.json", total=2.0, total_stderr=0.5, num_images=10_000)
+    write("b/q.json", total=1.0, total_stderr=None, num_images=1)
+    arguments = [str(folder), "--size=cpu", f"--root={tmp_path}/runs", "--table"]
+    sweep.main(arguments)
+    assert capsys.readouterr().out.splitlines() == [
+        "| row | p | r | q |",
+        "| --- | --- | --- | --- |",
+        "| a | 3.142 ± 0.013 (64) | 2.000 ± 0.500 (10000) | — |",
+        "| b | — | — | 1.000 (1) |",
+        "| c | — | — | — |",
+    ]
+    sweep.main([*arguments, "--row=b"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| b | — | 1.000 (1) |"]
+    write("c/p.json", something="else")
+    assert refused(capsys, *arguments) == (
+        f"error: {place}/c/p.json is no result (KeyError('total')); delete it and evaluate again"
+    )
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as exit:
+        sweep.main(list(arguments))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["experiments/ho2020"], "experiments/ho2020_table2, experiments/iddpm_table2"),
+        (["experiments/iddpm_table2", "--size=tiny"], "'full', 'cpu', 'smoke'"),
+        (["experiments/iddpm_table2", "--row=cosine"], "cosine_simple, cosine_hybrid, cosine_vlb"),
+        (["experiments/iddpm_table2", "--row=cosine_vlb,"], "no row ''"),
+        (["experiments/iddpm_table2", "--rows=cosine_vlb"], "--rows=cosine_vlb"),
+        ([], "folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said, capsys):
+    assert said in refused(capsys, *arguments)
+
+
+def test_rows_can_be_chosen(capsys):
+    given = ["experiments/ho2020_table2", "--row=eps_simple,mean_fixed", "--row=eps_fixed"]
+    trainings = [c for c in printed(capsys, *given) if "--mode=nll" not in c]
+    names = [os.path.basename(parsed(command)[1]) for command in trainings]
+    assert names == ["eps_simple", "mean_fixed", "eps_fixed"]
+
+
+def python(code):
+    return ["python", "-c", code]
+
+
+def test_run_stops_at_the_first_failure(tmp_path, capfd):
+    file = tmp_path / "ran"
+    commands = [python(f"open({str(file)!r}, 'w')"), python("raise SystemExit(3)")]
+    with pytest.raises(SystemExit) as exit:
+        sweep.run([*commands, python(f"import os; os.remove({str(file)!r})")])
+    assert exit.value.code == 3 and file.exists()
+    assert capfd.readouterr().err == f"error: status 3 of {shlex.join(commands[1])}\n"
+    with pytest.raises(SystemExit) as exit:
+        sweep.run([python("import os; os.kill(os.getpid(), 9)")])
+    assert exit.value.code == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_command_and_runs_no_other(number, tmp_path, capfd):
+    """The command signals its parent, as a terminal or a scheduler would, and then takes its time to save."""
+    file = tmp_path / "saved"
+    save = f"lambda *_: (time.sleep(0.2), open({str(file)!r}, 'w'), os._exit(0))"
+    stop = f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {signal.SIGINT:d})"
+    first = (
+        f"import os, signal, time; [signal.signal(n, {save}) for n in (2, {signal.SIGTERM:d})];"
+        f"{stop}; time.sleep(60)"
+    )
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        sweep.run([python(first), python(f"import os; os.remove({str(file)!r})")])
+    assert exit.value.code == 128 + number and file.exists()
+    assert capfd.readouterr().err == "stopped; the same command continues\n"
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_docstring_says_what_to_run_and_what_came_of_it(folder):
+    text = sweep.load(folder).__doc__
+    assert f"python -m experiments.sweep {folder} --size=cpu --run" in text
+    assert "Expected" in text and "Measured" in text
+    for size in sweep.SIZES.values():
+        assert all(f"\n    {row} " in text for row in sweep.load(folder).rows(size))
