@@ -26,36 +26,71 @@ def exact_eps(schedule):
     return network_fn
 
 
-def exact_denoiser(schedule, prediction="eps"):
-    """The same as a `denoise_fn`, given in any parameterisation."""
+def exact_denoiser(schedule, prediction="eps", variance_fn=None):
+    """The same as a `denoise_fn`, given in any parameterisation; variance_fn(x_t, t) is its second half."""
     eps_fn = exact_eps(schedule)
 
     def network_fn(x_t, t):
-        eps = eps_fn(x_t, t)
-        if prediction == "eps":
-            return eps
-        x_0 = diffusion.to_x_0(schedule, "eps", eps, x_t, t)
-        return diffusion.from_x_0(schedule, prediction, x_0, x_t, t)
+        value = eps_fn(x_t, t)
+        if prediction != "eps":
+            x_0 = diffusion.to_x_0(schedule, "eps", value, x_t, t)
+            value = diffusion.from_x_0(schedule, prediction, x_0, x_t, t)
+        if variance_fn is None:
+            return value
+        return jnp.concatenate([value, variance_fn(x_t, t)], axis=-1)
 
-    return diffusion.denoiser(schedule, network_fn, prediction=prediction)
+    return diffusion.denoiser(
+        schedule, network_fn, prediction=prediction, learned_variance=variance_fn is not None
+    )
 
 
-def ancestral_moments(alpha_bar, variance):
-    """Mean and standard deviation of x_0 after ancestral sampling over the given ᾱ: two floats."""
-    previous = np.append(1.0, alpha_bar[:-1])
+def x_0_error(alpha_bar):
+    """The conditional variance of x_0 given x_t, which is the exact denoiser's squared error."""
+    return STD**2 * (1 - alpha_bar) / (alpha_bar * STD**2 + 1 - alpha_bar)
+
+
+def steps_of(alpha_bar):
+    """ᾱ_{t−1}, β_t, and the factors of x_0 and x_t in the posterior mean: each [S]."""
+    p = np.append(1.0, alpha_bar[:-1])
+    beta = 1 - alpha_bar / p
+    of_x_0 = np.sqrt(p) * beta / (1 - alpha_bar)
+    of_x_t = np.sqrt(alpha_bar / p) * (1 - p) / (1 - alpha_bar)
+    return p, beta, of_x_0, of_x_t
+
+
+def sigma2(alpha_bar, variance, said=None):
+    """σ_t² of the reverse process [S, …]; `said` [S, …] is what the network gives for a learned one.
+
+    Where β̃_0 = 0 has no logarithm, the first step borrows that of the second.
+    """
+    p, beta, of_x_0, _ = steps_of(alpha_bar)
+    posterior = beta * (1 - p) / (1 - alpha_bar)
+    if len(alpha_bar) > 1:
+        small, large = posterior.copy(), beta.copy()
+        small[0] = large[0] = posterior[1]
+    else:
+        small = large = beta
+    if variance == "learned":
+        return np.exp(said)
+    if variance == "learned_range":
+        low, high = (np.log(end).reshape(-1, *[1] * (said.ndim - 1)) for end in (small, large))
+        return np.exp(low + (said + 1) / 2 * (high - low))
+    if variance == "analytic":
+        return posterior + of_x_0**2 * x_0_error(alpha_bar)
+    return {"fixed_small": small, "fixed_large": large}[variance]
+
+
+def ancestral_moments(alpha_bar, sigma2):
+    """Mean and standard deviation of x_0 after ancestral sampling over the given ᾱ, σ²: two floats."""
     mean, var = 0.0, 1.0
+    _, _, all_of_x_0, all_of_x_t = steps_of(alpha_bar)
     for i in reversed(range(len(alpha_bar))):
-        a, p = alpha_bar[i], previous[i]
-        beta = 1 - a / p
-        total = a * STD**2 + 1 - a
+        a, of_x_0, of_x_t = alpha_bar[i], all_of_x_0[i], all_of_x_t[i]
         # E[x_0 | x_t] = MEAN + gain · (x_t − √a MEAN); the posterior mean mixes it with x_t.
-        gain = np.sqrt(a) * STD**2 / total
-        of_x_0 = np.sqrt(p) * beta / (1 - a)
-        of_x_t = np.sqrt(a / p) * (1 - p) / (1 - a)
+        gain = np.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
         slope = of_x_0 * gain + of_x_t
         mean = of_x_0 * (MEAN - gain * np.sqrt(a) * MEAN) + slope * mean
-        sigma2 = {"fixed_large": beta, "fixed_small": beta * (1 - p) / (1 - a)}[variance]
-        var = slope**2 * var + (sigma2 if i > 0 else 0.0)
+        var = slope**2 * var + (sigma2[i] if i > 0 else 0.0)
     return mean, np.sqrt(var)
 
 
