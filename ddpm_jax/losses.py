@@ -195,15 +195,17 @@ def probabilities(history: LossHistory, *, uniform: float = 0.001):
     """p_t as whole numbers of 2⁻³²: uint32 [T] that sum to 2³², the sum understood modulo 2³².
 
     p_t ∝ √E[L_t²] over the history, Nichol & Dhariwal (18), mixed with a share `uniform` of the uniform
-    distribution; all equal until every t has a full row. Whole numbers, because a float32 distribution
-    function has too few digits for the least likely t, and its sample would not follow p_t.
+    distribution. All are equal until every t has a full row, and while the rows say nothing: all zero,
+    or one not finite. Whole numbers, because a float32 distribution function has too few digits for the
+    least likely t, and its sample would not follow p_t.
     """
     num_timesteps, size = history.losses.shape
-    root = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
-    share = root / jnp.maximum(jnp.sum(root), 1e-30)
-    learned = (1.0 - uniform) * share + uniform / num_timesteps
-    full = jnp.all(history.count >= size)
-    p = jnp.where(full, learned, 1.0 / num_timesteps)
+    largest = jnp.max(jnp.abs(history.losses))  # of which the squares neither overflow nor vanish
+    root = jnp.sqrt(jnp.mean(jnp.square(history.losses / largest), axis=1))
+    total = jnp.sum(root)
+    learned = (1.0 - uniform) * root / total + uniform / num_timesteps
+    usable = jnp.all(history.count >= size) & (total > 0)  # no, where a loss is not finite
+    p = jnp.where(usable, learned, 1.0 / num_timesteps)
     parts = (p * (2.0**32 * (1.0 - 1e-5))).astype(jnp.uint32)  # their sum stays below 2³² …
     return parts.at[0].add(0 - jnp.sum(parts))  # … and t = 0 takes the rest
 
