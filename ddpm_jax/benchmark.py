@@ -103,12 +103,15 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
 
     bare_forward = parallel.map_shards(functools.partial(forward, unet))
     bare_gradient = parallel.map_shards(functools.partial(gradient, unet))
-    sample = method.make_sample(steps=str(min(CHAIN_STEPS, len(schedule))))
+    few_steps = str(min(CHAIN_STEPS, len(schedule)))
+    sample, (_, bound) = method.make_sample(steps=few_steps), method.make_bound(steps=few_steps)
     chain = parallel.map_shards(lambda tree, examples: sample(*tree, *examples))
+    all_terms = parallel.map_shards(lambda tree, batch: bound(*tree, batch))
     calls = {
         "train": train_step,
         "gradient": lambda: bare_gradient(params, (x, t, label, keys)),
         "chain": lambda: chain((params, key), (batch["index"], batch["label"])),
+        "bound": lambda: all_terms((params, key), batch),
         "forward": lambda: bare_forward(params, (x, t, label)),
     }
     seconds = median_seconds(calls)
@@ -125,7 +128,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         }
         versus = median_seconds(versus)
 
-    chain_step = seconds["chain"] / min(CHAIN_STEPS, len(schedule))
+    chain_step, bound_term = (seconds[name] / int(few_steps) for name in ("chain", "bound"))
     per_image = jax.local_device_count() / batch_size
     flops = parallel.flops(step) * per_image
     forward_flops = parallel.flops(bare_forward.lower(params, (x, t, label)).compile()) * per_image
@@ -138,7 +141,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "train_images_per_second": batch_size / seconds["train"],
         "sample_step_images_per_second": batch_size / chain_step,
         "sample_chain_steps": len(schedule),
-        "sample_chain_steps_timed": min(CHAIN_STEPS, len(schedule)),
+        "sample_chain_steps_timed": int(few_steps),
         "sample_chain_images_per_second": batch_size / (chain_step * len(schedule)),
         "train_gflop_per_image": flops / 1e9,
         "forward_gflop_per_image": forward_flops / 1e9,
@@ -147,6 +150,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "peak_host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         "train_step_over_bare_gradient": seconds["train"] / seconds["gradient"],
         "chain_step_over_bare_forward": chain_step / seconds["forward"],
+        "bound_term_over_bare_forward": bound_term / seconds["forward"],
     }
     if "peak_bytes_in_use" in stats:  # a CPU has no such count
         result["peak_device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
