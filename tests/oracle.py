@@ -8,6 +8,7 @@ samplers.
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from ddpm_jax import diffusion
 
@@ -73,7 +74,7 @@ def sigma2(alpha_bar, variance, said=None):
     if variance == "learned":
         return np.exp(said)
     if variance == "learned_range":
-        low, high = (np.log(end).reshape(-1, *[1] * (said.ndim - 1)) for end in (small, large))
+        low, high = (along(np.log(end), said) for end in (small, large))
         return np.exp(low + (said + 1) / 2 * (high - low))
     if variance == "analytic":
         return posterior + of_x_0**2 * x_0_error(alpha_bar)
@@ -109,6 +110,41 @@ def ddim_moments(alpha_bar):
         mean = slope * mean + np.sqrt(p) * x0_shift + np.sqrt(1 - p) * eps_shift
         std = slope * std
     return mean, std
+
+
+def level_bits(x_0, mean, std):
+    """−log₂ of the probability of 8-bit levels under N(mean, std²), open at both ends; Ho et al. (13)."""
+    lower = np.where(x_0 < -0.999, -np.inf, (x_0 - 1 / 255 - mean) / std)
+    upper = np.where(x_0 > 0.999, np.inf, (x_0 + 1 / 255 - mean) / std)
+    side = np.where(lower + upper > 0, -1.0, 1.0)  # where the difference keeps its digits
+    near, far = np.maximum(side * lower, side * upper), np.minimum(side * lower, side * upper)
+    return -np.log2(special.ndtr(near) - special.ndtr(far))
+
+
+def bound_terms(alpha_bar, x_0, eps, sigma2):
+    """L_0, L_1, … in bits of each number x_0 […] for given noise eps [S, …] and σ² [S, …]: [S, …]."""
+    p, beta, of_x_0, _ = (along(table, eps) for table in steps_of(alpha_bar))
+    a = along(alpha_bar, eps)
+    x_t = np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps
+    gain = np.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
+    guess = MEAN + gain * (x_t - np.sqrt(a) * MEAN)
+    with np.errstate(divide="ignore"):  # the first step has no divergence
+        ratio = beta * (1 - p) / (1 - a) / along(sigma2, eps)
+        squared = (of_x_0 * (x_0 - guess)) ** 2 / along(sigma2, eps)
+        terms = 0.5 * (squared + ratio - 1 - np.log(ratio)) / np.log(2)
+    terms[0] = level_bits(x_0, guess[0], np.sqrt(along(sigma2, eps)[0]))
+    return terms
+
+
+def along(table, like):
+    """[S] or [S, …] to the rank of `like` [S, …]."""
+    return table.reshape(table.shape + (1,) * (like.ndim - table.ndim))
+
+
+def prior_bits(alpha_bar, x_0):
+    """KL(N(√ᾱ x_0, 1 − ᾱ) ‖ N(0, 1)) in bits of each number."""
+    a = alpha_bar[-1]
+    return 0.5 * (a * x_0**2 - a - np.log(1 - a)) / np.log(2)
 
 
 def data(key_or_rng, shape):
