@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ class Run(NamedTuple):
 
 
 def _short(value) -> str:
-    text = str(value).replace(" ", "").replace(os.sep, "-")
-    return text if len(text) <= 24 else hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = str(value).replace(" ", "")  # a list, and the same list as text, are the same
+    plain = re.fullmatch(r"[\w.,-]{1,24}", text)
+    return text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def load(workdir: str, weights: str = "ema") -> Run:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs import cifar10
 from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, parallel, training
+from ddpm_jax import ddpm, diffusion, losses, parallel, training
 
 
 def make_config(**changes):
@@ -35,6 +36,7 @@ def make_batch(n=8):
         "image": rng.integers(0, 256, (n, 6, 4, 2), np.uint8),
         "label": np.arange(n, dtype=np.int32) % 3,
         "index": np.arange(n, dtype=np.int32),
+        "place": np.arange(n) / np.float32(n),
     }
 
 
@@ -52,7 +54,7 @@ KEY = jax.random.key(5)
 def test_an_untrained_network_predicts_nothing():
     """Near-zero output: L_simple starts at E[ε²] = 1, whatever the images are."""
     method = ddpm.make_method(make_config())
-    loss, metrics = jax.jit(method.loss)(method.init(KEY), KEY, make_batch(128))
+    loss, metrics, _ = jax.jit(method.loss)(method.init(KEY), (), KEY, make_batch(128))
     assert loss.shape == (128,) and abs(loss.mean() - 1) < 4 * np.sqrt(2 / (128 * 48))
     weights = np.stack([metrics[f"loss_t{q}"][1] for q in (1, 2, 3, 4)])
     assert (weights.sum(axis=0) == 1).all()  # every example is in exactly one quarter of t
@@ -63,8 +65,8 @@ def test_losses_and_masks_do_not_depend_on_the_batch():
     method = ddpm.make_method(make_config(model__dropout=0.5))
     params, batch = far_from_zero(method.init(KEY)), make_batch(8)
     loss = jax.jit(lambda *args: method.loss(*args)[0])
-    whole = loss(params, KEY, batch)
-    halves = [loss(params, KEY, jax.tree.map(lambda x, s=s: x[s::2], batch)) for s in (0, 1)]
+    whole = loss(params, (), KEY, batch)
+    halves = [loss(params, (), KEY, jax.tree.map(lambda x, s=s: x[s::2], batch)) for s in (0, 1)]
     np.testing.assert_allclose(np.stack(halves, axis=1).ravel(), whole, rtol=2e-5)
     assert np.unique(whole).size == 8
 
@@ -85,7 +87,8 @@ def test_flips_are_a_choice_of_the_config():
     for flip in (True, False):
         method = ddpm.make_method(make_config(data__flip=flip, model__dropout=0.0))
         params = far_from_zero(method.init(KEY))
-        losses.append(jax.jit(method.loss)(params, KEY, {**make_batch(16), "image": images})[0])
+        batch = {**make_batch(16), "image": images}
+        losses.append(jax.jit(method.loss)(params, (), KEY, batch)[0])
     same = np.isclose(*losses, rtol=1e-4)
     assert 2 <= same.sum() <= 14  # those that were not mirrored
 
@@ -154,7 +157,7 @@ def test_bfloat16_computes_close_to_float32():
         method = ddpm.make_method(make_config(model__dtype=dtype))
         params = far_from_zero(method.init(KEY))
         loss, gradient = jax.jit(jax.value_and_grad(lambda *a, m=method: m.loss(*a)[0].mean()))(
-            params, KEY, make_batch()
+            params, (), KEY, make_batch()
         )
         assert loss.dtype == jnp.float32
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradient))
@@ -163,12 +166,205 @@ def test_bfloat16_computes_close_to_float32():
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
 
 
+# ---- the bound, with the network of tiny.py --------------------------------------------------------
+
+
+def make_tiny(**changes):
+    """A method of one matrix, its parameters away from zero, and eight images."""
+    method = tiny.make(make_config(**changes))
+    return method, far_from_zero(method.init(KEY)), make_batch()
+
+
+def test_the_bound_is_the_sum_of_its_parts():
+    method, params, batch = make_tiny()
+    chain, bound = method.make_bound(steps=5)
+    parts = jax.jit(bound)(params, KEY, batch)
+    shapes = {name: value.shape for name, value in parts.items()}
+    scalars = dict.fromkeys(("total", "L_T", "L_0"), (8,))
+    assert shapes == scalars | dict.fromkeys(("terms", "x_0_error", "eps_error"), (8, 5))
+    assert chain.timesteps.tolist() == [0, 5, 10, 14, 19]
+    np.testing.assert_allclose(parts["total"], parts["L_T"] + parts["terms"].sum(axis=1), rtol=1e-6)
+    assert (parts["L_0"] == parts["terms"][:, 0]).all()
+
+
+def test_the_bound_of_an_image_depends_on_its_index_and_label_alone():
+    method = ddpm.make_method(make_config(model__num_classes=3))
+    params, batch = far_from_zero(method.init(KEY)), make_batch()
+    bound = jax.jit(method.make_bound(steps=3)[1])
+    whole = bound(params, KEY, batch)
+    part = bound(params, KEY, jax.tree.map(lambda x: x[2:5], batch))
+    for name in whole:
+        np.testing.assert_allclose(part[name], whole[name][2:5], rtol=1e-5, atol=1e-6)
+    for change in ({"label": batch["label"] + 1}, {"index": batch["index"] + 1}):
+        other = bound(params, KEY, {**batch, **change})
+        assert (np.abs(other["total"] / whole["total"] - 1) > 1e-6).all()
+
+
+def test_a_shortened_chain_makes_the_same_errors_at_the_same_times():
+    method, params, batch = make_tiny()
+    tau = np.array([0, 4, 11, 19])
+    full, short = (
+        jax.jit(method.make_bound(steps=steps)[1])(params, KEY, batch)
+        for steps in (None, tau.tolist())
+    )
+    for name in ("x_0_error", "eps_error"):
+        np.testing.assert_allclose(short[name], full[name][:, tau], rtol=1e-5)
+    np.testing.assert_allclose(short["L_T"], full["L_T"], rtol=1e-5)
+
+
+def test_the_memory_of_the_bound_does_not_grow_with_its_steps():
+    sizes = []
+    for T in (20, 200):
+        method = tiny.make(make_config(data__image_shape=(16, 16, 3), schedule__num_timesteps=T))
+        batch = {**make_batch(), "image": np.zeros((8, 16, 16, 3), np.uint8)}
+        lowered = jax.jit(method.make_bound()[1]).lower(method.init(KEY), KEY, batch)
+        sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    # A step leaves three numbers for each image and takes some from tables; one batch of images is 24 KiB.
+    assert 0 <= sizes[1] - sizes[0] < 180 * 1024 and sizes[0] > 24 * 1024
+
+
+@pytest.mark.parametrize(
+    "trained, options, words",
+    [
+        ("fixed_large", {"variance": "learned"}, "trained with 'fixed_large'"),
+        ("fixed_large", {"variance": "learned_range"}, "needs outputs that this network has not"),
+        ("learned", {"variance": "learned_range"}, "trained with 'learned'"),
+        ("fixed_large", {"variance": "analytic"}, "needs x_0_error"),
+        ("fixed_large", {"variance": "analytic", "x_0_error": np.ones(5)}, "each of the 4 steps"),
+        ("fixed_large", {"variance": "fixed"}, "fixed_small"),
+        ("fixed_large", {"steps": 21}, "1 to 20"),
+    ],
+)
+def test_what_a_trained_model_cannot_do_is_refused(trained, options, words):
+    changes = {} if trained == "fixed_large" else {"diffusion__loss": "vlb"}
+    method = tiny.make(make_config(diffusion__variance=trained, **changes))
+    for make in (method.make_sample, method.make_bound):
+        with pytest.raises(ValueError, match=words) as error:
+            make(**{"steps": 4} | options)
+        assert "\n" not in str(error.value)
+
+
+def test_an_unknown_cdf_is_refused():
+    with pytest.raises(ValueError, match="normal"):
+        make_tiny()[0].make_bound(cdf="logistic")
+
+
+def test_a_learned_model_can_be_asked_for_the_other_variances():
+    changes = {"diffusion__variance": "learned_range", "diffusion__loss": "hybrid"}
+    method, params, batch = make_tiny(**changes)
+    totals = []
+    for variance in ("learned_range", "fixed_small", "fixed_large", "analytic"):
+        options = {"steps": 4, "variance": variance}
+        options |= {"x_0_error": np.full(4, 0.3)} if variance == "analytic" else {}
+        totals.append(method.make_bound(**options)[1](params, KEY, batch)["total"])
+        drawn = method.make_sample(**options)(params, KEY, np.arange(2), np.zeros(2, np.int32))
+        assert drawn.shape == (2, 6, 4, 2) and np.isfinite(drawn).all()
+    assert np.isfinite(totals).all() and len(np.unique(np.array(totals)[:, 0])) == 4
+
+
+# ---- the loss, however t is drawn ------------------------------------------------------------------
+
+
+def a_history(method, T=20):
+    """As if the early times had cost much more: nothing for the other ways to draw t."""
+    if not jax.tree.leaves(method.memory):
+        return method.memory
+    rows = np.tile(10.0 / np.arange(1, T + 1, dtype=np.float32)[:, None], 10)
+    return losses.LossHistory(rows, np.full(T, 10, np.int32))
+
+
+@pytest.mark.parametrize("t_sampling", losses.T_SAMPLINGS)
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_the_mean_loss_is_the_bound_less_its_prior_term_however_t_is_drawn(variance, t_sampling):
+    changes = {"diffusion__variance": variance, "diffusion__t_sampling": t_sampling}
+    method, params, batch = make_tiny(diffusion__loss="vlb", data__flip=False, **changes)
+    n = 4096
+    batch = jax.tree.map(lambda x: x[np.arange(n) % 8], batch) | {
+        "index": np.arange(n, dtype=np.int32),
+        "place": np.arange(n) / np.float32(n),
+    }
+    loss = jax.jit(method.loss)(params, a_history(method), KEY, batch)[0]
+    parts = jax.jit(method.make_bound(clip_x0=False)[1])(params, KEY, batch)
+    difference = np.asarray(loss - (parts["total"] - parts["L_T"]))
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(n)
+    assert loss.std() / np.sqrt(n) < 0.05 * loss.mean()  # which says something
+
+
+@pytest.mark.parametrize("t_sampling", losses.T_SAMPLINGS)
+def test_hybrid_is_simple_and_a_thousandth_of_the_bound(t_sampling):
+    changes = {"diffusion__variance": "learned_range", "diffusion__t_sampling": t_sampling}
+    method, params, batch = make_tiny(diffusion__loss="hybrid", **changes)
+    loss = jax.jit(method.loss)
+    whole, metrics, record = loss(params, a_history(method), KEY, batch)
+    assert sorted(metrics) == sorted(method.metric_names)
+    (simple, weight), (vlb, _) = metrics["simple"], metrics["vlb"]
+    np.testing.assert_allclose(whole, weight * (simple + 0.001 * vlb), rtol=1e-6)
+    assert ((weight == 1) == (t_sampling != "importance")).all()
+    if t_sampling == "importance":  # it remembers what a t costs, without the weight
+        np.testing.assert_allclose(record[1] * weight, whole, rtol=1e-6)
+    halves = [
+        loss(params, a_history(method), KEY, jax.tree.map(lambda x, s=s: x[s], batch))[0]
+        for s in (slice(4), slice(4, 8))
+    ]
+    np.testing.assert_allclose(np.concatenate(halves), whole, rtol=1e-5)
+
+
+def importance_states(steps, *, devices=0, accumulate=1, resume_at=None):
+    """States of a run whose t are drawn by importance, after each step."""
+    changes = {"schedule__num_timesteps": 4, "diffusion__t_sampling": "importance"}
+    changes |= {"diffusion__variance": "learned_range", "diffusion__loss": "vlb"}
+    method = tiny.make(make_config(**changes))
+    tx, _ = training.make_optimizer(num_steps=10, warmup_steps=0, learning_rate=1e-2)
+    state = training.init_state(method, tx, KEY)
+    axis = parallel.AXIS if devices else None
+    update = training.make_update(method, tx, KEY, axis_name=axis, accumulate=accumulate)
+    if devices:
+        state, to_device = parallel.place(state), parallel.shard
+        step = parallel.compile_step(update, state, to_device(make_batch(32)))
+    else:
+        step, to_device = jax.jit(update), lambda batch: batch
+    states = []
+    for k in range(steps):
+        if k == resume_at:
+            state = jax.tree.map(jnp.array, states[-1])
+        state, _ = step(
+            state, to_device({**make_batch(32), "index": np.int32(32 * k + np.arange(32))})
+        )
+        states.append(jax.device_get(state))
+    return states
+
+
+@functools.cache
+def one_run():
+    return importance_states(6)
+
+
+def test_importance_resumes_bit_for_bit():
+    whole, resumed = one_run(), importance_states(6, resume_at=3)
+    assert (whole[2].memory.count >= 10).all()  # from here on it draws by importance
+    assert (whole[5].memory.count.sum(), len(np.unique(whole[5].memory.count))) >= (192, 2)
+    jax.tree.map(np.testing.assert_array_equal, resumed[-1], whole[-1])
+
+
+@pytest.mark.parametrize("devices, accumulate", [(4, 1), (4, 2), (0, 2)])
+def test_importance_remembers_the_same_on_all_devices_and_in_parts(devices, accumulate):
+    one, other = one_run()[-1], importance_states(6, devices=devices, accumulate=accumulate)[-1]
+    np.testing.assert_array_equal(other.memory.count, one.memory.count)
+    np.testing.assert_allclose(
+        other.memory.losses, one.memory.losses, rtol=1e-4
+    )  # each in its place
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), other.params, one.params)
+
+
 @pytest.mark.parametrize(
     "field, value, words",
     [
         ("diffusion__prediction", "epsilon", "did you mean 'eps'"),
         ("diffusion__loss", "simpel", "did you mean 'simple'"),
         ("diffusion__variance", "fixed", "fixed_small, fixed_large"),
+        ("diffusion__variance", "analytic", "--variance=analytic afterwards"),
+        ("diffusion__variance", "learned_range", "'hybrid' or 'vlb'"),
+        ("diffusion__t_sampling", "importence", "did you mean 'importance'"),
         ("schedule__name", "jsd", "alpha_bar falls to 0"),
         ("model__channels", "many", "config.model.channels must be int"),
         ("model__channels", True, "config.model.channels must be int"),
