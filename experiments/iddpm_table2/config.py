@@ -22,7 +22,18 @@ and with the best one that its errors allow, the analytic (Bao et al. 2022), fro
 
 Expected: each change lowers the bound in the order of the paper's rows, and a learned variance comes near
 the analytic one of the same schedule.
-Measured, :cpu: TO BE FILLED
+Measured, :cpu, two cores of an AMD EPYC server, jax 0.10.2, 64 images of the test set, EMA weights; ± is the
+standard error over images, and of a difference that of the differences image by image:
+
+    row            variance       bits/dim        less the first
+    linear_simple  fixed_large    3.704 ± 0.113
+    linear_simple  fixed_small    3.718 ± 0.135   +0.014 ± 0.022
+    linear_simple  analytic       3.555 ± 0.122   -0.150 ± 0.009
+    linear_hybrid  learned_range  3.476 ± 0.122   -0.228 ± 0.009
+
+The order is that of the literature. L_0 is 1.61 and the error of x̂_0 the same in all: what differs is the variance
+of the steps above. It took 28 min to train a row and 7 min to measure it, on one core each.
+Not run: the two cosine rows.
 Measured, the full size: not run (no accelerator at hand); FID is not among the evaluations yet. `:smoke`: every row
 trains and is evaluated, 7 minutes on two cores of an AMD EPYC server beside other work.
 """
