@@ -98,6 +98,20 @@ def test_every_term_is_its_definition_for_the_noise_it_saw(steps, variance):
         np.testing.assert_allclose(error, np.mean(difference**2, axis=(2, 3, 4)).T, rtol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["linear", "const", "jsd"])
+def test_the_prior_term_is_the_divergence_from_where_the_chain_ends(name):
+    """Of q(x_T | x_0) from N(0, 1) by quadrature, for chains that stop short, and 0 for one that arrives."""
+    schedule, (x_0, exact_x_0) = schedules.make(name, num_timesteps=30), images((3, 2, 2, 1))
+    a = schedule.alpha_bar[-1]
+    z = np.linspace(-9, 9, 2001)
+    x_T = np.sqrt(a) * exact_x_0[..., None] + np.sqrt(1 - a) * z
+    nats = (x_T**2 - z**2 - np.log(1 - a)) / 2  # ln q − ln p
+    expected = (nats @ np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()).mean(axis=(1, 2, 3))
+    ours = likelihood.prior_term(schedule, x_0)
+    np.testing.assert_allclose(ours, expected / np.log(2), rtol=1e-5, atol=1e-9)
+    assert (expected.min() > 0.05) == (name != "jsd")
+
+
 @functools.cache
 def expected_terms(steps, variance, count=5):
     """E[L_i] over the noise for some levels, ours and by quadrature: x_0 [X], two [S, X].
@@ -213,6 +227,24 @@ def test_the_first_term_is_a_distribution_over_the_levels_whatever_the_network_s
     np.testing.assert_allclose(total, 1.0, atol=5e-5)
 
 
+def test_the_decoder_has_the_cdf_that_is_asked_for():
+    schedule, (x_0, exact_x_0) = chain(2), images((3, 4, 4, 1))
+    mean, std = exact_x_0 + 0.03, np.sqrt(oracle.sigma2(schedule.alpha_bar, "fixed_large")[0])
+    denoise_fn = diffusion.denoiser(FULL, lambda x, t: jnp.float32(mean), prediction="x_0")
+
+    def by_tanh(x):  # Ho et al.'s code
+        z = (x - mean) / std
+        return 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+    upper, lower = by_tanh(exact_x_0 + 1 / 255), by_tanh(exact_x_0 - 1 / 255)
+    upper[exact_x_0 == 1], lower[exact_x_0 == -1] = 1, 0
+    expected = {"tanh": -np.log2(upper - lower), "normal": oracle.level_bits(exact_x_0, mean, std)}
+    for cdf in likelihood.CDFS:
+        ours = likelihood.bound(schedule, denoise_fn, x_0, KEYS, clip_x0=False, cdf=cdf).terms[:, 0]
+        np.testing.assert_allclose(ours, expected[cdf].mean(axis=(1, 2, 3)), rtol=1e-4)
+    assert np.abs(expected["tanh"] - expected["normal"]).mean() > 0.01
+
+
 # ---- analytic variance -----------------------------------------------------------------------------
 
 
@@ -264,6 +296,8 @@ def test_clipping_changes_the_mean_and_the_error_but_not_the_error_of_the_noise(
     expected = np.square(np.clip(x_0 + 1.5, -1, 1) - x_0).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(clipped.x_0_error, np.tile(expected[:, None], 10), rtol=1e-5)
     np.testing.assert_allclose(clipped.eps_error, free.eps_error, rtol=1e-6)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    np.testing.assert_allclose(free.eps_error, np.tile(2.25 * snr, (3, 1)), rtol=1e-4)
     assert (clipped.terms < free.terms).all()
 
 
