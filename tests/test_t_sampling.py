@@ -8,7 +8,7 @@ import pytest
 from ddpm_jax import losses
 
 KEY = jax.random.key(11)
-probabilities = jax.jit(losses.probabilities)
+probabilities, draw = jax.jit(losses.probabilities), jax.jit(losses.importance_t)
 
 
 def place(size):
@@ -163,7 +163,7 @@ def test_words_belong_to_their_t_and_the_weighted_loss_has_the_uniform_expectati
 @pytest.mark.parametrize("case", ["nothing yet", "falling"])
 def test_importance_draws_its_probabilities(case):
     parts = probabilities(HISTORIES[case])
-    t, weight = losses.importance_t(jax.random.split(KEY, 50_000), parts)
+    t, weight = draw(jax.random.split(KEY, 50_000), parts)
     p = drawn(parts)
     assert t.dtype == jnp.int32 and weight.dtype == jnp.float32
     agrees(t, p, 50_000)
@@ -172,8 +172,8 @@ def test_importance_draws_its_probabilities(case):
 
 def test_importance_draws_each_example_by_its_own_key():
     parts, keys = probabilities(HISTORIES["falling"]), jax.random.split(KEY, 32)
-    whole, _ = losses.importance_t(keys, parts)
-    part, _ = losses.importance_t(keys[10:20], parts)
+    whole, _ = draw(keys, parts)
+    part, _ = draw(keys[10:20], parts)
     assert (part == whole[10:20]).all()
 
 
