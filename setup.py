@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-TEST = ["pytest>=8.0", "ruff>=0.6"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
 
 setup(
     name="ddpm_jax",

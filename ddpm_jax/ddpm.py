@@ -219,6 +219,11 @@ def diffusion_method(
                 f"variance {asked!r} needs outputs that this network has not: it was trained with"
                 f" {trained_variance!r}; use that, fixed_small, fixed_large or analytic"
             )
+        if asked == "learned" and len(chain) < T:
+            raise ValueError(
+                "variance 'learned' is that of single steps of the full chain; with fewer steps use"
+                " fixed_small, fixed_large or analytic, or train with learned_range"
+            )
         if asked != "analytic":
             return asked
         if x_0_error is None or len(x_0_error) != len(chain):
@@ -248,7 +253,8 @@ def diffusion_method(
         """
         config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
         chain = shortened(steps)
-        variance = reverse_variance(variance, chain, x_0_error)
+        if sampler == "ancestral":
+            variance = reverse_variance(variance, chain, x_0_error)
         options = {"clip_x0": clip_x0}
         if frames:
             options["keep"] = schedules.subsequence(min(frames, len(chain)), len(chain))[::-1]

@@ -155,6 +155,8 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> np.ndarray:
       x_0_error: [T], mean squared error of x̂_0 for each pixel at each of its steps.
       variance: "fixed_small", "fixed_large" or "analytic".
     """
+    if variance not in ("fixed_small", "fixed_large", "analytic"):
+        raise ValueError(f"the cost of a jump is not known for variance {variance!r}")
     alpha_bar = schedule.alpha_bar
     error = np.asarray(x_0_error, np.float64)[:, None]
     a, p = alpha_bar[:, None], alpha_bar[None, :]

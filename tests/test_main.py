@@ -31,7 +31,10 @@ MISTAKES = {
     (DIGITS, "--config.preview.sampler=ddmi"): "did you mean 'ddim'",
     ("--wrkdir=x",): "Did you mean: workdir",
     ("--mode=sample", "--workdir=runs/not_there"): "runs/not_there/config.json",
-    ("--mode=nll", "--num_samples=3"): "--num_samples is for --mode=sample, progressive, not for nll",
+    (
+        "--mode=nll",
+        "--num_samples=3",
+    ): "--num_samples is for --mode=sample, progressive, not for nll",
     ("--mode=best_steps",): "needs --steps=S",
     ("--mode=smaple",): "should be one of",
 }

@@ -16,9 +16,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from ddpm_jax import checkpoints, train
+from ddpm_jax import checkpoints, runs, train
 from ddpm_jax import config as config_lib
-
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

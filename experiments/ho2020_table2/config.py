@@ -59,5 +59,5 @@ def rows(size: str) -> dict[str, dict]:
 
 def evaluations(size: str, row: str) -> dict[str, list[str]]:
     del row  # the same for all: the bound with the variance of training
-    images = {"": [], "cpu": ["--num_images=64"], "smoke": ["--num_images=8", "--steps=10"]}
+    images = {"": [], "cpu": ["--num_images=64"], "smoke": ["--num_images=8"]}
     return {"nll": ["--mode=nll", *images[size]]}
