@@ -9,6 +9,7 @@ The data set is tensorflow-datasets' imagenet2012, prepared beforehand (manual d
 and resized as it is read, as in the paper; imagenet_resized/64x64 is small already and reads faster. Or
 your own copy with --config.data.name=image_folder:PATH. Where 2048 images do not fit, give
 --config.step.accumulate=16.
+The paper's bits/dim are of the validation images: --mode=nll --split=validation.
 
 Measured: not run (no accelerator and no copy of the data at hand).
 """

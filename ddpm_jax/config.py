@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
+MISSING = "(no such field)"  # what `differences` shows where a config has none
+
 
 class ConfigError(ValueError):
     """One line that names the field, what was expected and what to do."""
@@ -154,9 +156,8 @@ def differences(saved, given) -> dict[str, tuple]:
         return {k: v for key in node for k, v in flat(f"{prefix}.{key}", node[key]).items()}
 
     saved, given = (flat("config", json.loads(to_json(config))) for config in (saved, given))
-    missing = "(no such field)"
     return {
-        key: (saved.get(key, missing), given.get(key, missing))
+        key: (saved.get(key, MISSING), given.get(key, MISSING))
         for key in saved | given
-        if saved.get(key, missing) != given.get(key, missing)
+        if saved.get(key, MISSING) != given.get(key, MISSING)
     }

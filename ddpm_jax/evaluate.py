@@ -4,8 +4,8 @@
     python -m ddpm_jax.main --mode=rate_distortion --workdir=runs/digits
     python -m ddpm_jax.main --mode=best_steps --workdir=runs/digits --steps=50
 
-Each writes a .json with the result and everything that moves it, a picture beside it as .png, and the
-numbers of every image as .npz. While it runs, what is measured stands in FILE.partial/; the same command
+Each writes a .json with the result and what moves it, a picture beside it as .png, and total, L_T and L_0 of
+every image as .npz. While it runs, what is measured stands in FILE.partial/; the same command
 goes on from there, and one with a larger --num_images from the result. Image i depends on the seed and i.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
@@ -22,9 +23,7 @@ from ddpm_jax import likelihood, parallel, runs, schedules, training, writers
 from ddpm_jax.ddpm import all_options
 
 CURVE = "curve_"  # names of [S] in an .npz, beside the [N] of each image
-ERROR_IMAGES = (
-    1024  # at most, for the analytic variance: a mean over pixels and images needs no more
-)
+ERROR_IMAGES = 64  # of the training split, for the analytic variance: means over all their pixels
 
 
 class Evaluation(NamedTuple):
@@ -43,7 +42,8 @@ class Evaluation(NamedTuple):
             result[name], result[f"{name}_stderr"] = mean_and_error(values)
         curves = {name: values.tolist() for name, values in self.curves.items()}
         timesteps = self.chain.timesteps.tolist()
-        return result | {"recipe": self.recipe, "curves": {"timesteps": timesteps, **curves}}
+        result |= {"recipe": self.recipe, "software": parallel.banner()}
+        return result | {"curves": {"timesteps": timesteps, **curves}}
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
@@ -76,14 +76,16 @@ def nll(
       data_dir: where the data are, if not where the config says.
       out: the .json to write, with .png and .npz beside it; None names them after all that moves the
         result, in workdir/eval.
-      options: of the Method's `make_bound`; None leaves the config's. With variance="analytic", the
-        errors that it needs are measured on the training split first, unless they are there.
+      options: of the Method's `make_bound`; None leaves the config's. With variance="analytic", the errors
+        that it needs are measured first on `ERROR_IMAGES` training images, unless they are there.
 
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
+    _check_out(out)
     run = runs.load(workdir, weights)
-    return _report(_bound(run, split, num_images, seed, batch_size, data_dir, out, options))
+    given = {"batch_size": batch_size, "data_dir": data_dir}
+    return _report(_nll(run, split, num_images, seed, options, path=out, **given))
 
 
 def rate_distortion(workdir: str, **options) -> Evaluation:
@@ -106,6 +108,7 @@ def rate_distortion(workdir: str, **options) -> Evaluation:
     ]
     writers.save_panels(f"{path}.png", _title(result), panels)
     numbers = {"reverse_steps": steps.tolist(), "rate": rate.tolist(), "rmse": rmse.tolist()}
+    numbers["num_images"] = len(result.scalars["total"])
     writers.save_json(f"{path}.json", numbers | {"recipe": result.recipe})
     print(f"table and curves: {path}.json, .png", flush=True)
     return result
@@ -139,39 +142,57 @@ def best_steps(
 
     Raises: as `nll`.
     """
+    _check_out(out)
     run = runs.load(workdir, weights)
-    measure = _measure_errors(run, num_images, batch_size, data_dir, options)
-    full, errors = measure.chain, measure.curves["x_0_error"]
+    chosen = runs.given(options)
+    variance = chosen.get("variance", all_options(run.method.make_bound, {})["variance"])
+    measured = {"batch_size": batch_size, "data_dir": data_dir}
     with config_lib.errors_at("best_steps"):
-        S = int(str(steps)) if str(steps).isdecimal() else steps
-        if not isinstance(S, int):
-            raise ValueError(f"steps must be a whole number of steps to choose, got {steps!r}")
-        variance = measure_variance = options.get("variance") or measure.recipe["variance"]
-        if variance not in ("fixed_small", "fixed_large"):
-            measure_variance = "analytic"
-        tau = likelihood.best_steps(full, errors, S, variance=measure_variance)
+        if not str(steps).isdecimal():
+            raise ValueError(
+                f"steps must be a number of steps to choose, such as 50; got {steps!r}"
+            )
+        S = int(steps)
+    without = {name: value for name, value in chosen.items() if name != "variance"}
+    full, _ = _make_bound(run, without)
+    if variance != "analytic":  # what can be refused is, before anything is measured
+        _make_bound(run, chosen | {"steps": str(S)})
+    with config_lib.errors_at("best_steps"):
+        likelihood.check_num_steps(S, len(full))
+    _load_data(run, split, num_images, data_dir)
+
+    _measure_errors(run, without, **measured)
+    errors, origin = (
+        found["x_0_error"] for found in runs.with_errors(run, without | {"variance": "analytic"})
+    )
+    cost = variance if variance in ("fixed_small", "fixed_large") else "analytic"
+    tau = likelihood.best_steps(full, errors, S, variance=cost)
     even = schedules.subsequence(S, len(full))
-    results = {}
-    for name, chosen in (("best", tau), ("even", even)):
-        given = options | {"steps": chosen.tolist()}
-        arguments = (split, num_images, seed, batch_size, data_dir, None, given)
-        results[name] = _report(_bound(run, *arguments))
+    results = {
+        name: _report(
+            _nll(run, split, num_images, seed, chosen | {"steps": times.tolist()}, **measured)
+        )
+        for name, times in (("best", tau), ("even", even))
+    }
     totals = {name: result.scalars["total"] for name, result in results.items()}
     count = min(len(values) for values in totals.values())
-    best, even_bits, gain = (
-        mean_and_error(values[:count])
-        for values in (totals["best"], totals["even"], totals["even"] - totals["best"])
-    )
-    name = run.name("best_steps", split, f"seed{seed}", **options | {"steps": S})
+    totals = {name: values[:count] for name, values in totals.items()}
+    totals["gain"] = totals["even"] - totals["best"]
+
+    said = {"variance": cost, "x_0_error": origin}
+    summary = {"steps": tau.tolist(), "even_steps": even.tolist(), "num_timesteps": len(full)}
+    summary |= {"num_images": count, "chosen_with": said}
+    for name, values in totals.items():
+        summary[name], summary[f"{name}_stderr"] = mean_and_error(values)
+    recipes = {f"{name}_recipe": result.recipe for name, result in results.items()}
+    name = run.name("best_steps", split, f"seed{seed}", **chosen | {"steps": str(S)})
     out = out or os.path.join(run.workdir, "eval", f"{name}.json")
-    summary = {"steps": tau.tolist(), "even_steps": even.tolist(), "num_images": count}
-    for name, (mean, error) in (("best", best), ("even", even_bits), ("gain", gain)):
-        summary |= {name: mean, f"{name}_stderr": error}
-    writers.save_json(out, summary | {"recipe": results["best"].recipe})
+    writers.save_json(out, summary | {"recipe": recipes, "software": parallel.banner()})
+    best, even, gain = (_pm(mean_and_error(totals[name])) for name in ("best", "even", "gain"))
     print(
         f'--steps="{json.dumps(tau.tolist(), separators=(",", ":"))}"\n'
-        f"best {S} of {len(full)} steps {_pm(best)} bits/dim, even spacing {_pm(even_bits)},"
-        f" gain {_pm(gain)} on the same {count} images\n{out}",
+        f"best {S} of {len(full)} steps {best} bits/dim, even spacing {even}, gain {gain}"
+        f" on the same {count} images\n{out}",
         flush=True,
     )
     return tau
@@ -180,22 +201,33 @@ def best_steps(
 # ---- the loop --------------------------------------------------------------------------------------
 
 
-def _bound(run, split, num_images, seed, batch_size, data_dir, out, options) -> Evaluation:
-    """Measures images until there are `num_images`, from where an earlier call stopped."""
-    with config_lib.errors_at("evaluation"):
-        key = training.make_keys(seed).evaluate
+def _check_out(out: str | None) -> None:
+    """Refuses to write a result over what is none."""
+    if out is None:
+        return
+    if not out.endswith(".json"):
+        raise runs.RunError(f"--out must end in .json, got {out}")
+    if os.path.exists(out):
+        try:
+            with open(out, encoding="utf-8") as file:
+                ours = "recipe" in json.load(file)
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise runs.RunError(f"{out} is no result of an evaluation; choose another --out")
+
+
+def _make_bound(run, options):
+    """The chain and the bound of checked options."""
     if run.method.make_bound is None:
         raise runs.RunError(
             f"{run.config.method} (config.method) has no make_bound: there is no likelihood to measure"
         )
-    if out is not None and not out.endswith(".json"):
-        raise runs.RunError(f"--out must end in .json, got {out}")
-    chosen = {name: value for name, value in options.items() if value is not None}
-    path = os.path.abspath(f"{out[:-5]}.npz" if out else runs.nll_path(run, split, seed, **chosen))
-    if chosen.get("variance") == "analytic":
-        _measure_errors(run, num_images, batch_size, data_dir, chosen)
-    given, said = runs.with_errors(run, chosen)
-    chain, bound = config_lib.call("evaluation", run.method.make_bound, given)
+    return config_lib.call("evaluation", run.method.make_bound, options)
+
+
+def _load_data(run, split, num_images, data_dir):
+    """The split, if it has as many images as are asked for."""
     where = {"image_shape": run.method.image_shape}
     where |= {"data_dir": data_dir} if data_dir else {}
     dataset = runs.load_data(run.config, split=split, **where)
@@ -204,18 +236,51 @@ def _bound(run, split, num_images, seed, batch_size, data_dir, out, options) -> 
         raise runs.RunError(
             f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{split}"
         )
-    num_images = num_images or len(dataset)
-    recipe = run.recipe() | {"data": dataset.name, "split": split, "seed": seed}
-    recipe |= all_options(run.method.make_bound, said)
+    return dataset
 
+
+def _measure_errors(run, options, *, batch_size, data_dir) -> None:
+    """Measures what `runs.with_errors` reads, unless it is there; from noise that no result is drawn with."""
+    path = runs.errors_path(run, options)
+    if os.path.exists(path):
+        return
+    kept = {name: options[name] for name in ("steps", "clip_x0") if name in options}
+    dataset = _load_data(run, "train", None, data_dir)
+    count, key = min(ERROR_IMAGES, len(dataset)), training.make_keys(0).evaluate
+    given = {"key": jax.random.fold_in(key, 1), "seed": "of the errors"}
+    _measure(run, dataset, count, kept, path, batch_size, **given)
+
+
+def _nll(run, split, num_images, seed, options, *, batch_size, data_dir, path=None) -> Evaluation:
+    with config_lib.errors_at("evaluation"):
+        key = training.make_keys(seed).evaluate
+    chosen = runs.given(options)
+    if chosen.get("variance") != "analytic":
+        _make_bound(run, chosen)
+    dataset = _load_data(run, split, num_images, data_dir)
+    if chosen.get("variance") == "analytic":
+        _make_bound(run, {name: value for name, value in chosen.items() if name != "variance"})
+        _measure_errors(run, chosen, batch_size=batch_size, data_dir=data_dir)
+    if path is None:
+        name = run.name("nll", split, f"seed{seed}", **chosen)
+        path = os.path.join(run.workdir, "eval", f"{name}.json")
+    path = os.path.abspath(f"{path[:-5]}.npz")
+    count = num_images or len(dataset)
+    return _measure(run, dataset, count, chosen, path, batch_size, key=key, seed=seed)
+
+
+def _measure(run, dataset, num_images, options, path, batch_size, *, key, seed) -> Evaluation:
+    """Measures images until there are `num_images`, from where an earlier call stopped."""
+    given, said = runs.with_errors(run, options)
+    chain, bound = _make_bound(run, given)
+    recipe = run.recipe() | {"data": dataset.name, "split": dataset.split, "seed": seed}
+    recipe |= all_options(run.method.make_bound, said)
     with runs.in_progress(path, recipe) as (folder, finished):
         unfinished = os.path.join(folder, "tally.npz")
-        if os.path.exists(unfinished):
-            with np.load(unfinished) as file:
-                finished = dict(file)
-        tally = finished or {}
+        tally = runs.read_npz(unfinished) if os.path.exists(unfinished) else finished or {}
         count = len(tally.get("total", ()))
-        print(f"evaluating {run.workdir} on {dataset.name}/{split}, {len(chain)} steps", flush=True)
+        where = f"{dataset.name}/{dataset.split}"
+        print(f"evaluating {run.workdir} on {where}, {len(chain)} steps", flush=True)
         if count < num_images:
             mapped, params = parallel.map_examples(_with_rows(bound)), parallel.place(run.params)
             batch_size = min(batch_size or parallel.examples_at_once(), num_images)
@@ -257,16 +322,6 @@ def _add(tally: dict, parts: dict, count: int, new: int) -> dict:
     return result
 
 
-def _measure_errors(run, num_images, batch_size, data_dir, options) -> Evaluation:
-    """The evaluation on the training split that `runs.errors_path` names, made if it is not there."""
-    path = runs.errors_path(run, options)
-    kept = {name: options.get(name) for name in ("steps", "clip_x0")}
-    wanted = min(num_images or ERROR_IMAGES, ERROR_IMAGES)
-    if os.path.exists(path):
-        wanted = 1  # what is there counts as it is
-    return _bound(run, "train", wanted, 0, batch_size, data_dir, None, kept)
-
-
 # ---- what is said of it ----------------------------------------------------------------------------
 
 
@@ -274,6 +329,11 @@ def _pm(mean_and_its_error: tuple[float, float | None]) -> str:
     mean, error = mean_and_its_error
     digits = ".4f" if abs(mean) >= 1e-3 or mean == 0 else ".2g"
     return f"{mean:{digits}}" if error is None else f"{mean:{digits}} ± {error:{digits}}"
+
+
+def _errors_of(recipe: dict) -> str:
+    origin = recipe["x_0_error"]
+    return f" (errors of {origin['num_images']} training images)" if origin else ""
 
 
 def _title(result: Evaluation) -> str:
@@ -314,7 +374,7 @@ def _report(result: Evaluation) -> Evaluation:
     print(
         f"{_pm(mean_and_error(scalars['total']))} bits/dim, of which {parts}\n"
         f"{_title(result)}, x_0 {'clipped' if recipe['clip_x0'] else 'not clipped'},"
-        f" {recipe['cdf']} cdf; one draw of x_t for each image and t, from seed {recipe['seed']};"
+        f" {recipe['cdf']} cdf{_errors_of(recipe)}; one draw of x_t for each image and t, from seed {recipe['seed']};"
         f" ± is the standard error over images\n{result.path[:-4]}.json, .png, .npz",
         flush=True,
     )

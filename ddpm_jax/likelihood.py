@@ -172,6 +172,18 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> np.ndarray:
     return np.where(np.tri(len(schedule), k=-1, dtype=bool), nats / np.log(2.0), np.inf)
 
 
+def check_num_steps(num_steps: int, T: int) -> None:
+    """Refuses what `best_steps` cannot choose: its chains have a first and a last step.
+
+    Raises:
+      ValueError: one line.
+    """
+    if T < 2:
+        raise ValueError(f"a chain of {T} step leaves nothing to choose")
+    if not 2 <= num_steps <= T:
+        raise ValueError(f"the best {num_steps} of {T} steps: choose 2 to {T}")
+
+
 def best_steps(schedule: Schedule, x_0_error, num_steps: int, *, variance: str) -> np.ndarray:
     """The S steps with the lowest bound, by dynamic programming over `jump_bits`; Watson et al. 2021.
 
@@ -189,8 +201,7 @@ def best_steps(schedule: Schedule, x_0_error, num_steps: int, *, variance: str) 
       ValueError: S is outside.
     """
     T = len(schedule)
-    if not 2 <= num_steps <= T:
-        raise ValueError(f"the best {num_steps} of {T} steps: choose 2 to {T}")
+    check_num_steps(num_steps, T)
     bits = jump_bits(schedule, x_0_error, variance)
     cost = np.where(np.arange(T) == 0, 0.0, np.inf)  # of the best chain that ends at each step
     came_from = []

@@ -37,12 +37,14 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Of all noise: image i depends on the seed and i alone.", 0, 2**32 - 1
 )
 _STEPS = flags.DEFINE_string(
-    "steps", None, "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; else all."
+    *("steps", None),
+    "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; else all. best_steps: how many.",
 )
 _VARIANCE = flags.DEFINE_string("variance", None, "Of the reverse chain; else the config's.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip x_0 to [-1, 1]; else as the config says.")
 _OUT = flags.DEFINE_string(
-    "out", None, "The .npz (sample) or .json (nll) to write, with a picture beside it."
+    *("out", None),
+    "What to write, with a picture beside it: an .npz of images or a .json of measurements.",
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time.", 1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)
@@ -57,7 +59,7 @@ _NLL_FLAGS = (*_RUN_FLAGS, "batch_size", "num_images", "split", "data_dir", "cdf
 _HEARD = {
     "train": (),
     "sample": (*_RUN_FLAGS, "batch_size", "num_samples"),
-    "progressive": (*_RUN_FLAGS, "num_samples"),
+    "progressive": (*_RUN_FLAGS, "batch_size", "num_samples"),
     "nll": _NLL_FLAGS,
     "rate_distortion": _NLL_FLAGS,
     "best_steps": _NLL_FLAGS,

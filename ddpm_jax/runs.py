@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,27 +37,40 @@ class Run(NamedTuple):
     weights: str  # "ema" or "raw"
 
     def recipe(self) -> dict:
-        """Where the parameters come from, and what they are."""
-        digest = hashlib.sha256()
+        """Where the parameters come from, and digests of them and of the model that they belong to."""
+        weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
-            digest.update(np.ascontiguousarray(leaf))
+            weights.update(np.ascontiguousarray(leaf))
+        settings = ("training", "step", "optimizer", "preview", "data", "seed")
+        config = json.loads(config_lib.to_json(self.config))
+        model = {name: value for name, value in config.items() if name not in settings}
         return {
             "workdir": self.workdir,
             "step": self.step,
             "weights": self.weights,
-            "weights_sha256": digest.hexdigest(),
+            "weights_sha256": weights.hexdigest(),
+            "model_sha256": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         }
 
     def name(self, *parts: str, **options) -> str:
         """A file name that says what moves a result: step, weights, the parts and the options."""
-        options = {key: value for key, value in sorted(options.items()) if value is not None}
         words = [f"step_{self.step:08d}", self.weights, *parts]
-        words += [f"{key}_{_short(value)}" for key, value in options.items()]
+        words += [f"{key}_{_short(value)}" for key, value in sorted(given(options).items())]
         return "_".join(words)
 
 
+def given(options: dict) -> dict:
+    """The options that are not None, with `steps` always as text: 5 and "5" and lists mean the same."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if "steps" in options and not isinstance(options["steps"], str):
+        options["steps"] = str(np.asarray(options["steps"]).tolist())
+    if "steps" in options:
+        options["steps"] = options["steps"].replace(" ", "")
+    return options
+
+
 def _short(value) -> str:
-    text = str(value).replace(" ", "")  # a list, and the same list as text, are the same
+    text = str(value)
     plain = re.fullmatch(r"[\w.,-]{1,24}", text)
     return text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -93,12 +108,34 @@ def check_classes(method: Method, dataset: data.Dataset) -> None:
 
     Raises:
       ConfigError: with the number that fits.
+      DataError: labels outside, as of test images that tensorflow-datasets labels −1.
     """
     if method.num_classes and dataset.num_classes != method.num_classes:
         raise config_lib.ConfigError(
             f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
             f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
         )
+    if method.num_classes and not (
+        0 <= dataset.labels.min() <= dataset.labels.max() < method.num_classes
+    ):
+        raise data.DataError(
+            f"{dataset.name}/{dataset.split} has labels {dataset.labels.min()} … {dataset.labels.max()},"
+            f" and the model knows 0 … {method.num_classes - 1}; choose another split"
+        )
+
+
+def read_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that this program wrote.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+        line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
+        raise RunError(line) from None
 
 
 @contextlib.contextmanager
@@ -124,20 +161,19 @@ def in_progress(out: str, recipe: dict) -> Iterator[tuple[str, dict | None]]:
             raise RunError(f"{path} was made in another way; move it, or choose another --out")
 
     folder = f"{out}.partial"
-    with checkpoints.lock(folder):
-        finished, recipe_path = None, os.path.join(folder, "recipe.json")
-        if os.path.exists(out):
-            try:
-                with np.load(out) as file:
-                    finished = dict(file)
-                    check(out, json.loads(str(finished.pop("recipe"))))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                check(out, None)  # not ours
-        if os.path.exists(recipe_path):
+    finished, recipe_path = None, os.path.join(folder, "recipe.json")
+    if os.path.exists(out):
+        finished = read_npz(out)
+        check(out, json.loads(str(finished.pop("recipe", "null"))))
+    if os.path.exists(recipe_path):
+        try:
             with open(recipe_path, encoding="utf-8") as file:
-                check(folder, json.load(file))
-        else:
-            writers.save_text(recipe_path, json.dumps(recipe))
+                there = json.load(file)
+        except ValueError:
+            raise RunError(f"{recipe_path} cannot be read; delete {folder} and run again") from None
+        check(folder, there)
+    with checkpoints.lock(folder):
+        writers.save_text(recipe_path, json.dumps(recipe))
         yield folder, finished
         shutil.rmtree(folder)
 
@@ -145,16 +181,10 @@ def in_progress(out: str, recipe: dict) -> Iterator[tuple[str, dict | None]]:
 # ---- what was measured of a model, for its analytic variance ----------------------------------------
 
 
-def nll_path(run: Run, split: str, seed: int, **options) -> str:
-    """Where `evaluate.nll` puts its .npz unless told otherwise."""
-    name = run.name("nll", split, f"seed{seed}", **options)
-    return os.path.join(run.workdir, "eval", f"{name}.npz")
-
-
 def errors_path(run: Run, options: dict) -> str:
-    """The evaluation on the training split that the analytic variance for these options rests on."""
+    """Where `evaluate` keeps the errors that the analytic variance for these options rests on."""
     kept = {name: options.get(name) for name in ("steps", "clip_x0")}
-    return nll_path(run, "train", 0, **kept)
+    return os.path.join(run.workdir, "eval", f"{run.name('x_0_error', **kept)}.npz")
 
 
 def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
@@ -164,23 +194,27 @@ def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
       the options; and what a recipe says of them, the errors replaced by their origin.
 
     Raises:
-      RunError: nothing has been measured yet; with the command that does.
+      RunError: nothing has been measured yet, with the command that does; or of another model.
     """
     if options.get("variance") != "analytic":
         return options, options
     path = errors_path(run, options)
     if not os.path.exists(path):
-        flags = [f"--mode=nll --split=train --num_images=256 --workdir={run.workdir}"]
-        flags += [f"--weights={run.weights}"] if run.weights != "ema" else []
-        flags += [f"--steps={options['steps']}"] if options.get("steps") is not None else []
-        flags += ["--noclip"] if options.get("clip_x0") is False else []
-        flags += ["--clip"] if options.get("clip_x0") is True else []
+        words = ["--mode=nll", f"--workdir={run.workdir}", "--variance=analytic", "--num_images=8"]
+        words += [f"--weights={run.weights}"] if run.weights != "ema" else []
+        words += [f"--steps={options['steps']}"] if "steps" in options else []
+        words += [f"--{'' if options['clip_x0'] else 'no'}clip"] if "clip_x0" in options else []
         raise RunError(
-            f"variance 'analytic' needs the errors of this model on training images: measure them with"
-            f" python -m ddpm_jax.main {' '.join(flags)}"
+            "variance 'analytic' needs the errors of this model on training images: measure them with"
+            f" python -m ddpm_jax.main {shlex.join(words)}"
         )
-    with np.load(path) as file:
-        errors, count = file["curve_x_0_error"], len(file["total"])
+    file = read_npz(path)
+    there, recipe = json.loads(str(file.get("recipe", "{}"))), run.recipe()
+    if "curve_x_0_error" not in file or any(
+        there.get(name) != recipe[name] for name in ("weights_sha256", "model_sha256")
+    ):
+        raise RunError(f"{path} is of another model; move it away and run again")
+    errors, count = file["curve_x_0_error"], len(file["total"])
     digest = hashlib.sha256(errors.tobytes()).hexdigest()
     origin = {"split": "train", "num_images": count, "sha256": digest}
     return options | {"x_0_error": errors}, options | {"x_0_error": origin}

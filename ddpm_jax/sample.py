@@ -21,7 +21,8 @@ from ddpm_jax import diffusion, parallel, runs, training, writers
 from ddpm_jax.ddpm import all_options, labels_of
 
 GRID_LIMIT = 100  # images in the .png
-FRAMES = 12  # columns of the progressive strip
+GRID_ROWS = 20  # images in the progressive strip
+FRAMES = 12  # its columns
 
 
 def sample(
@@ -82,6 +83,7 @@ def progressive(
     num_samples: int = 8,
     weights: str = "ema",
     seed: int = 0,
+    batch_size: int | None = None,
     out: str | None = None,
     **options,
 ) -> str:
@@ -93,17 +95,28 @@ def progressive(
     Returns, Raises: as `sample`.
     """
     options["frames"] = FRAMES
-    run, draw, recipe, out = _prepare(workdir, weights, seed, out, options, "progressive")
-    key = training.make_keys(seed).sample
-    index = np.arange(num_samples)
-    print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
-    draw = parallel.map_examples(draw)
-    x, frames = draw(parallel.place(run.params), key, index, labels_of(run.method, index))
-    images, x_0, t = diffusion.to_uint8(x), np.asarray(diffusion.to_uint8(frames.x_0)), frames.t[0]
-    arrays = {"images": images, "t": t, "x_t": frames.x_t, "x_0": x_0}
-    writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
-    strip = writers.grid(x_0.reshape(-1, *run.method.image_shape), columns=len(t))
-    writers.save_png(f"{out[:-4]}.png", strip)
+    name = ("progressive", f"{num_samples}images")
+    run, draw, recipe, out = _prepare(workdir, weights, seed, out, options, *name)
+    recipe["num_samples"] = num_samples
+    key, shape = training.make_keys(seed).sample, run.method.image_shape
+    with runs.in_progress(out, recipe):
+        print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
+        mapped, params = parallel.map_examples(draw), parallel.place(run.params)
+        batch_size = min(batch_size or parallel.examples_at_once(), num_samples)
+        progress = writers.Progress("image", num_samples, 0, unit="images")
+        parts = []
+        for first in range(0, num_samples, batch_size):
+            index = first + np.arange(batch_size)
+            x, frames = mapped(params, key, index, labels_of(run.method, index))
+            images, x_0 = (np.asarray(diffusion.to_uint8(values)) for values in (x, frames.x_0))
+            parts.append({"images": images, "x_t": frames.x_t, "x_0": x_0})
+            progress.done = min(first + batch_size, num_samples)
+            print(progress.line(), flush=True)
+        arrays = {k: np.concatenate([part[k] for part in parts])[:num_samples] for k in parts[0]}
+        t = frames.t[0]
+        writers.save_npz(out, **arrays, t=t, recipe=json.dumps(recipe))
+        strip = writers.grid(arrays["x_0"][:GRID_ROWS].reshape(-1, *shape), columns=len(t))
+        writers.save_png(f"{out[:-4]}.png", strip)
     print(f"x_0 as seen from t = {', '.join(map(str, t))}: {out[:-4]}.png", flush=True)
     return out
 
@@ -113,7 +126,7 @@ def _prepare(workdir, weights, seed, out, options, *name):
     with config_lib.errors_at("sampling"):
         training.make_keys(seed)
     run = runs.load(workdir, weights)
-    chosen = {key: value for key, value in options.items() if value is not None}
+    chosen = runs.given(options)
     given, said = runs.with_errors(run, chosen)
     draw = config_lib.call("sampling", run.method.make_sample, given)
     recipe = run.recipe() | {"seed": seed} | all_options(run.method.make_sample, said)

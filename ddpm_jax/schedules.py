@@ -222,7 +222,10 @@ def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndar
         with contextlib.suppress(json.JSONDecodeError):  # what cannot be read is refused below
             steps = json.loads(steps)
     if not isinstance(steps, str):
-        tau = np.asarray(steps)
+        try:
+            tau = np.asarray(steps)
+        except ValueError:  # lists of several lengths in it
+            tau = np.zeros((0, 0))
         if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.integer):
             raise ValueError(f"a list of steps must hold whole numbers, got {list(steps)!r}")
         if (np.diff(tau) <= 0).any() or tau[0] < 0 or tau[-1] >= T:

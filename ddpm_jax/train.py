@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import inspect
 import math
 import os
 import signal
@@ -24,7 +25,7 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, labels_of, make_method
+from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method
 from ddpm_jax.diffusion import to_uint8
 from ddpm_jax.runs import check_classes, load_data
 
@@ -271,7 +272,8 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
 def refuse_another_config(config, path: str) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
 
-    An image_shape of None was filled in from the data, and stands for what is saved.
+    An image_shape of None was filled in from the data, and stands for what is saved. A field of
+    config.diffusion that the run is too old to have stands for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
@@ -281,12 +283,21 @@ def refuse_another_config(config, path: str) -> None:
         for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
         if not field.startswith(FREE_TO_CHANGE)
         and not (field == "config.data.image_shape" and given is None)
+        and not (saved == config_lib.MISSING and given == _default(field))
     ]
     if changed:
         raise config_lib.ConfigError(
             f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
             " it, or another --workdir to begin anew"
         )
+
+
+def _default(field: str):
+    """Of a field of config.diffusion, what the run had before there was such a field."""
+    parameters = inspect.signature(diffusion_method).parameters
+    section, _, name = field.rpartition(".")
+    known = section == "config.diffusion" and name in parameters
+    return parameters[name].default if known else inspect.Parameter.empty
 
 
 def check_finite(state: training.TrainState, directory: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -69,8 +70,17 @@ def save_text(path: str, text: str) -> None:
 
 
 def save_json(path: str, tree) -> None:
-    """A JSON file for programs and people, written in one piece."""
-    save_text(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    """A JSON file for programs and people, written in one piece; what is not finite becomes null."""
+
+    def finite(node):
+        if isinstance(node, dict):
+            return {key: finite(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [finite(value) for value in node]
+        return None if isinstance(node, float) and not math.isfinite(node) else node
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    save_text(path, json.dumps(finite(tree), indent=1, ensure_ascii=False) + "\n")
 
 
 def save_npz(path: str, **arrays) -> None:

@@ -1,6 +1,8 @@
 """Evaluation of run directories: what is printed is what the Method says, whatever interrupts it."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -120,23 +122,21 @@ def test_image_i_depends_on_the_seed_and_i_alone(workdir, tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir, capsys):
-    with pytest.raises(runs.RunError, match=r"--mode=nll --split=train .*--steps=5"):
+    with pytest.raises(runs.RunError, match=r"--variance=analytic .*--steps=5") as error:
         sample.sample(workdir, num_samples=2, variance="analytic", steps="5")
+    assert workdir in str(error.value)
     analytic = evaluate.nll(workdir, num_images=8, steps="5", variance="analytic")
-    there = {
-        "num_images": 8,
-        "steps": "5",
-        "split": "train",
-    }  # where it was measured, it is the best
+    origin = analytic.recipe["x_0_error"]
+    assert origin["split"] == "train" and origin["num_images"] == evaluate.ERROR_IMAGES
+    assert "(errors of 64 training images)" in capsys.readouterr().out
+    there = {"num_images": 64, "steps": 5, "split": "train"}  # the images that it was measured on
     others = [evaluate.nll(workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]
     best = evaluate.nll(workdir, variance="analytic", **there)
     for other in others:
-        assert (best.curves["terms"][1:] < other.curves["terms"][1:]).all()
-    origin = analytic.recipe["x_0_error"]
-    assert origin["split"] == "train" and origin["num_images"] == 8
+        assert best.curves["terms"][1:].sum() < other.curves["terms"][1:].sum()
     capsys.readouterr()
-    evaluate.nll(workdir, num_images=12, steps="5", variance="analytic")  # more images, same errors
-    assert "digits/train, 5 steps" in capsys.readouterr().out
+    evaluate.nll(workdir, num_images=12, steps=5, variance="analytic")  # more images, same errors
+    assert "digits/train" not in capsys.readouterr().out
     with np.load(sample.sample(workdir, num_samples=2, variance="analytic", steps="5")) as file:
         recipe = json.loads(str(file["recipe"]))
     assert recipe["x_0_error"] == origin
@@ -157,16 +157,19 @@ def test_rate_and_distortion_of_the_measured_curves(workdir, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_the_best_steps_beat_even_spacing(workdir, tmp_path):
+def test_the_best_steps_beat_even_spacing(workdir, tmp_path, capsys):
     out = tmp_path / "best.json"
     tau = evaluate.best_steps(workdir, steps="4", num_images=16, out=str(out))
     assert len(tau) == 4 and tau[0] == 0 and tau[-1] == 19
     summary = json.loads(out.read_text())
     assert summary["gain"] == pytest.approx(summary["even"] - summary["best"], abs=1e-9)
     assert summary["gain"] > 0 and summary["num_images"] == 16
-    text = json.dumps(summary["steps"])
-    chain = runs.load(workdir).method.make_bound(steps=text)[0]
-    assert chain.timesteps.tolist() == tau.tolist()  # as it is typed on the command line
+    capsys.readouterr()
+    text = json.dumps(summary["steps"])  # as it is typed on the command line: nothing is left to do
+    again = evaluate.nll(workdir, steps=text, num_images=16)
+    assert "image 16/16" not in capsys.readouterr().out
+    assert again.chain.timesteps.tolist() == tau.tolist()
+    assert again.scalars["total"].mean() == pytest.approx(summary["best"], abs=1e-9)
 
 
 def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
@@ -181,6 +184,8 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
     np.testing.assert_array_equal(strip["x_0"][:, -1], images)  # μ̃ at the last step is x̂_0
     assert 0.8 < strip["x_t"][:, 0].std() < 1.2  # it began as noise
     assert (tmp_path / "strip.png").exists()
+    with pytest.raises(runs.RunError, match="another way"):
+        sample.progressive(workdir, num_samples=3, out=str(tmp_path / "images.npz"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,7 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
         ({"steps": "21"}, "21 of 20 steps"),
         ({"steps": "[0,3,3]"}, "increase strictly"),
         ({"steps": "[0,3"}, "cannot read"),
+        ({"steps": "[[0,1],[3]]"}, "whole numbers"),
         ({"steps": "0"}, "choose 1 to 20"),
         ({"variance": "learned_range"}, "trained with 'fixed_large'"),
         ({"variance": "analytik"}, "did you mean 'analytic'"),
@@ -220,6 +226,49 @@ def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     with pytest.raises(runs.RunError, match="another way"):
         evaluate.nll(workdir, num_images=4, steps=4, out=out)
     assert (tmp_path / "x.json").read_text() == before
+
+
+@pytest.mark.parametrize("mode", ["nll", "best_steps"])
+def test_only_a_result_is_overwritten(workdir, mode):
+    config = f"{workdir}/config.json"
+    with open(config, encoding="utf-8") as file:
+        before = file.read()
+    with pytest.raises(runs.RunError, match="no result of an evaluation"):
+        getattr(evaluate, mode)(workdir, num_images=4, steps=5, out=config)
+    with open(config, encoding="utf-8") as file:
+        assert file.read() == before
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.npz.partial/tally.npz", "x.npz.partial/recipe.json"])
+def test_damaged_files_are_one_line(workdir, tmp_path, name):
+    for content in (b"", b"PK\x03\x04 cut"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(runs.RunError, match="cannot be read") as error:
+            evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
+        assert "\n" not in str(error.value)
+
+
+def test_another_model_with_the_same_weights_is_another_recipe(workdir, tmp_path):
+    out = str(tmp_path / "x.json")
+    evaluate.nll(workdir, num_images=4, steps=5, out=out)
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    evaluate.nll(str(copy), num_images=4, steps=5, out=out)  # where a run lies changes nothing
+    config = config_lib.load(copy / "config.json")
+    config.schedule.end = 0.4
+    config_lib.save(config, copy / "config.json")
+    with pytest.raises(runs.RunError, match="another way"):
+        evaluate.nll(str(copy), num_images=4, steps=5, out=out)
+
+
+def test_labels_that_the_model_does_not_know_are_refused(workdir):
+    dataset = data.load("digits", split="test")
+    method = runs.load(workdir).method._replace(num_classes=10)
+    runs.check_classes(method, dataset)
+    unlabelled = dataclasses.replace(dataset, labels=np.full(len(dataset), -1))
+    with pytest.raises(data.DataError, match=r"labels -1 … -1.*another split"):
+        runs.check_classes(method, unlabelled)
 
 
 def test_a_method_without_a_bound_says_so(tmp_path):

@@ -185,6 +185,18 @@ def test_a_run_keeps_its_config(tmp_path):
     train.train(make_config(num_steps=4, training__log_every=1), tmp_path)  # these may change
 
 
+def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
+    train.train(make_config(num_steps=3), tmp_path)
+    config = config_lib.load(tmp_path / "config.json")
+    for name in ("t_sampling", "min_snr_gamma"):
+        del config.diffusion[name]
+    config_lib.save(config, tmp_path / "config.json")
+    path = tmp_path / "config.json"
+    train.refuse_another_config(make_config(), path)  # both have their defaults
+    with pytest.raises(config_lib.ConfigError, match=r"t_sampling is '.no such field.' there"):
+        train.refuse_another_config(make_config(diffusion__t_sampling="antithetic"), path)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -58,6 +58,7 @@ VLB = {
     "config.diffusion.loss": "vlb",
     "config.diffusion.variance": "learned_range",
     "config.diffusion.t_sampling": "importance",
+    "config.step.clip": "none",  # as in the paper; `:cpu` has a clip that fits L_simple
 }
 
 
