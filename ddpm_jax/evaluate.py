@@ -144,21 +144,19 @@ def best_steps(
     """
     _check_out(out)
     run = runs.load(workdir, weights)
-    chosen = runs.given(options)
+    chosen, measured = runs.given(options), {"batch_size": batch_size, "data_dir": data_dir}
+    without = {name: value for name, value in chosen.items() if name != "variance"}
+    full, _ = _make_bound(run, without)
     variance = chosen.get("variance", all_options(run.method.make_bound, {})["variance"])
-    measured = {"batch_size": batch_size, "data_dir": data_dir}
     with config_lib.errors_at("best_steps"):
         if not str(steps).isdecimal():
             raise ValueError(
                 f"steps must be a number of steps to choose, such as 50; got {steps!r}"
             )
         S = int(steps)
-    without = {name: value for name, value in chosen.items() if name != "variance"}
-    full, _ = _make_bound(run, without)
+        likelihood.check_num_steps(S, len(full))
     if variance != "analytic":  # what can be refused is, before anything is measured
         _make_bound(run, chosen | {"steps": str(S)})
-    with config_lib.errors_at("best_steps"):
-        likelihood.check_num_steps(S, len(full))
     _load_data(run, split, num_images, data_dir)
 
     _measure_errors(run, without, **measured)

@@ -275,6 +275,8 @@ def test_a_method_without_a_bound_says_so(tmp_path):
     train.train(affine_config(num_steps=1), tmp_path)
     with pytest.raises(runs.RunError, match=r"affine .* no make_bound"):
         evaluate.nll(str(tmp_path))
+    with pytest.raises(runs.RunError, match=r"affine .* no make_bound"):
+        evaluate.best_steps(str(tmp_path), steps=5)
 
 
 def test_streams_of_a_seed_do_not_move_when_one_is_added():
