@@ -252,6 +252,9 @@ def diffusion_method(
           frames: return (x, `samplers.Trajectory`) with this many steps of the chain, evenly spaced.
         """
         config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
+        config_lib.check_choice(
+            "variance", variance, diffusion.VARIANCES
+        )  # also where none is used
         chain = shortened(steps)
         if sampler == "ancestral":
             variance = reverse_variance(variance, chain, x_0_error)

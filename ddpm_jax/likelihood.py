@@ -26,9 +26,7 @@ class Bound(NamedTuple):
 
     terms: jax.Array  # [B, S] L_0, L_1, … in bits/dim
     prior: jax.Array  # [B] L_T in bits/dim
-    x_0_error: (
-        jax.Array
-    )  # [B, S] squared error of x̂_0 (clipped if asked) per dimension, images in [−1, 1]
+    x_0_error: jax.Array  # [B, S] squared error of x̂_0, clipped if asked, per dimension in [−1, 1]
     eps_error: jax.Array  # [B, S] squared error of ε̂ per dimension, before any clipping
 
 
@@ -164,9 +162,8 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> np.ndarray:
         beta = 1.0 - a / p
         posterior = beta * (1.0 - p) / (1.0 - a)
         squared = (np.sqrt(p) * beta / (1.0 - a)) ** 2 * error
-        of_model = {"fixed_small": posterior, "fixed_large": beta}.get(
-            variance, posterior + squared
-        )
+        of_model = {"fixed_small": posterior, "fixed_large": beta, "analytic": posterior + squared}
+        of_model = of_model[variance]
         ratio = posterior / of_model
         nats = 0.5 * (squared / of_model + ratio - 1.0 - np.log(ratio))
     return np.where(np.tri(len(schedule), k=-1, dtype=bool), nats / np.log(2.0), np.inf)

@@ -37,14 +37,12 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Of all noise: image i depends on the seed and i alone.", 0, 2**32 - 1
 )
 _STEPS = flags.DEFINE_string(
-    *("steps", None),
-    "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; else all. best_steps: how many.",
+    "steps", None, "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; best_steps: how many."
 )
 _VARIANCE = flags.DEFINE_string("variance", None, "Of the reverse chain; else the config's.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip x_0 to [-1, 1]; else as the config says.")
 _OUT = flags.DEFINE_string(
-    *("out", None),
-    "What to write, with a picture beside it: an .npz of images or a .json of measurements.",
+    "out", None, "What to write, and a picture beside it: .npz of images, .json of measurements."
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time.", 1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)

@@ -360,6 +360,13 @@ def test_importance_remembers_the_same_on_four_devices_and_in_parts():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), other.params, one.params)
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_a_misspelt_variance_is_refused_even_where_none_is_used(sampler):
+    method = tiny.make(make_config())
+    with pytest.raises(ValueError, match="did you mean 'fixed_small'"):
+        method.make_sample(sampler=sampler, variance="fixed_smal")
+
+
 @pytest.mark.parametrize(
     "field, value, words",
     [
