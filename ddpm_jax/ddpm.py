@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,23 @@ from ddpm_jax import diffusion, likelihood, losses, samplers, schedules
 from ddpm_jax.unet import UNet, check, init_params
 
 SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those that every Method has
+
+
+class Diffusion(NamedTuple):
+    """A model as a diffusion, for what is done with images beside drawing them. Images are float32 [B, H, W, C].
+
+    Attributes:
+      schedule: the full chain that it was trained on.
+      denoiser: (params, label int32 [B], *, guidance=1.0) -> denoise_fn; see `diffusion.denoiser`.
+      make_encode: (**options) -> encode, with encode(params, label, x_0) -> x_T; see `samplers.encode`.
+      make_inpaint: (**options) -> inpaint, with inpaint(params, key, index, label, x_0, mask) -> x; see
+        `samplers.inpaint`.
+    """
+
+    schedule: schedules.Schedule
+    denoiser: Callable
+    make_encode: Callable
+    make_inpaint: Callable
 
 
 class Method(NamedTuple):
@@ -41,9 +58,12 @@ class Method(NamedTuple):
       metric_names: the keys of those metrics.
       make_sample: (**options) -> sample, with sample(params, key, index int32 [B], label int32 [B]) ->
         x float32 [B, H, W, C] in [−1, 1] or beyond. The options are the method's own, checked here.
+      sample_options: (**options) -> the same with the defaults that this model gives them, for a recipe;
+        None if the signature of make_sample says them all.
       make_bound: (**options) -> (chain, bound), with bound(params, key, batch) -> {name: [B] or [B, S]}:
         the bound on −log p(x_0) as "total", its parts, and curves over the steps of the Schedule `chain`.
         None if the model has no such bound.
+      diffusion: what it is as a diffusion, for whatever looks inside; None if it is none.
       memory: what the loss remembers from step to step, a tree of arrays; it is part of the TrainState.
       remember: (memory, record) -> memory, with the records of the whole batch over all devices.
     """
@@ -54,7 +74,9 @@ class Method(NamedTuple):
     loss: Callable
     metric_names: tuple[str, ...]
     make_sample: Callable
+    sample_options: Callable | None = None
     make_bound: Callable | None = None
+    diffusion: Diffusion | None = None
     memory: Any = ()
     remember: Callable = lambda memory, record: memory
 
@@ -76,11 +98,14 @@ def make_parts(config) -> tuple[schedules.Schedule, UNet]:
         raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
     image_shape = tuple(config.data.image_shape)
     schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
-    learned = "diffusion" in config and config.diffusion.get("variance") in diffusion.LEARNED
+    section = config.diffusion if "diffusion" in config else {}
+    learned = section.get("variance") in diffusion.LEARNED
     given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}
     unet = config_lib.call("config.model", UNet, config.model, **given)
     with config_lib.errors_at("config.model"):
         check(image_shape, **config.model)
+    if unet.num_classes and section.get("label_dropout"):
+        unet = unet.clone(num_classes=unet.num_classes + 1)  # the last one stands for no label
     if unet.num_groups >= unet.channels and not unet.scale_shift:
         logging.warning(
             "config.model: a group norm of %d channels in %d groups takes away what the time embedding"
@@ -119,6 +144,7 @@ def diffusion_method(
     loss: str = "simple",
     t_sampling: str = "uniform",
     min_snr_gamma: float | None = None,
+    label_dropout: float = 0.0,
     clip_x0: bool = True,
 ) -> Method:
     """A DDPM of its parts.
@@ -135,6 +161,9 @@ def diffusion_method(
         L_simple with a learned variance.
       t_sampling: "uniform", "antithetic" (evenly over each batch) or "importance" (by the loss history).
       min_snr_gamma: γ of Min-SNR weights for L_simple; None for none.
+      label_dropout: share of training images whose label is hidden from the network, in [0, 1), so that
+        samples can be guided (Ho & Salimans 2021). Above 0 the network has one class more than the data,
+        its last, which stands for no label.
       clip_x0: whether samplers and the bound clip x̂_0 to [−1, 1] unless told otherwise.
     """
     config_lib.check_choice("prediction", prediction, diffusion.PREDICTIONS)
@@ -143,15 +172,37 @@ def diffusion_method(
     config_lib.check_choice("t_sampling", t_sampling, losses.T_SAMPLINGS)
     losses.check(loss, variance, min_snr_gamma)
     diffusion.check_invertible(schedule, prediction)
-    T, trained_variance = len(schedule), variance
+    if not 0 <= label_dropout < 1 or (label_dropout and not unet.num_classes):
+        raise ValueError(
+            f"label_dropout must lie in [0, 1), and be 0 for a model without classes; got {label_dropout}"
+        )
+    T, trained_variance, trained_clip = len(schedule), variance, clip_x0
+    num_classes = unet.num_classes - bool(label_dropout)
+    no_label = np.int32(num_classes)  # to a network that has learned what it means
 
-    def denoiser(params, label, dropout_keys=None):
-        label = label if unet.num_classes else None
+    def denoiser(params, label, dropout_keys=None, *, guidance: float = 1.0):
+        """See `Diffusion`. Guidance g: what is said is that of no label plus g times what the label adds."""
+        learned_variance = trained_variance in diffusion.LEARNED
 
-        def network_fn(x_t, t):
+        def network(x_t, t, label, dropout_keys=None):
+            label = label if unet.num_classes else None
             return unet.apply({"params": params}, x_t, t, label, dropout_keys=dropout_keys)
 
-        learned_variance = trained_variance in diffusion.LEARNED
+        def network_fn(x_t, t):
+            if guidance == 1:
+                return network(x_t, t, label, dropout_keys)
+            if guidance == 0:
+                return network(x_t, t, jnp.full_like(label, no_label))
+            both = [jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, label))]
+            both[2] = both[2].at[label.shape[0] :].set(no_label)
+            with_label, without = jnp.split(network(*both), 2)
+            value = without + guidance * (with_label - without)
+            if learned_variance:  # of which the label's own is taken
+                mean, _ = jnp.split(value, 2, axis=-1)
+                _, variance_values = jnp.split(with_label, 2, axis=-1)
+                value = jnp.concatenate([mean, variance_values], axis=-1)
+            return value
+
         return diffusion.denoiser(
             schedule, network_fn, prediction=prediction, learned_variance=learned_variance
         )
@@ -179,14 +230,17 @@ def diffusion_method(
         return t, jnp.ones(t.shape, jnp.float32)
 
     def loss_fn(params, memory, key, batch):
-        keys = jax.vmap(lambda key: jax.random.split(key, 4))(fold_in_each(key, batch["index"]))
-        t_keys, eps_keys, dropout_keys, flip_keys = keys[:, 0], keys[:, 1], keys[:, 2], keys[:, 3]
-        x_0 = diffusion.from_uint8(batch["image"])
+        keys = jax.vmap(lambda key: jax.random.split(key, 5))(fold_in_each(key, batch["index"]))
+        t_keys, eps_keys, dropout_keys, flip_keys, label_keys = (keys[:, n] for n in range(5))
+        x_0, label = diffusion.from_uint8(batch["image"]), batch["label"]
+        if label_dropout:
+            hidden = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(label_keys)
+            label = jnp.where(hidden, no_label, label)
         if flip:
             x_0 = mirror_at_random(flip_keys, x_0)
         t, weight = draw_t(memory, key, t_keys, batch["place"])
         eps = jax.vmap(lambda key: jax.random.normal(key, image_shape))(eps_keys)
-        denoise_fn = denoiser(params, batch["label"], dropout_keys)
+        denoise_fn = denoiser(params, label, dropout_keys)
 
         metrics = {}
         args, of_simple = (schedule, denoise_fn, x_0, t, eps), {"prediction": prediction}
@@ -205,11 +259,6 @@ def diffusion_method(
         return values * weight, metrics, record
 
     # ---- what a trained model is asked
-
-    def shortened(steps):
-        if steps is None:
-            return schedule
-        return schedules.respace(schedule, schedules.subsequence(steps, T))
 
     def reverse_variance(asked, chain, x_0_error):
         """A variance as samplers and the bound take it, if this model can have it."""
@@ -233,44 +282,135 @@ def diffusion_method(
             )
         return diffusion.analytic_log_variance(chain, x_0_error)
 
+    def sample_options(*, sampler: str = "ancestral", **options):
+        """The options of a sampler, each with its default: those that it does not have are None.
+
+        Raises:
+          ValueError: an unknown sampler, or an option that belongs to another one.
+        """
+        config_lib.check_choice("sampler", sampler, samplers.SAMPLERS)
+        options = {name: value for name, value in options.items() if value is not None}
+        if "variance" in options:
+            config_lib.check_choice("variance", options["variance"], diffusion.VARIANCES)
+        own = {
+            "ancestral": {"variance": trained_variance},
+            "ddim": {"eta": 0.0},
+            "dpm_solver": {"order": 2, "singlestep": False},
+            "heun": {},
+        }
+        for name in options:
+            for owner, names in own.items():
+                if name in names and owner != sampler:
+                    raise ValueError(
+                        f"{name} is an option of sampler {owner!r}, and {sampler!r} has none"
+                    )
+        if options.get("guidance", 1.0) != 1.0 and not label_dropout:
+            raise ValueError(
+                "guidance needs a model that has learned to do without labels: train with classes and"
+                " config.diffusion.label_dropout above 0, such as 0.1"
+            )
+        every = dict.fromkeys(name for names in own.values() for name in names)
+        every |= {"steps": None, "spacing": None, "clip_x0": trained_clip, "from_t": None}
+        every |= {"guidance": 1.0, "x_0_error": None, "frames": 0}
+        return {"sampler": sampler} | every | own[sampler] | options
+
     def make_sample(
         *,
         sampler: str = "ancestral",
-        steps=None,
-        variance: str = variance,
-        clip_x0: bool = clip_x0,
-        x_0_error=None,
+        steps: Any = None,
+        spacing: str | None = None,
+        eta: float | str | None = None,
+        order: int | None = None,
+        singlestep: bool | None = None,
+        variance: str | None = None,
+        clip_x0: bool | str = clip_x0,
+        guidance: float = 1.0,
+        from_t: int | None = None,
+        x_0_error: Any = None,
         frames: int = 0,
     ):
-        """The options of sampling.
+        """The options of sampling; None where the sampler's own default is meant.
 
         Args:
-          sampler: "ancestral" or "ddim".
-          steps: see `schedules.subsequence`; None for all T.
-          variance: one of `diffusion.VARIANCES` that the network has the outputs for.
+          sampler: one of `samplers.SAMPLERS`.
+          steps, spacing: see `schedules.shorten`; None for all T.
+          eta: of "ddim", 0 (the default) to 1 or "hat"; see `samplers.ddim_std`.
+          order, singlestep: of "dpm_solver", 2 and False unless told; see `samplers.dpm_solver_weights`.
+          variance: of "ancestral", one of `diffusion.VARIANCES` that the network has the outputs for.
+          clip_x0: True, False or "dynamic"; see `samplers.clip`.
+          guidance: 1 draws from the model of the labels, 0 from the one without, more exaggerates what
+            the label adds, at the price of a network call for both in one batch.
+          from_t: begin at this time of the full chain, not at T − 1; for what is given as x_T.
           x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
           frames: return (x, `samplers.Trajectory`) with this many steps of the chain, evenly spaced.
-        """
-        config_lib.check_choice("sampler", sampler, ("ancestral", "ddim"))
-        config_lib.check_choice(
-            "variance", variance, diffusion.VARIANCES
-        )  # also where none is used
-        chain = shortened(steps)
-        if sampler == "ancestral":
-            variance = reverse_variance(variance, chain, x_0_error)
-        options = {"clip_x0": clip_x0}
-        if frames:
-            options["keep"] = schedules.subsequence(min(frames, len(chain)), len(chain))[::-1]
 
-        def sample(params, key, index, label):
+        Returns:
+          sample(params, key, index, label, x_T=None): as `Method` says; it begins with x_T
+          [B, H, W, C] where that is given, else with noise.
+        """
+        options = {"steps": steps, "spacing": spacing, "eta": eta, "order": order}
+        options |= {"singlestep": singlestep, "variance": variance, "clip_x0": clip_x0}
+        options |= {"guidance": guidance, "from_t": from_t, "x_0_error": x_0_error}
+        options = sample_options(sampler=sampler, frames=frames, **options)
+        chain = schedules.shorten(schedule, steps, spacing=spacing, last=from_t)
+        names = ("eta", "order", "singlestep", "variance")
+        given = {name: options[name] for name in names if options[name] is not None}
+        if "variance" in given:
+            given["variance"] = reverse_variance(given["variance"], chain, x_0_error)
+        if frames:
+            given["keep"] = schedules.subsequence(min(frames, len(chain)), len(chain))[::-1]
+        reverse = samplers.make(chain, sampler, clip_x0=clip_x0, **given)
+
+        def sample(params, key, index, label, x_T=None):
             keys = fold_in_each(key, index)
-            x_T = samplers.prior(keys, image_shape)
-            denoise_fn = denoiser(params, label)
-            if sampler == "ddim":
-                return samplers.ddim(chain, denoise_fn, x_T, **options)
-            return samplers.ancestral(chain, denoise_fn, x_T, keys, variance=variance, **options)
+            x_T = samplers.prior(keys, image_shape) if x_T is None else x_T
+            return reverse(denoiser(params, label, guidance=guidance), x_T, keys)
 
         return sample
+
+    def make_encode(
+        *,
+        steps: Any = None,
+        spacing: str | None = None,
+        clip_x0: bool | str = clip_x0,
+        guidance: float = 1.0,
+    ):
+        """The options of encoding, as those of `make_sample`; `encode` is to be decoded with the same ones."""
+        sample_options(sampler="ddim", guidance=guidance)
+        chain = schedules.shorten(schedule, steps, spacing=spacing)
+        samplers.check_clip(clip_x0)
+
+        def encode(params, label, x_0):
+            denoise_fn = denoiser(params, label, guidance=guidance)
+            return samplers.encode(chain, denoise_fn, x_0, clip_x0=clip_x0)
+
+        return encode
+
+    def make_inpaint(
+        *,
+        steps: Any = None,
+        spacing: str | None = None,
+        variance: str = variance,
+        clip_x0: bool | str = clip_x0,
+        guidance: float = 1.0,
+        resample: int = 10,
+        jump: int = 10,
+        x_0_error: Any = None,
+    ):
+        """The options of filling in: those of `make_sample`, and of `samplers.inpaint`."""
+        sample_options(guidance=guidance)
+        if min(resample, jump) < 1:
+            raise ValueError(f"resample and jump must be at least 1, got {resample} and {jump}")
+        chain = schedules.shorten(schedule, steps, spacing=spacing)
+        given = {"variance": reverse_variance(variance, chain, x_0_error)}
+        given |= {"clip_x0": clip_x0, "resample": resample, "jump": jump}
+        samplers.check_clip(clip_x0)
+
+        def inpaint(params, key, index, label, x_0, mask):
+            denoise_fn = denoiser(params, label, guidance=guidance)
+            return samplers.inpaint(chain, denoise_fn, x_0, mask, fold_in_each(key, index), **given)
+
+        return inpaint
 
     def make_bound(
         *,
@@ -282,7 +422,7 @@ def diffusion_method(
     ):
         """The options of the bound: those of `make_sample`, and the decoder's cdf, "normal" or "tanh"."""
         config_lib.check_choice("cdf", cdf, likelihood.CDFS)
-        chain = shortened(steps)
+        chain = schedules.shorten(schedule, steps)
         given = {"variance": reverse_variance(variance, chain, x_0_error)}
         given |= {"clip_x0": clip_x0, "cdf": cdf}
 
@@ -298,15 +438,17 @@ def diffusion_method(
         return chain, bound
 
     return Method(
-        image_shape,
-        unet.num_classes,
-        init,
-        loss_fn,
-        metric_names,
-        make_sample,
-        make_bound,
-        memory,
-        remember,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        init=init,
+        loss=loss_fn,
+        metric_names=metric_names,
+        make_sample=make_sample,
+        sample_options=sample_options,
+        make_bound=make_bound,
+        diffusion=Diffusion(schedule, denoiser, make_encode, make_inpaint),
+        memory=memory,
+        remember=remember,
     )
 
 
@@ -336,11 +478,47 @@ def make_method(config) -> Method:
 
 
 def all_options(function: Callable, options: dict) -> dict:
-    """The options with the defaults of a `make_sample` filled in: what moves its samples."""
+    """The options with the defaults of a maker filled in: what moves its result."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters} | options
 
 
-def labels_of(method: Method, index: np.ndarray) -> np.ndarray:
-    """The classes in turn, int32 [N]; zeros for a model without."""
-    return (index % max(method.num_classes, 1)).astype(np.int32)
+def labels_of(
+    method: Method, index: np.ndarray, labels: str | int | Sequence[int] = "cycle", *, key=None
+) -> np.ndarray:
+    """The class of each image, int32 [N]; zeros for a model without classes.
+
+    Args:
+      index: int [N] of the images.
+      labels: "cycle" for the classes in turn; "random" for a class that depends on the key and the index
+        alone; or one class or several, which are then taken in turn. As text also: "3" or "3,5,7".
+      key: for "random".
+
+    Raises:
+      ValueError: what cannot be read, a class that there is not, a choice where there are no classes.
+    """
+    count = method.num_classes
+    if not count:
+        if labels != "cycle":
+            raise ValueError(
+                f"labels={labels!r} is for a model with classes, and this one has none"
+            )
+        return np.zeros(len(index), np.int32)
+    if labels == "cycle":
+        return (index % count).astype(np.int32)
+    if labels == "random":
+        keys = fold_in_each(jax.random.fold_in(key, 2**32 - 1), np.asarray(index, np.uint32))
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
+        return np.asarray(drawn, np.int32)
+    try:
+        chosen = np.array(
+            [int(n) for n in labels.split(",")] if isinstance(labels, str) else labels
+        )
+    except ValueError:
+        raise ValueError(
+            f"cannot read labels={labels!r}; write cycle, random, a class such as 3, or 3,5,7"
+        ) from None
+    chosen = np.atleast_1d(chosen)
+    if chosen.size == 0 or not (chosen.min() >= 0 and chosen.max() < count):
+        raise ValueError(f"labels={labels!r}: this model has the classes 0 … {count - 1}")
+    return chosen[np.asarray(index) % len(chosen)].astype(np.int32)

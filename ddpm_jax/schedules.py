@@ -190,24 +190,39 @@ def make(
 # ---- shortened chains ------------------------------------------------------------------------------
 
 
-def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndarray:
+# How S times are spread over a chain, by name: what `subsequence` wants before the number.
+SPACINGS = {"uniform": "", "linear": "ddim", "quadratic": "quad", "log_snr": "logsnr"}
+
+
+def subsequence(
+    steps: int | str | Sequence[int], num_timesteps: int, *, snr: np.ndarray | None = None
+) -> np.ndarray:
     """The times τ of a shortened chain: [S] int, strictly increasing in 0 … T−1, for any S ≤ T.
 
     Args:
       steps: one of
-        50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4); S = 1 gives T−1;
+        50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4);
         "10,15,20": that many from each of three equal parts of the chain (their code's notation);
         "ddim50": every k-th time from 0 where some k gives exactly S of them, else ⌊iT/S⌋
           (Song et al. App. D.2, linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved
           up or down by the least that keeps them distinct;
+        "logsnr50": the times nearest to evenly spaced values of log SNR (Lu et al. 2022), kept distinct
+          in the same way;
         a list of the times themselves, or such a list as text: "[0,20,41]".
+        One step, however it is spaced, is T−1: noise has only there the level that the chain begins with.
       num_timesteps: T.
+      snr: [T], the signal-to-noise ratio of the chain, for "logsnr50".
 
     Raises:
       ValueError: S outside 1 … T, times repeated, unordered or out of range, unreadable text.
     """
     T = num_timesteps
+
+    def distinct(tau):
+        i = np.arange(len(tau))
+        tau = np.maximum.accumulate(tau - i) + i  # moved up where two fell together
+        return np.minimum(tau, T - len(tau) + i)  # and never past T − 1
 
     def check(count, room=T):
         if not 1 <= count <= room:
@@ -233,26 +248,34 @@ def subsequence(steps: int | str | Sequence[int], num_timesteps: int) -> np.ndar
                 f"a list of steps must increase strictly within 0 … {T - 1}, got {tau.tolist()}"
             )
         return tau.astype(np.int64)
+    kind = next((word for word in SPACINGS.values() if word and steps.startswith(word)), "")
     try:
-        if steps.startswith("ddim"):
-            S = check(int(steps[4:]))
-            strides = [k for k in range(1, T + 1) if len(range(0, T, k)) == S]
-            return np.arange(S) * strides[0] if strides else np.arange(S) * T // S
-        if steps.startswith("quad"):
-            S = check(int(steps[4:]))
-            tau = np.floor(np.linspace(0, np.sqrt(0.8 * T), S) ** 2 + 1e-9).astype(np.int64)
-            i = np.arange(S)
-            tau = np.maximum.accumulate(tau - i) + i  # distinct, moved up where two fell together
-            return np.minimum(tau, T - S + i)  # and never past T − 1
-        counts = [int(part) for part in steps.split(",")]
-    except ValueError as error:
-        if "invalid literal" not in str(error):
-            raise
+        counts = [int(part) for part in steps.removeprefix(kind).split(",")]
+    except ValueError:
+        counts = []
+    if not counts or (kind and len(counts) > 1):
         raise ValueError(
-            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', '10,15,20' or '[0,20,41]'"
-        ) from None
+            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', 'logsnr50', '10,15,20' or"
+            " '[0,20,41]'"
+        )
     if counts == [1]:
         return np.array([T - 1])
+    if kind:
+        S = check(counts[0])
+    if kind == "ddim":
+        strides = [k for k in range(1, T + 1) if len(range(0, T, k)) == S]
+        return np.arange(S) * strides[0] if strides else np.arange(S) * T // S
+    if kind == "quad":
+        return distinct(np.floor(np.linspace(0, np.sqrt(0.8 * T), S) ** 2 + 1e-9).astype(np.int64))
+    if kind == "logsnr":
+        if snr is None or not np.min(snr) > 0:
+            raise ValueError(
+                f"steps={steps!r} needs a chain whose SNR stays above 0; choose another spacing"
+            )
+        log_snr = np.log(snr)[::-1]  # increasing
+        middles = (log_snr[1:] + log_snr[:-1]) / 2
+        nearest = np.searchsorted(middles, np.linspace(log_snr[0], log_snr[-1], S))
+        return distinct(T - 1 - nearest[::-1])
     tau, first = [], 0
     for part, count in enumerate(counts):
         size = T // len(counts) + (part < T % len(counts))
@@ -276,6 +299,45 @@ def respace(schedule: Schedule, tau: Sequence[int]) -> Schedule:
     # 0/0 arises only after a step with β = 1; nothing is left of the signal then, so β stays 1.
     alpha = np.divide(alpha_bar, previous, out=np.zeros_like(alpha_bar), where=previous > 0)
     return Schedule(1.0 - alpha, schedule.timesteps[tau])
+
+
+def shorten(
+    schedule: Schedule,
+    steps: int | str | Sequence[int] | None,
+    *,
+    spacing: str | None = None,
+    last: int | None = None,
+) -> Schedule:
+    """The chain that a user asks for: `respace` of `subsequence`.
+
+    Args:
+      steps: as `subsequence`; None for all of them.
+      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50".
+      last: the time t of `schedule` where a chain begins that does not come from pure noise: of the steps
+        those below it are kept, and it is the last.
+
+    Raises:
+      ValueError: as `subsequence`; a spacing without a plain number of steps; a time outside 0 … T−1.
+    """
+    T = len(schedule)
+    if spacing is not None:
+        if spacing not in SPACINGS:
+            close = difflib.get_close_matches(spacing, SPACINGS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"unknown spacing {spacing!r}; {hint}choose from {', '.join(SPACINGS)}"
+            )
+        if not str(steps).isdecimal():
+            raise ValueError(
+                f"spacing={spacing!r} spreads a number of steps, such as steps=50; got steps={steps!r}"
+            )
+        steps = f"{SPACINGS[spacing]}{steps}"
+    tau = np.arange(T) if steps is None else subsequence(steps, T, snr=schedule.snr)
+    if last is not None:
+        if not 0 <= last < T:
+            raise ValueError(f"from_t={last} is no time of the chain; choose 0 to {T - 1}")
+        tau = np.append(tau[tau < last], last)
+    return schedule if len(tau) == T else respace(schedule, tau)
 
 
 # ---- the health of a schedule ----------------------------------------------------------------------

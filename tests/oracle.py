@@ -95,21 +95,99 @@ def ancestral_moments(alpha_bar, sigma2):
     return mean, np.sqrt(var)
 
 
-def ddim_moments(alpha_bar):
-    """Mean and standard deviation of x_0 after deterministic DDIM over the given ᾱ."""
+def exact_x_0(x, a):
+    """E[x_0 | x_t = x] at ᾱ = a."""
+    gain = np.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)
+    return MEAN + gain * (x - np.sqrt(a) * MEAN)
+
+
+def flow(x, a, to):
+    """Where the probability-flow ODE takes x from ᾱ = a to another: deviations keep their size in deviations."""
+    spread, spread_to = (np.sqrt(v * STD**2 + 1 - v) for v in (a, to))
+    return np.sqrt(to) * MEAN + spread_to * (x - np.sqrt(a) * MEAN) / spread
+
+
+def ddim_moments(alpha_bar, eta=0.0):
+    """Mean and standard deviation of x_0 after DDIM over the given ᾱ; eta may be "hat"."""
     previous = np.append(1.0, alpha_bar[:-1])
-    mean, std = 0.0, 1.0
-    for a, p in zip(alpha_bar[::-1], previous[::-1], strict=True):
-        total = a * STD**2 + 1 - a
-        # ε̂ = √(1−a)(x − √a m)/total, x̂_0 = (x − √(1−a) ε̂)/√a
-        eps_slope = np.sqrt(1 - a) / total
-        x0_slope = (1 - np.sqrt(1 - a) * eps_slope) / np.sqrt(a)
-        slope = np.sqrt(p) * x0_slope + np.sqrt(1 - p) * eps_slope
-        eps_shift = -eps_slope * np.sqrt(a) * MEAN
-        x0_shift = -np.sqrt(1 - a) * eps_shift / np.sqrt(a)
-        mean = slope * mean + np.sqrt(p) * x0_shift + np.sqrt(1 - p) * eps_shift
-        std = slope * std
-    return mean, std
+    mean, var = 0.0, 1.0
+    for i in reversed(range(len(alpha_bar))):
+        a, p = alpha_bar[i], previous[i]
+        sigma = (1.0 if eta == "hat" else eta) * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
+        noise = np.sqrt(1 - a / p) if eta == "hat" and i > 0 else sigma
+
+        def step(x, a=a, p=p, sigma=sigma):
+            x_0 = exact_x_0(x, a)
+            eps = (x - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+            return np.sqrt(p) * x_0 + np.sqrt(max(1 - p - sigma**2, 0)) * eps
+
+        mean, var = step(mean), (step(1.0) - step(0.0)) ** 2 * var + noise**2
+    return mean, np.sqrt(var)
+
+
+def dpm_solver(alpha_bar, x, order):
+    """DPM-Solver++ (multistep) for one number x, its integrals by quadrature; order 2 as Lu et al. write it."""
+    level = 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    seen = []  # (λ, x̂_0), the newest first
+    for i in reversed(range(len(alpha_bar))):
+        seen.insert(0, (level[i], exact_x_0(x, alpha_bar[i])))
+        if i == 0:
+            return seen[0][1]
+        h, a, p = level[i - 1] - level[i], alpha_bar[i], alpha_bar[i - 1]
+        known = seen[:order]
+        while len(known) > 1 and h > 2 * (known[0][0] - known[-1][0]) / (len(known) - 1):
+            known = known[:-1]  # no extrapolation over more than twice what lies behind
+        if order == 2 and len(known) == 2:
+            (now, x_0), (before, x_0_before) = known
+            r = (now - before) / h
+            integral = (1 - np.exp(-h)) * ((1 + 1 / (2 * r)) * x_0 - x_0_before / (2 * r))
+        else:
+            curve = np.polynomial.Polynomial.fit(*zip(*known, strict=True), deg=len(known) - 1)
+            u = (nodes + 1) * h / 2
+            integral = np.sum(weights * h / 2 * np.exp(u - h) * curve(level[i] + u))
+        x = np.sqrt((1 - p) / (1 - a)) * x + np.sqrt(p) * integral
+
+
+def dpm_solver_2s(alpha_bar, x):
+    """DPM-Solver++ (2S) for one number x: two steps at a time, an odd one first."""
+
+    def half(x, i, to, x_0):  # a step of order 1 from level i to level `to`
+        a, p = alpha_bar[i], alpha_bar[to]
+        sigma_ratio = np.sqrt((1 - p) / (1 - a))
+        return sigma_ratio * x + (np.sqrt(p) - sigma_ratio * np.sqrt(a)) * x_0
+
+    level, i = 0.5 * np.log(alpha_bar / (1 - alpha_bar)), len(alpha_bar) - 1
+    if i % 2:
+        x, i = half(x, i, i - 1, exact_x_0(x, alpha_bar[i])), i - 1
+    while i > 0:
+        first = exact_x_0(x, alpha_bar[i])
+        second = exact_x_0(half(x, i, i - 1, first), alpha_bar[i - 1])
+        r = (level[i - 1] - level[i]) / (level[i - 2] - level[i])
+        x, i = half(x, i, i - 2, (1 - 1 / (2 * r)) * first + second / (2 * r)), i - 2
+    return exact_x_0(x, alpha_bar[0])
+
+
+def heun(alpha_bar, x):
+    """Heun's method for one number x, in x/√ᾱ and σ̄."""
+
+    def sigma(a):
+        return np.sqrt((1 - a) / a)
+
+    def slope(scaled, a):
+        return (scaled - exact_x_0(scaled * np.sqrt(a), a)) / sigma(a)
+
+    x = x / np.sqrt(alpha_bar[-1])
+    for a, p in zip(alpha_bar[:0:-1], alpha_bar[-2::-1], strict=True):
+        first = slope(x, a)
+        second = slope(x + (sigma(p) - sigma(a)) * first, p)
+        x = x + (sigma(p) - sigma(a)) * (first + second) / 2
+    return exact_x_0(x * np.sqrt(alpha_bar[0]), alpha_bar[0])
+
+
+def affine_moments(function):
+    """Mean and standard deviation of function(x) for an affine function and x of N(0, 1)."""
+    return function(0.0), abs(function(1.0) - function(0.0))
 
 
 def level_bits(x_0, mean, std):
