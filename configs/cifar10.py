@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_heads = 1
     config.model.dropout = 0.1
     config.model.scale_shift = False
-    config.model.num_classes = 0  # 0: labels are not used
+    config.model.num_classes = 0  # 0: labels are not used; -1: as many as the data have
     config.model.num_groups = 32  # of each norm, or the largest divisor of its channels below
     config.model.dtype = "float32"  # or "bfloat16"
     config.model.remat = False
@@ -54,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.diffusion.loss = "simple"  # or "vlb"; "hybrid" with a learned variance
     config.diffusion.t_sampling = "uniform"  # or "antithetic", "importance"
     config.diffusion.min_snr_gamma = placeholder(float)  # None: L_simple as it is
+    config.diffusion.label_dropout = 0.0  # with classes: 0.1 lets samples be guided
     config.diffusion.clip_x0 = True
 
     config.optimizer = ConfigDict()

@@ -437,6 +437,17 @@ def _cifar10(path, split):
     return np.ascontiguousarray(images), records[:, 0], 10
 
 
+def picture(path: str | os.PathLike, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """One picture file as uint8 [H, W, C], resized and cropped as `load` does it for a folder.
+
+    Raises:
+        DataError: there is none, or it cannot be decoded.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"there is no picture {path}")
+    return _decode(path, path, image_shape)
+
+
 # Pictures: folders and tensorflow-datasets. Each reader returns (read, N, num_classes), where
 # read([i, …]) is a list of (path or file, label, name in error messages).
 

@@ -4,7 +4,9 @@ python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
 python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
 
-Other modes: progressive (x_0 as seen on the way), rate_distortion, best_steps (of a shortened chain).
+Other modes. Samples: progressive (x_0 as seen on the way), nearest (training images beside samples).
+Given images: encode, reconstruct, interpolate, denoise, inpaint. Likelihood: rate_distortion, best_steps
+(of a shortened chain).
 """
 
 import os
@@ -15,7 +17,19 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddpm_jax import checkpoints, config, data, evaluate, parallel, runs, sample, train
+from ddpm_jax import (
+    checkpoints,
+    config,
+    data,
+    edit,
+    evaluate,
+    parallel,
+    runs,
+    sample,
+    samplers,
+    schedules,
+    train,
+)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py or FILE.py:VARIANT with a get_config(); fields: --config.seed=1 …"
@@ -23,7 +37,10 @@ CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "sample", "progressive", "nll", "rate_distortion", "best_steps"],
+    [
+        *("train", "sample", "progressive", "nearest", "encode", "reconstruct", "interpolate"),
+        *("denoise", "inpaint", "nll", "rate_distortion", "best_steps"),
+    ],
     "What to do; all but train read a run directory.",
 )
 _WORKDIR = flags.DEFINE_string(
@@ -37,10 +54,75 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Of all noise: image i depends on the seed and i alone.", 0, 2**32 - 1
 )
 _STEPS = flags.DEFINE_string(
-    "steps", None, "Of the chain: 50, ddim50, quad50, 10,15,20 or [0,20,41]; best_steps: how many."
+    "steps",
+    None,
+    "Of the chain: 50, ddim50, quad50, logsnr50, 10,15,20 or [0,20,41]; best_steps: how many;"
+    " reconstruct: several numbers, as 10,20,50.",
 )
+_SPACING = flags.DEFINE_enum(
+    "spacing",
+    None,
+    list(schedules.SPACINGS),
+    "How a plain number of steps is spread over the chain.",
+)
+_SAMPLER = flags.DEFINE_enum("sampler", None, list(samplers.SAMPLERS), "Else ancestral.")
+_ORDER = flags.DEFINE_integer("order", None, "Of dpm_solver: 1, 2 (else) or 3.")
+_SINGLESTEP = flags.DEFINE_bool(
+    "singlestep", None, "dpm_solver two steps at a time; else multistep."
+)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance",
+    None,
+    "Of labels: 1 (else) is the model of the labels, 0 the one without, 3 exaggerates.",
+)
+_LABELS = flags.DEFINE_string(
+    "labels", None, "cycle (else), random, a class as 3, or several as 3,5,7."
+)
+_LATENTS = flags.DEFINE_string("latents", None, "An .npz of --mode=encode, to be decoded.")
+_TRAJECTORY = flags.DEFINE_bool("trajectory", False, "Also the chain, as a strip and an animation.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "data (the run's own), a folder of pictures or an .npz."
+)
+_FROM_T = flags.DEFINE_string(
+    "from_t", None, "Time up to which noise is added; several as 250,500."
+)
+_MASK = flags.DEFINE_string(
+    "mask", None, f"A picture whose white is filled in, or {', '.join(edit.MASKS)}."
+)
+_RESAMPLE = flags.DEFINE_integer(
+    "resample", None, "How often inpaint walks each part of the chain.", 1
+)
+_JUMP = flags.DEFINE_integer("jump", None, "Steps that inpaint goes back for it.", 1)
+_NEIGHBOURS = flags.DEFINE_integer("neighbours", None, "Training images shown for each sample.", 1)
 _VARIANCE = flags.DEFINE_string("variance", None, "Of the reverse chain; else the config's.")
-_CLIP = flags.DEFINE_bool("clip", None, "Clip x_0 to [-1, 1]; else as the config says.")
+
+
+class _OrWord(flags.ArgumentParser):
+    """Another parser, and one word beside what it takes."""
+
+    def __init__(self, parser: flags.ArgumentParser, word: str):
+        self._parser, self._word = parser, word
+        self.syntactic_help = f"{parser.syntactic_help}, or {word}"
+
+    def parse(self, argument):
+        return argument if argument == self._word else self._parser.parse(argument)
+
+    def flag_type(self):
+        return f"{self._parser.flag_type()} or {self._word}"
+
+
+_ETA = flags.DEFINE(
+    _OrWord(flags.FloatParser(), "hat"),
+    "eta",
+    None,
+    "Of ddim: 0 (else) to 1, or hat for Song et al.'s.",
+)
+_CLIP = flags.DEFINE_flag(
+    flags.BooleanFlag(
+        "clip", None, "x_0 to [-1, 1]; --clip=dynamic by percentile; else the config's."
+    )
+)
+flags.FLAGS["clip"].parser = _OrWord(flags.BooleanParser(), "dynamic")
 _OUT = flags.DEFINE_string(
     "out", None, "What to write, and a picture beside it: .npz of images, .json of measurements."
 )
@@ -52,12 +134,24 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are; else as t
 _CDF = flags.DEFINE_string("cdf", None, "Of the decoder: normal, or tanh as in Ho et al.'s code.")
 
 # Which flags a mode hears. A flag that it would not hear is refused.
-_RUN_FLAGS = ("weights", "seed", "steps", "variance", "clip", "out")
-_NLL_FLAGS = (*_RUN_FLAGS, "batch_size", "num_images", "split", "data_dir", "cdf")
+_RUN_FLAGS = ("weights", "steps", "clip", "out", "batch_size")
+_NLL_FLAGS = (*_RUN_FLAGS, "seed", "variance", "num_images", "split", "data_dir", "cdf")
+_CHAIN_FLAGS = (*_RUN_FLAGS, "spacing", "guidance", "labels")
+_SAMPLE_FLAGS = (
+    *(*_CHAIN_FLAGS, "seed", "sampler", "eta", "order", "singlestep", "variance", "num_samples"),
+)
+_IMAGE_FLAGS = ("images", "num_images", "split", "data_dir")
+_EDIT_FLAGS = tuple({*_SAMPLE_FLAGS, *_IMAGE_FLAGS, "from_t"} - {"num_samples"})
 _HEARD = {
     "train": (),
-    "sample": (*_RUN_FLAGS, "batch_size", "num_samples"),
-    "progressive": (*_RUN_FLAGS, "batch_size", "num_samples"),
+    "sample": (*_SAMPLE_FLAGS, "latents", "trajectory"),
+    "progressive": _SAMPLE_FLAGS,
+    "nearest": (*_SAMPLE_FLAGS, "images", "data_dir", "neighbours"),
+    "encode": (*_CHAIN_FLAGS, *_IMAGE_FLAGS),
+    "reconstruct": (*_CHAIN_FLAGS, *_IMAGE_FLAGS),
+    "interpolate": _EDIT_FLAGS,
+    "denoise": _EDIT_FLAGS,
+    "inpaint": (*(*_CHAIN_FLAGS, *_IMAGE_FLAGS, "seed", "variance", "mask", "resample", "jump"),),
     "nll": _NLL_FLAGS,
     "rate_distortion": _NLL_FLAGS,
     "best_steps": _NLL_FLAGS,
@@ -104,9 +198,13 @@ def main(argv) -> None:
         raise app.UsageError(f"--mode={mode} runs in one process; leave out --distributed")
     if CONFIG.value is not None:
         train.refuse_another_config(CONFIG.value, os.path.join(workdir, "config.json"))
-    if mode == "best_steps" and "steps" not in options:
-        raise app.UsageError("--mode=best_steps needs --steps=S, how many of the T steps to choose")
-    home = sample if mode in ("sample", "progressive") else evaluate
+    for needs, name, why in (
+        ("best_steps", "steps", "--steps=S, how many of the T steps to choose"),
+        ("denoise", "from_t", "--from_t=T, the time up to which noise is added, such as 250"),
+    ):
+        if mode == needs and name not in options:
+            raise app.UsageError(f"--mode={mode} needs {why}")
+    home = next(room for room in (sample, edit, evaluate) if hasattr(room, mode))
     getattr(home, mode)(workdir, **options)
 
 

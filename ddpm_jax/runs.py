@@ -11,13 +11,13 @@ import shlex
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ddpm_jax import checkpoints, data, training, writers
+from ddpm_jax import checkpoints, data, parallel, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, make_method
 
@@ -101,6 +101,28 @@ def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
     return config_lib.call("config.data", data.load, section | changes, split=split)
+
+
+def map_images(run: Run, function: Callable, key, *examples, batch_size: int | None = None):
+    """function(params, key, *examples) over all examples, some at a time, with a line of progress for each.
+
+    Args:
+      examples: arrays [N, …].
+      batch_size: how many at a time; None for what suits the device.
+
+    Returns:
+      its tree of arrays, NumPy [N, …].
+    """
+    count = len(examples[0])
+    batch_size = min(batch_size or parallel.examples_at_once(), count)
+    mapped, params = parallel.map_examples(function), parallel.place(run.params)
+    progress, parts = writers.Progress("image", count, 0, unit="images"), []
+    for first in range(0, count, batch_size):
+        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        parts.append(mapped(params, key, *(np.asarray(values)[rows] for values in examples)))
+        progress.done = min(first + batch_size, count)
+        print(progress.line(), flush=True)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
 
 
 def check_classes(method: Method, dataset: data.Dataset) -> None:

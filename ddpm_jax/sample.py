@@ -1,15 +1,18 @@
 """Sampling from a run directory: as many images as one likes, restartable, image i always the same.
 
     python -m ddpm_jax.main --mode=sample --workdir=runs/digits --num_samples=64
+    python -m ddpm_jax.main --mode=sample --workdir=runs/digits --sampler=dpm_solver --steps=20 --trajectory
     python -m ddpm_jax.main --mode=progressive --workdir=runs/digits
 
 The first writes one .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid
 as .png. While it runs, finished images stand in FILE.partial/, and the same command goes on from there.
-The second writes what the model takes the image for on the way, Ho et al. Figure 6.
+`--trajectory` adds the chain of the first images as a strip and as an animation. The third writes what
+the model takes the image for on the way, Ho et al. Figure 6.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,13 +25,18 @@ from ddpm_jax.ddpm import all_options, labels_of
 
 GRID_LIMIT = 100  # images in the .png
 GRID_ROWS = 20  # images in the progressive strip
-FRAMES = 12  # its columns
+FRAMES = 12  # its columns, and those of a trajectory
+TRAJECTORY_IMAGES = 8
+ANIMATION_FRAMES = 48
 
 
 def sample(
     workdir: str,
     *,
-    num_samples: int = 64,
+    num_samples: int | None = None,
+    labels: str = "cycle",
+    latents: str | None = None,
+    trajectory: bool = False,
     weights: str = "ema",
     seed: int = 0,
     batch_size: int | None = None,
@@ -39,6 +47,12 @@ def sample(
 
     Args:
       workdir: the run directory; its config is the truth.
+      num_samples: how many; None for 64, or for all latents.
+      labels: of a model with classes; see `labels_of`. They are saved beside the images.
+      latents: an .npz that `edit.encode` wrote, to be decoded in place of noise, by DDIM with the labels,
+        steps and guidance that it was encoded with unless told otherwise.
+      trajectory: also write the chains of the first `TRAJECTORY_IMAGES` images, x_t and x̂_0, as a strip
+        OUT_trajectory.png and an animation .gif.
       weights: "ema" or "raw".
       seed: 0 … 2³² − 1; image i depends on it and on i, not on how many are drawn.
       batch_size: images at a time; it changes memory and speed, and an image by rounding at most.
@@ -52,8 +66,28 @@ def sample(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
     """
-    run, draw, recipe, out = _prepare(workdir, weights, seed, out, options)
+    start, name, about = None, (), {}
+    if latents is not None:
+        start, of_latents, about = _read_latents(latents)
+        options = of_latents | runs.given(options)
+        num_samples, name = num_samples or len(start), ("latents",)
+        if num_samples > len(start):
+            raise runs.RunError(
+                f"{num_samples} samples asked of the {len(start)} latents in {latents}"
+            )
+    num_samples = num_samples or 64
+    run, draw, recipe, out = _prepare(workdir, weights, seed, labels, out, options, *name)
+    if start is not None and start.shape[1:] != run.method.image_shape:
+        raise runs.RunError(
+            f"{latents} holds latents {start.shape[1:]}, and this model has {run.method.image_shape}"
+        )
+    recipe |= {name: value for name, value in about.items() if name != "labels"}
     key = training.make_keys(seed).sample
+
+    def inputs(index):
+        chosen = about["labels"][index] if about else labels_of(run.method, index, labels, key=key)
+        return index, chosen, *(() if start is None else (start[index],))
+
     with runs.in_progress(out, recipe) as (folder, finished):
         growing = _GrowingFile(folder, run.method.image_shape, finished)
         print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
@@ -64,23 +98,63 @@ def sample(
         progress = writers.Progress("image", num_samples, growing.count, unit="images")
         while growing.count < num_samples:
             index = growing.count + np.arange(min(batch_size, num_samples))
-            images = mapped(params, key, index, labels_of(run.method, index))
+            index = index if start is None else np.minimum(index, len(start) - 1)
+            images = mapped(params, key, *inputs(index))
             growing.append(images[: num_samples - growing.count])
             progress.done = growing.count
             print(progress.line(), flush=True)
         images = growing.images()
-        labels = labels_of(run.method, np.arange(num_samples))
-        labels = {"labels": labels} if run.method.num_classes else {}
-        writers.save_npz(out, images=images, recipe=json.dumps(recipe), **labels)
+        arrays = {"labels": inputs(np.arange(num_samples))[1]} if run.method.num_classes else {}
+        writers.save_npz(out, images=images, recipe=json.dumps(recipe), **arrays)
         writers.save_png(f"{out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
+    if trajectory:
+        index = np.arange(min(num_samples, TRAJECTORY_IMAGES))
+        _save_trajectory(run, key, inputs(index), options, out)
     print(f"{num_samples} images in {out}, a grid in the .png beside it", flush=True)
     return out
+
+
+def _save_trajectory(run, key, examples, options, out) -> None:
+    """x_t over x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` as an animation."""
+    given, _ = runs.with_errors(run, runs.given(options) | {"frames": ANIMATION_FRAMES})
+    draw = config_lib.call("sampling", run.method.make_sample, given)
+    x, frames = runs.map_images(run, draw, key, *examples)
+    x_t, x_0, last = (np.asarray(diffusion.to_uint8(v)) for v in (frames.x_t, frames.x_0, x))
+    t, rows = frames.t[0], []
+    columns = np.unique(np.round(np.linspace(0, len(t) - 1, FRAMES)).astype(int))
+    for n in range(len(last)):
+        rows += [*x_t[n, columns], *x_0[n, columns]]
+    title = f"above x_t, below x_0 as seen from it, at t = {', '.join(map(str, t[columns]))}"
+    path = f"{out[:-4]}_trajectory"
+    writers.save_grids(f"{path}.png", [(title, np.stack(rows))], columns=len(columns))
+    width = max(1, len(last) // 2)
+    pictures = []
+    for k in range(len(t) + 1):
+        parts = (x_t[:, k], x_0[:, k]) if k < len(t) else (last, last)
+        grids = [writers.grid(part, columns=width) for part in parts]
+        pictures.append(np.concatenate(grids, axis=1))
+    writers.save_animation(f"{path}.gif", pictures)
+    print(f"the chain of {len(last)} images: {path}.png, .gif", flush=True)
+
+
+def _read_latents(path: str):
+    """The latents of an .npz, the options that they are to be decoded with, and what a recipe says of them."""
+    arrays = runs.read_npz(path)
+    if "latents" not in arrays or "recipe" not in arrays:
+        raise runs.RunError(f"{path} holds no latents; --mode=encode writes such a file")
+    latents, there = arrays["latents"], json.loads(str(arrays["recipe"]))
+    shared = ("steps", "spacing", "clip_x0", "guidance")
+    options = {name: there[name] for name in shared if there.get(name) is not None}
+    digest = hashlib.sha256(latents.tobytes() + arrays["labels"].tobytes()).hexdigest()
+    about = {"latents_sha256": digest, "labels": arrays["labels"]}
+    return latents, {"sampler": "ddim", **options}, about
 
 
 def progressive(
     workdir: str,
     *,
     num_samples: int = 8,
+    labels: str = "cycle",
     weights: str = "ema",
     seed: int = 0,
     batch_size: int | None = None,
@@ -96,40 +170,40 @@ def progressive(
     """
     options["frames"] = FRAMES
     name = ("progressive", f"{num_samples}images")
-    run, draw, recipe, out = _prepare(workdir, weights, seed, out, options, *name)
+    run, draw, recipe, out = _prepare(workdir, weights, seed, labels, out, options, *name)
     recipe["num_samples"] = num_samples
     key, shape = training.make_keys(seed).sample, run.method.image_shape
     with runs.in_progress(out, recipe):
         print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
-        mapped, params = parallel.map_examples(draw), parallel.place(run.params)
-        batch_size = min(batch_size or parallel.examples_at_once(), num_samples)
-        progress = writers.Progress("image", num_samples, 0, unit="images")
-        parts = []
-        for first in range(0, num_samples, batch_size):
-            index = first + np.arange(batch_size)
-            x, frames = mapped(params, key, index, labels_of(run.method, index))
-            images, x_0 = (np.asarray(diffusion.to_uint8(values)) for values in (x, frames.x_0))
-            parts.append({"images": images, "x_t": frames.x_t, "x_0": x_0})
-            progress.done = min(first + batch_size, num_samples)
-            print(progress.line(), flush=True)
-        arrays = {k: np.concatenate([part[k] for part in parts])[:num_samples] for k in parts[0]}
+        index = np.arange(num_samples)
+        examples = (index, labels_of(run.method, index, labels, key=key))
+        x, frames = runs.map_images(run, draw, key, *examples, batch_size=batch_size)
+        images, x_0 = (np.asarray(diffusion.to_uint8(values)) for values in (x, frames.x_0))
         t = frames.t[0]
-        writers.save_npz(out, **arrays, t=t, recipe=json.dumps(recipe))
-        strip = writers.grid(arrays["x_0"][:GRID_ROWS].reshape(-1, *shape), columns=len(t))
+        arrays = {"images": images, "x_t": frames.x_t, "x_0": x_0, "t": t}
+        writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
+        strip = writers.grid(x_0[:GRID_ROWS].reshape(-1, *shape), columns=len(t))
         writers.save_png(f"{out[:-4]}.png", strip)
     print(f"x_0 as seen from t = {', '.join(map(str, t))}: {out[:-4]}.png", flush=True)
     return out
 
 
-def _prepare(workdir, weights, seed, out, options, *name):
+def _prepare(workdir, weights, seed, labels, out, options, *name):
     """The run, its compiled sampler, the recipe of its images and the .npz they go to."""
     with config_lib.errors_at("sampling"):
-        training.make_keys(seed)
+        key = training.make_keys(seed).sample
     run = runs.load(workdir, weights)
+    with config_lib.errors_at("sampling"):
+        labels_of(run.method, np.arange(1), labels, key=key)
     chosen = runs.given(options)
     given, said = runs.with_errors(run, chosen)
     draw = config_lib.call("sampling", run.method.make_sample, given)
-    recipe = run.recipe() | {"seed": seed} | all_options(run.method.make_sample, said)
+    described = run.method.sample_options
+    said = described(**said) if described else all_options(run.method.make_sample, said)
+    recipe = run.recipe() | {"seed": seed} | said
+    if run.method.num_classes:
+        recipe["labels"] = labels
+        chosen |= {} if labels == "cycle" else {"labels": labels}
     if out is None:
         file = run.name(*name, f"seed{seed}", **chosen)
         out = os.path.join(run.workdir, "samples", f"{file}.npz")

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "config.step.accumulate",
     "config.preview.",
 )
+CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
 
@@ -101,9 +102,17 @@ def _train(
     with config_lib.errors_at("config.seed"):
         keys = training.make_keys(config.seed)
     dataset = None
-    if config.data.image_shape is None:
+    classes_of_data = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
+    if config.data.image_shape is None or classes_of_data:
         dataset = load_data(config)
         config.data.image_shape = dataset.image_shape
+    if classes_of_data:
+        if not dataset.num_classes:
+            raise config_lib.ConfigError(
+                f"config.model.num_classes is {CLASSES_OF_DATA}, for those of the data, but {dataset.name}"
+                " has no labels; set it to 0"
+            )
+        config.model.num_classes = dataset.num_classes
     method = make_method(config)
     tx, learning_rate = training.optimizer_of(config)
     given = {"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS}
@@ -272,8 +281,8 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
 def refuse_another_config(config, path: str) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
 
-    An image_shape of None was filled in from the data, and stands for what is saved. A field of
-    config.diffusion that the run is too old to have stands for its default.
+    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is
+    saved. A field of config.diffusion that the run is too old to have stands for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
@@ -283,6 +292,7 @@ def refuse_another_config(config, path: str) -> None:
         for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
         if not field.startswith(FREE_TO_CHANGE)
         and not (field == "config.data.image_shape" and given is None)
+        and not (field == "config.model.num_classes" and given == CLASSES_OF_DATA)
         and not (saved == config_lib.MISSING and given == _default(field))
     ]
     if changed:

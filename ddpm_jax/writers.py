@@ -144,6 +144,16 @@ def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) 
     save_png(path, np.concatenate(parts))
 
 
+def save_animation(path: str, pictures: Sequence[np.ndarray], *, seconds: float = 4.0) -> None:
+    """Pictures uint8 [H, W, 3] as a GIF that repeats, the last one held for a second."""
+    first, *others = (Image.fromarray(picture) for picture in pictures)
+    each = max(20, round(1000 * seconds / len(pictures)))
+    durations = [*[each] * len(others), 1000]
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    given = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    _replace(path, lambda temporary: first.save(temporary, **given))
+
+
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Each value averaged with up to `window` − 1 before it."""
     total = np.cumsum(np.insert(values, 0, 0.0))

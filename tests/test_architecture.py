@@ -15,9 +15,10 @@ FLOORS = {
     **dict.fromkeys(["ddpm", "training", "parallel"], 4),
     "runs": 5,
     **dict.fromkeys(["train", "sample", "evaluate"], 6),
-    "main": 7,
-    "benchmark": 8,
-    "__init__": 9,
+    "edit": 7,
+    "main": 8,
+    "benchmark": 9,
+    "__init__": 10,
 }
 FILES = sorted((ROOT / "ddpm_jax").glob("**/*.py"))
 

@@ -1,0 +1,658 @@
+"""What a trained model makes of given images: encode, reconstruct, interpolate, denoise, fill in, compare.
+
+    python -m ddpm_jax.main --mode=reconstruct --workdir=runs/digits --steps=10,20,50
+    python -m ddpm_jax.main --mode=encode --workdir=runs/digits --images=/path/to/pictures
+    python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits
+    python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits --from_t=250,500,750
+    python -m ddpm_jax.main --mode=denoise --workdir=runs/digits --from_t=250,500
+    python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
+    python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
+
+Images are the first of a split of the run's data, those of a folder (resized and cropped) or of an .npz.
+Each command writes an .npz with what it made, what it was made of and the recipe, and a picture as .png.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import data, diffusion, runs, sample, samplers, training, writers
+from ddpm_jax.ddpm import fold_in_each, labels_of
+
+FRACTIONS = 9  # images in a row of an interpolation, both ends included
+MASKS = ("centre", "left", "right", "top", "bottom")
+BLOCK = 4096  # training images that are compared at once
+
+
+class Given(NamedTuple):
+    """Images to begin with."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+    recipe: dict  # where they come from, and a digest
+
+
+def load_images(
+    run: runs.Run,
+    images: str,
+    *,
+    num_images: int,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    key=None,
+) -> Given:
+    """The first images of "data" (the run's own), of a folder of pictures or of an .npz.
+
+    Args:
+      images: "data" or a path.
+      split, data_dir: of the run's data.
+      labels: see `labels_of`; None for those that the images have.
+      key: for labels="random".
+
+    Raises:
+      DataError, ConfigError, RunError: one line that says what to do.
+    """
+    shape = run.method.image_shape
+    if images == "data":
+        dataset = runs.load_data(
+            run.config,
+            split=split,
+            image_shape=shape,
+            **({"data_dir": data_dir} if data_dir else {}),
+        )
+    elif images.endswith(".npz"):
+        dataset = data.load(f"npz:{images}", image_shape=shape)
+    else:
+        dataset = data.load(f"image_folder:{images}", image_shape=shape)
+    if num_images > len(dataset):
+        raise runs.RunError(
+            f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{dataset.split};"
+            " lower --num_images"
+        )
+    rows = np.arange(num_images)
+    pixels = dataset.fetch(rows)
+    if labels is not None or not run.method.num_classes:
+        key = training.make_keys(0).sample if key is None else key
+        with config_lib.errors_at("--labels"):
+            chosen = labels_of(run.method, rows, labels or "cycle", key=key)
+    elif dataset.num_classes == run.method.num_classes:
+        runs.check_classes(run.method, dataset)
+        chosen = dataset.labels[rows]
+    else:
+        raise runs.RunError(
+            f"the model has {run.method.num_classes} classes and the images of {dataset.name} no such"
+            " labels; give --labels=3, or one for each image as in --labels=3,5,7"
+        )
+    digest = hashlib.sha256(pixels.tobytes() + chosen.tobytes()).hexdigest()
+    recipe = {"images": dataset.name, "split": dataset.split, "images_sha256": digest}
+    return Given(pixels, chosen, recipe | {"num_images": num_images})
+
+
+# ---- there and back --------------------------------------------------------------------------------
+
+
+def encode(
+    workdir: str,
+    *,
+    images: str = "data",
+    num_images: int = 64,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    weights: str = "ema",
+    batch_size: int | None = None,
+    out: str | None = None,
+    steps=50,
+    **options,
+) -> str:
+    """Writes the latent x_T of each image, float32 [N, H, W, C] as `latents`; see `samplers.encode`.
+
+    `sample(workdir, latents=PATH)` is the way back.
+
+    Args:
+      images, num_images, split, data_dir, labels: see `load_images`.
+      options: of the Method's make_encode.
+
+    Returns:
+      the path of the .npz.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
+    """
+    run, model = _load(workdir, weights)
+    options = runs.given({"steps": steps, **options})
+    encoder = config_lib.call("encoding", model.make_encode, options)
+    which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
+    given = load_images(run, images, **which)
+
+    def function(params, key, image, label):
+        return encoder(params, label, diffusion.from_uint8(image))
+
+    def make():
+        examples = (given.images, given.labels)
+        latents = runs.map_images(run, function, None, *examples, batch_size=batch_size)
+        return {"latents": latents, "images": given.images, "labels": given.labels}
+
+    recipe = given.recipe | options
+    out, arrays = _write(run, "encode", recipe, make, out, **options)
+    latents = arrays["latents"]
+    look = diffusion.to_uint8(latents / 3)  # three standard deviations fill the range
+    rows = [("images", given.images[:8]), ("their x_T, from -3 to 3", np.asarray(look)[:8])]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
+    print(
+        f"x_T of {num_images} images: mean {latents.mean():.4f}, standard deviation"
+        f" {latents.std():.4f}; {out}, a picture in the .png beside it",
+        flush=True,
+    )
+    return out
+
+
+def reconstruct(
+    workdir: str,
+    *,
+    steps="10,20,50,100",
+    images: str = "data",
+    num_images: int = 64,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    weights: str = "ema",
+    batch_size: int | None = None,
+    out: str | None = None,
+    **options,
+) -> dict[int, tuple[float, float]]:
+    """Encodes and decodes images in S steps, for several S; prints Song et al. 2021, Table 2.
+
+    Args:
+      steps: the numbers S, as a list or as text with commas.
+      images, num_images, split, data_dir, labels: see `load_images`.
+      options: of the Method's make_encode, for both ways.
+
+    Returns:
+      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}.
+
+    Raises: as `encode`.
+    """
+    run, model = _load(workdir, weights)
+    counts = _numbers("steps", steps)
+    options = runs.given(options)
+    pairs = {}
+    for S in counts:  # whatever can be refused is, before anything is computed
+        there = config_lib.call("reconstruction", model.make_encode, options | {"steps": str(S)})
+        back = options | {"steps": str(S), "sampler": "ddim"}
+        pairs[S] = there, config_lib.call("reconstruction", run.method.make_sample, back)
+    which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
+    given = load_images(run, images, **which)
+    index = np.arange(num_images)
+
+    def make():
+        arrays = {"images": given.images, "labels": given.labels}
+        for S, (there, back) in pairs.items():
+
+            def function(params, key, index, label, image, there=there, back=back):
+                x_0 = diffusion.from_uint8(image)
+                x = back(params, key, index, label, there(params, label, x_0))
+                return diffusion.to_uint8(x), ((x - x_0) ** 2).mean(axis=(1, 2, 3)) / 4
+
+            print(f"S = {S}", flush=True)
+            key, examples = training.make_keys(0).sample, (index, given.labels, given.images)
+            result = runs.map_images(run, function, key, *examples, batch_size=batch_size)
+            arrays[f"images_{S}"], arrays[f"error_{S}"] = result
+        return arrays
+
+    recipe = given.recipe | options | {"steps": counts}
+    out, arrays = _write(run, "reconstruct", recipe, make, out, **options, steps=counts)
+    rows = [("images", given.images[:8])]
+    rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][:8]) for S in counts]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
+    errors = {}
+    for S in counts:
+        values = arrays[f"error_{S}"].astype(np.float64)
+        spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+        errors[S] = float(values.mean()), float(spread)
+    print(f"| S | {' | '.join(map(str, counts))} |\n|---|{'---|' * len(counts)}")
+    print(
+        f"| error | {' | '.join(f'{mean:.2g} ± {spread:.1g}' for mean, spread in errors.values())} |"
+    )
+    print(
+        f"mean squared error of a pixel on the scale 0 … 1, {num_images} images of"
+        f" {given.recipe['images']}/{given.recipe['split']}, ± is the standard error over images\n{out}",
+        flush=True,
+    )
+    return errors
+
+
+# ---- between two images ----------------------------------------------------------------------------
+
+
+def interpolate(
+    workdir: str,
+    *,
+    images: str | None = None,
+    num_images: int = 8,
+    from_t=None,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    batch_size: int | None = None,
+    out: str | None = None,
+    **options,
+) -> str:
+    """Draws what lies between the images 2k and 2k + 1: a row of `FRACTIONS` for each pair.
+
+    Without `from_t` along the great circle between their latents, decoded by a deterministic sampler (Song
+    et al. 2021, App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and
+    the chain is run from there (Ho et al. 2020 §4.4); of a row all noise is the same.
+
+    Args:
+      images: "data", or a path; None for latents out of noise, or "data" if from_t is given. See
+        `load_images` for these and num_images (an even number), split, data_dir and labels.
+      from_t: times of the chain, as a list or as text with commas; a row for each and pair.
+      options: of the Method's make_sample. Unless told, DDIM in 50 steps without from_t, and the whole
+        ancestral chain with it.
+
+    Returns:
+      the path of the .npz: images uint8 [N/2, R, FRACTIONS, H, W, C] for R times, or 1.
+
+    Raises: as `encode`.
+    """
+    run, model = _load(workdir, weights)
+    key = _sample_key(seed)
+    if num_images < 2 or num_images % 2:
+        raise runs.RunError(f"interpolation is between pairs of images; num_images is {num_images}")
+    options = runs.given(options)
+    if from_t is None:
+        options = (
+            {"sampler": "ddim"} | ({"steps": "50"} if "steps" not in options else {}) | options
+        )
+        draw = config_lib.call("interpolation", run.method.make_sample, options)
+        if options["sampler"] == "ancestral" or options.get("eta", 0) != 0:
+            raise runs.RunError(
+                "interpolation without --from_t follows latents, which needs a deterministic sampler:"
+                " ddim with eta 0, dpm_solver or heun"
+            )
+        times, draws = [None], [draw]
+        shared = ("steps", "spacing", "clip_x0", "guidance")
+        of_encoder = {name: options[name] for name in shared if name in options}
+        encoder = config_lib.call("interpolation", model.make_encode, of_encoder)
+    else:
+        images, times = images or "data", _numbers("from_t", from_t)
+        draws = [
+            config_lib.call("interpolation", run.method.make_sample, options | {"from_t": t})
+            for t in times
+        ]
+    if images is None:
+        index = np.arange(num_images)
+        with config_lib.errors_at("--labels"):
+            chosen = labels_of(run.method, index, labels or "cycle", key=key)
+        given = Given(np.zeros((num_images, *run.method.image_shape), np.uint8), chosen, {})
+    else:
+        which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
+        given = load_images(run, images, key=key, **which)
+
+    def ends(params, key, index, label, image, t):
+        """The pair's x at time t, or its latents: [B, H, W, C]."""
+        x_0 = diffusion.from_uint8(image)
+        eps = samplers.prior(fold_in_each(key, index), x_0.shape[1:])
+        if t is not None:
+            return diffusion.q_sample(model.schedule, x_0, t, eps)
+        return eps if images is None else encoder(params, label, x_0)
+
+    def row(t, draw):
+        def function(params, key, index, first, second, label, image, other, fraction):
+            x, y = (
+                ends(params, key, i, label, picture, t)
+                for i, picture in ((first, image), (second, other))
+            )
+            if t is None:
+                mixed = samplers.slerp(x, y, fraction)
+            else:
+                mixed = x + fraction[:, None, None, None] * (y - x)
+            return diffusion.to_uint8(draw(params, key, index, label, mixed))
+
+        return function
+
+    pair = np.repeat(np.arange(num_images // 2), FRACTIONS)
+    fraction = np.tile(np.linspace(0, 1, FRACTIONS, dtype=np.float32), num_images // 2)
+    nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # a label cannot be mixed
+    examples = (2 * pair, 2 * pair, 2 * pair + 1, given.labels[nearer])
+    examples += (given.images[2 * pair], given.images[2 * pair + 1], fraction)
+
+    def make():
+        rows = []
+        for t, draw in zip(times, draws, strict=True):
+            made = runs.map_images(run, row(t, draw), key, *examples, batch_size=batch_size)
+            rows.append(made.reshape(num_images // 2, FRACTIONS, *run.method.image_shape))
+        return {"images": np.stack(rows, axis=1), "ends": given.images, "labels": given.labels}
+
+    recipe = given.recipe | {
+        "seed": seed,
+        "num_images": num_images,
+        "labels": labels,
+        "from_t": times,
+    }
+    recipe |= run.method.sample_options(**options) | {"from_t": times}
+    name = {"from_t": from_t and times, "images": images, "num_images": num_images}
+    out, arrays = _write(run, "interpolate", recipe, make, out, f"seed{seed}", **name, **options)
+    strip, columns = arrays["images"], FRACTIONS
+    if images is not None:  # between what they are images of
+        pairs = given.images.reshape(-1, 1, 2, *run.method.image_shape).repeat(len(times), axis=1)
+        strip, columns = (
+            np.concatenate([pairs[:, :, :1], strip, pairs[:, :, 1:]], axis=2),
+            columns + 2,
+        )
+    strip = strip.reshape(-1, *run.method.image_shape)
+    writers.save_png(f"{out[:-4]}.png", writers.grid(strip, columns=columns))
+    print(f"{num_images // 2} interpolations in {out}, a picture in the .png beside it", flush=True)
+    return out
+
+
+# ---- repairs ---------------------------------------------------------------------------------------
+
+
+def denoise(
+    workdir: str,
+    *,
+    from_t,
+    images: str = "data",
+    num_images: int = 8,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    batch_size: int | None = None,
+    out: str | None = None,
+    **options,
+) -> str:
+    """Adds noise to images up to a time and takes it away again: what is lost there is made anew.
+
+    Args:
+      from_t: times of the chain, as a list or as text with commas; each is tried, with the same noise.
+      images, num_images, split, data_dir, labels: see `load_images`.
+      options: of the Method's make_sample.
+
+    Returns:
+      the path of the .npz: images uint8 [N, R, H, W, C] for R times, the noisy ones as x_t.
+
+    Raises: as `encode`.
+    """
+    run, model = _load(workdir, weights)
+    key, options = _sample_key(seed), runs.given(options)
+    times = _numbers("from_t", from_t)
+    draws = [
+        config_lib.call("denoising", run.method.make_sample, options | {"from_t": t}) for t in times
+    ]
+    which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
+    given = load_images(run, images, key=key, **which)
+    examples = (np.arange(num_images), given.labels, given.images)
+
+    def make():
+        rows = []
+        for t, draw in zip(times, draws, strict=True):
+
+            def function(params, key, index, label, image, t=t, draw=draw):
+                x_0 = diffusion.from_uint8(image)
+                eps = samplers.prior(fold_in_each(key, index), x_0.shape[1:])
+                x_t = diffusion.q_sample(model.schedule, x_0, t, eps)
+                x = draw(params, key, index, label, x_t)
+                return diffusion.to_uint8(x_t), diffusion.to_uint8(x)
+
+            rows.append(runs.map_images(run, function, key, *examples, batch_size=batch_size))
+        x_t, made = (np.stack(parts, axis=1) for parts in zip(*rows, strict=True))
+        return {"images": made, "x_t": x_t, "originals": given.images, "labels": given.labels}
+
+    recipe = given.recipe | {"seed": seed} | run.method.sample_options(**options)
+    recipe |= {"from_t": times}
+    out, arrays = _write(
+        run, "denoise", recipe, make, out, f"seed{seed}", **options, from_t=times, images=images
+    )
+    rows = [("images", given.images[:8])]
+    for n, t in enumerate(times):
+        rows += [(f"with the noise of t = {t}", arrays["x_t"][:8, n])]
+        rows += [(f"denoised from t = {t}", arrays["images"][:8, n])]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
+    print(f"{num_images} images in {out}, a picture in the .png beside it", flush=True)
+    return out
+
+
+def inpaint(
+    workdir: str,
+    *,
+    mask: str = "centre",
+    images: str = "data",
+    num_images: int = 8,
+    split: str = "test",
+    data_dir: str | None = None,
+    labels: str | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    batch_size: int | None = None,
+    out: str | None = None,
+    **options,
+) -> str:
+    """Fills in a part of images, the rest of which is kept to the bit; see `samplers.inpaint`.
+
+    Args:
+      mask: a picture whose white is to be filled in, or one of `MASKS` for that part of the image.
+      images, num_images, split, data_dir, labels: see `load_images`.
+      options: of the Method's make_inpaint, such as steps=250, resample=10 and jump=10.
+
+    Returns:
+      the path of the .npz: images uint8 [N, H, W, C], originals, and the mask uint8 [H, W], 255 where
+      the image was filled in.
+
+    Raises: as `encode`.
+    """
+    run, model = _load(workdir, weights)
+    key, options = _sample_key(seed), runs.given(options)
+    chosen, said = runs.with_errors(run, options)
+    fill = config_lib.call("inpainting", model.make_inpaint, chosen)
+    hole = load_mask(mask, run.method.image_shape)
+    which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
+    given = load_images(run, images, key=key, **which)
+    known = np.broadcast_to(1.0 - hole[None, :, :, None], (num_images, *hole.shape, 1))
+
+    def function(params, key, index, label, image, known):
+        x = fill(params, key, index, label, diffusion.from_uint8(image), known.astype(np.float32))
+        return diffusion.to_uint8(x)
+
+    def make():
+        examples = (np.arange(num_images), given.labels, given.images, known)
+        made = runs.map_images(run, function, key, *examples, batch_size=batch_size)
+        return {
+            "images": made,
+            "originals": given.images,
+            "labels": given.labels,
+            "mask": 255 * hole.astype(np.uint8),
+        }
+
+    recipe = given.recipe | {"seed": seed} | said
+    recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
+    name = {"mask": os.path.basename(mask), "images": images, **options}
+    out, arrays = _write(run, "inpaint", recipe, make, out, f"seed{seed}", **name)
+    hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
+    rows = [("images", given.images[:8]), ("what is kept of them", hidden[:8])]
+    rows += [("filled in", arrays["images"][:8])]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
+    print(f"{num_images} images in {out}, a picture in the .png beside it", flush=True)
+    return out
+
+
+def load_mask(mask: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """bool [H, W], True where an image is to be filled in: one of `MASKS`, or the white of a picture.
+
+    Raises:
+      DataError, RunError: no such mask, or one that leaves nothing to fill in or nothing to go by.
+    """
+    height, width, _ = image_shape
+    if mask in MASKS:
+        y, x = np.mgrid[:height, :width]
+        hole = {
+            "centre": (abs(2 * y + 1 - height) < height / 2) & (abs(2 * x + 1 - width) < width / 2),
+            "left": x < width // 2,
+            "right": x >= width - width // 2,
+            "top": y < height // 2,
+            "bottom": y >= height - height // 2,
+        }[mask]
+    elif os.path.exists(mask):
+        hole = data.picture(mask, (height, width, 1))[:, :, 0] >= 128
+    else:
+        raise runs.RunError(
+            f"there is no mask {mask!r}{config_lib.nearest(mask, MASKS)} (a picture whose white is to be"
+            f" filled in, or {', '.join(MASKS)})"
+        )
+    if not hole.any() or hole.all():
+        raise runs.RunError(
+            f"the mask {mask!r} is {'all' if hole.all() else 'without'} white; white is filled in, black"
+            " is kept, and both must be there"
+        )
+    return hole
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def nearest(
+    workdir: str,
+    *,
+    images: str | None = None,
+    num_samples: int = 8,
+    neighbours: int = 7,
+    data_dir: str | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    batch_size: int | None = None,
+    out: str | None = None,
+    **options,
+) -> str:
+    """Shows samples beside the training images nearest to them: has the model learned them by heart?
+
+    Near is a small root mean square difference of pixels. (Ho et al. 2020, App., show the same, for faces
+    within a crop.) As a scale, the same is asked of as many test images, which the model has never seen.
+
+    Args:
+      images: a folder or .npz to ask for instead of samples.
+      num_samples: how many; they are drawn as `sample.sample` does, with its options.
+      neighbours: how many training images for each.
+
+    Returns:
+      the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K]
+      in the training split, distance float32 [N, K] on the scale 0 … 255.
+
+    Raises: as `encode`.
+    """
+    run, _ = _load(workdir, weights, of_diffusion=False)
+    where = {"image_shape": run.method.image_shape} | ({"data_dir": data_dir} if data_dir else {})
+    train = runs.load_data(run.config, split="train", **where)
+    if neighbours > len(train):
+        raise runs.RunError(f"{neighbours} neighbours asked of {len(train)} training images")
+    if images is None:
+        drawn = {"weights": weights, "seed": seed, "batch_size": batch_size, **options}
+        with np.load(sample.sample(workdir, num_samples=num_samples, **drawn)) as file:
+            queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
+    else:
+        loaded = load_images(run, images, num_images=num_samples, labels="0")
+        queries, origin = loaded.images, loaded.recipe
+    try:
+        unseen = runs.load_data(run.config, split="test", **where)
+    except data.DataError:  # a folder without one
+        unseen = None
+
+    def make():
+        index, distance = nearest_of(queries, train, neighbours)
+        result = {"images": queries, "index": index, "distance": distance}
+        result["neighbours"] = train.fetch(index.ravel()).reshape(*index.shape, *queries.shape[1:])
+        if unseen is not None:
+            rows = np.arange(min(len(queries), len(unseen)))
+            result["distance_of_test"] = nearest_of(unseen.fetch(rows), train, 1)[1][:, 0]
+        return result
+
+    recipe = {"seed": seed, "of": origin, "data": train.name, "neighbours": neighbours}
+    recipe |= {"num_samples": num_samples}
+    name = {"images": images, "num_samples": num_samples} | runs.given(options)
+    out, arrays = _write(run, "nearest", recipe, make, out, f"seed{seed}", **name)
+    strip = np.concatenate([arrays["images"][:, None], arrays["neighbours"]], axis=1)[:20]
+    picture = writers.grid(strip.reshape(-1, *queries.shape[1:]), columns=1 + neighbours)
+    writers.save_png(f"{out[:-4]}.png", picture)
+    text = f"distance to the nearest training image {np.mean(arrays['distance'][:, 0]):.2f} in the mean"
+    if "distance_of_test" in arrays:
+        text += f", of test images {np.mean(arrays['distance_of_test']):.2f}"
+    print(f"{text} (root mean square, 0 … 255)\n{out}, a picture in the .png beside it", flush=True)
+    return out
+
+
+def nearest_of(queries: np.ndarray, dataset: data.Dataset, count: int):
+    """The `count` images of a data set nearest to each query, uint8 [N, H, W, C].
+
+    Returns:
+      index int64 [N, count], the nearest first; root mean square differences float32 [N, count].
+    """
+    flat = queries.reshape(len(queries), -1).astype(np.float64)
+    index, squares = (np.zeros((len(flat), 0), kind) for kind in (np.int64, np.float64))
+    for first in range(0, len(dataset), BLOCK):
+        rows = np.arange(first, min(first + BLOCK, len(dataset)))
+        others = dataset.fetch(rows).reshape(len(rows), -1).astype(np.float64)
+        distance = (flat**2).sum(1)[:, None] - 2 * flat @ others.T + (others**2).sum(1)[None, :]
+        index = np.concatenate([index, np.broadcast_to(rows, distance.shape)], axis=1)
+        squares = np.concatenate([squares, distance], axis=1)
+        order = np.argsort(squares, axis=1, kind="stable")[:, :count]
+        index, squares = (np.take_along_axis(values, order, axis=1) for values in (index, squares))
+    return index, np.sqrt(np.maximum(squares, 0) / flat.shape[1]).astype(np.float32)
+
+
+# ---- what they share -------------------------------------------------------------------------------
+
+
+def _load(workdir: str, weights: str, *, of_diffusion: bool = True):
+    """The run, and its model as a diffusion."""
+    run = runs.load(workdir, weights)
+    if of_diffusion and run.method.diffusion is None:
+        raise runs.RunError(
+            f"{run.config.method} (config.method) is no diffusion: this needs one that can add noise"
+        )
+    return run, run.method.diffusion
+
+
+def _sample_key(seed: int):
+    with config_lib.errors_at("--seed"):
+        return training.make_keys(seed).sample
+
+
+def _numbers(name: str, value) -> list[int]:
+    """Whole numbers from a list, or from text with commas."""
+    try:
+        parts = value.strip("[]").split(",") if isinstance(value, str) else np.ravel(value)
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise runs.RunError(f"{name} is a list of whole numbers, such as 10,20,50; got {value!r}")
+    return numbers
+
+
+def _write(run, mode, recipe, make, out, *parts, **options):
+    """The .npz of a command, made now unless it is there with the same recipe.
+
+    Returns:
+      its path, and its arrays.
+    """
+    if out is None:
+        name = run.name(mode, *parts, **options)
+        out = os.path.join(run.workdir, "samples", f"{name}.npz")
+    if not out.endswith(".npz"):
+        raise runs.RunError(f"--out must end in .npz, got {out}")
+    out, recipe = os.path.abspath(out), run.recipe() | {"mode": mode} | recipe
+    with runs.in_progress(out, recipe) as (_, finished):
+        arrays = finished or make()
+        writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
+    return out, arrays
