@@ -109,7 +109,6 @@ def encode(
     weights: str = "ema",
     batch_size: int | None = None,
     out: str | None = None,
-    steps=50,
     **options,
 ) -> str:
     """Writes the latent x_T of each image, float32 [N, H, W, C] as `latents`; see `samplers.encode`.
@@ -118,7 +117,7 @@ def encode(
 
     Args:
       images, num_images, split, data_dir, labels: see `load_images`.
-      options: of the Method's make_encode.
+      options: of the Method's make_encode; 50 steps unless told.
 
     Returns:
       the path of the .npz.
@@ -127,7 +126,7 @@ def encode(
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
     run, model = _load(workdir, weights)
-    options = runs.given({"steps": steps, **options})
+    options = _few_steps(model) | runs.given(options)
     encoder = config_lib.call("encoding", model.make_encode, options)
     which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
     given = load_images(run, images, **which)
@@ -141,7 +140,7 @@ def encode(
         return {"latents": latents, "images": given.images, "labels": given.labels}
 
     recipe = given.recipe | options
-    out, arrays = _write(run, "encode", recipe, make, out, **options)
+    out, arrays = _write(run, "encode", recipe, make, out, images=images, **which, **options)
     latents = arrays["latents"]
     look = diffusion.to_uint8(latents / 3)  # three standard deviations fill the range
     rows = [("images", given.images[:8]), ("their x_T, from -3 to 3", np.asarray(look)[:8])]
@@ -208,7 +207,8 @@ def reconstruct(
         return arrays
 
     recipe = given.recipe | options | {"steps": counts}
-    out, arrays = _write(run, "reconstruct", recipe, make, out, **options, steps=counts)
+    name = {"images": images, **which, **options, "steps": counts}
+    out, arrays = _write(run, "reconstruct", recipe, make, out, **name)
     rows = [("images", given.images[:8])]
     rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][:8]) for S in counts]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
@@ -271,9 +271,7 @@ def interpolate(
         raise runs.RunError(f"interpolation is between pairs of images; num_images is {num_images}")
     options = runs.given(options)
     if from_t is None:
-        options = (
-            {"sampler": "ddim"} | ({"steps": "50"} if "steps" not in options else {}) | options
-        )
+        options = {"sampler": "ddim"} | _few_steps(model) | options
         draw = config_lib.call("interpolation", run.method.make_sample, options)
         if options["sampler"] == "ancestral" or options.get("eta", 0) != 0:
             raise runs.RunError(
@@ -341,8 +339,9 @@ def interpolate(
         "from_t": times,
     }
     recipe |= run.method.sample_options(**options) | {"from_t": times}
-    name = {"from_t": from_t and times, "images": images, "num_images": num_images}
-    out, arrays = _write(run, "interpolate", recipe, make, out, f"seed{seed}", **name, **options)
+    which = {"num_images": num_images, "labels": labels} if images is None else which
+    name = {"images": images, **which, **options, "from_t": from_t and times}
+    out, arrays = _write(run, "interpolate", recipe, make, out, f"seed{seed}", **name)
     strip, columns = arrays["images"], FRACTIONS
     if images is not None:  # between what they are images of
         pairs = given.images.reshape(-1, 1, 2, *run.method.image_shape).repeat(len(times), axis=1)
@@ -413,9 +412,8 @@ def denoise(
 
     recipe = given.recipe | {"seed": seed} | run.method.sample_options(**options)
     recipe |= {"from_t": times}
-    out, arrays = _write(
-        run, "denoise", recipe, make, out, f"seed{seed}", **options, from_t=times, images=images
-    )
+    name = {"images": images, **which, **options, "from_t": times}
+    out, arrays = _write(run, "denoise", recipe, make, out, f"seed{seed}", **name)
     rows = [("images", given.images[:8])]
     for n, t in enumerate(times):
         rows += [(f"with the noise of t = {t}", arrays["x_t"][:8, n])]
@@ -478,7 +476,7 @@ def inpaint(
 
     recipe = given.recipe | {"seed": seed} | said
     recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
-    name = {"mask": os.path.basename(mask), "images": images, **options}
+    name = {"mask": os.path.basename(mask), "images": images, **which, **options}
     out, arrays = _write(run, "inpaint", recipe, make, out, f"seed{seed}", **name)
     hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
     rows = [("images", given.images[:8]), ("what is kept of them", hidden[:8])]
@@ -561,7 +559,8 @@ def nearest(
         with np.load(sample.sample(workdir, num_samples=num_samples, **drawn)) as file:
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
     else:
-        loaded = load_images(run, images, num_images=num_samples, labels="0")
+        labels = "0" if run.method.num_classes else None  # which does not matter here
+        loaded = load_images(run, images, num_images=num_samples, labels=labels)
         queries, origin = loaded.images, loaded.recipe
     try:
         unseen = runs.load_data(run.config, split="test", **where)
@@ -623,6 +622,10 @@ def _load(workdir: str, weights: str, *, of_diffusion: bool = True):
     return run, run.method.diffusion
 
 
+def _few_steps(model) -> dict:
+    return {"steps": str(min(50, len(model.schedule)))}
+
+
 def _sample_key(seed: int):
     with config_lib.errors_at("--seed"):
         return training.make_keys(seed).sample
@@ -647,6 +650,7 @@ def _write(run, mode, recipe, make, out, *parts, **options):
       its path, and its arrays.
     """
     if out is None:
+        options = {name: value for name, value in options.items() if name != "data_dir"}
         name = run.name(mode, *parts, **options)
         out = os.path.join(run.workdir, "samples", f"{name}.npz")
     if not out.endswith(".npz"):

@@ -10,7 +10,7 @@ import tiny
 
 from configs import cifar10
 from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, losses, parallel, training
+from ddpm_jax import ddpm, diffusion, losses, parallel, training
 
 
 def make_config(**changes):
@@ -138,17 +138,202 @@ def test_a_tiny_batch_is_overfitted():
     assert np.median(distance.min(axis=1)) < 0.5 * apart
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_samples_depend_on_their_index_alone(sampler):
-    method = ddpm.make_method(make_config(model__num_classes=3))
+ALL_SAMPLERS = [
+    {"sampler": "ancestral"},
+    {"sampler": "ddim", "eta": 0.5},
+    {"sampler": "ddim", "eta": "hat", "clip_x0": "dynamic"},
+    {"sampler": "dpm_solver", "order": 3, "spacing": "log_snr"},
+    {"sampler": "dpm_solver", "singlestep": True},
+    {"sampler": "heun", "spacing": "quadratic"},
+    {"sampler": "ddim", "guidance": 1.5},  # more exaggerates rounding too
+]
+
+
+@pytest.mark.parametrize("options", ALL_SAMPLERS, ids=str)
+def test_64_images_are_the_same_however_they_are_drawn(options):
+    config = make_config(model__num_classes=3, diffusion__label_dropout=0.1)
+    method = ddpm.make_method(config)
     params = far_from_zero(method.init(KEY))
-    draw = jax.jit(method.make_sample(sampler=sampler, steps="5"))
-    index, label = np.arange(6), np.arange(6) % 3
+    sample = method.make_sample(steps="5", **options)
+    draw = jax.jit(sample)
+    index, label = np.arange(64), np.arange(64) % 3
     whole = draw(params, KEY, index, label)
-    part = draw(params, KEY, index[2:5], label[2:5])
-    np.testing.assert_allclose(part, whole[2:5], atol=1e-5)
+    parts = [draw(params, KEY, index[i::4], label[i::4]) for i in range(4)]
+    np.testing.assert_allclose(np.stack(parts, 1).reshape(whole.shape), whole, atol=1e-5)
+    on_four = parallel.map_examples(sample)(parallel.place(params), KEY, index, label)
+    np.testing.assert_allclose(on_four, whole, atol=1e-5)
     other = draw(params, KEY, index, (label + 1) % 3)
-    assert np.abs(other - whole).max() > 1e-3  # the label is heard
+    assert np.abs(other - whole).max(axis=(1, 2, 3)).min() > 1e-4  # the label is heard
+
+
+# ---- guidance --------------------------------------------------------------------------------------
+
+
+def make_guided(**changes):
+    changes = {"model__num_classes": 3, "diffusion__label_dropout": 0.25, **changes}
+    method = ddpm.make_method(make_config(**changes))
+    return method, far_from_zero(method.init(KEY))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_guidance_mixes_what_the_network_says_with_and_without_the_label(prediction):
+    method, params = make_guided(diffusion__prediction=prediction)
+    x, t = jax.random.normal(KEY, (5, 6, 4, 2)), np.array([0, 3, 9, 15, 19])
+    label = np.array([0, 1, 2, 1, 0])
+
+    def says(guidance):
+        return jax.jit(
+            lambda x, t: method.diffusion.denoiser(params, label, guidance=guidance)(x, t)
+        )(x, t)
+
+    alone, without, strong = says(1.0), says(0.0), says(2.5)
+    unlabelled = method.diffusion.denoiser(params, np.full(5, 3))(x, t)
+    np.testing.assert_allclose(without.prediction, unlabelled.prediction, atol=1e-5)
+    expected = without.prediction + 2.5 * (alone.prediction - without.prediction)
+    np.testing.assert_allclose(strong.prediction, expected, atol=1e-5)
+    # ε̂ and x̂_0 are affine in each other: guidance of the one is guidance of the other.
+    expected = without.eps + 2.5 * (alone.eps - without.eps)
+    np.testing.assert_allclose(strong.eps, expected, atol=1e-4)
+    assert np.abs(alone.eps - without.eps).max() > 0.01
+
+
+def test_guidance_one_and_zero_are_the_two_models_to_the_bit_and_cost_one_pass():
+    method, params = make_guided()
+    index, label = np.arange(4), np.array([0, 1, 2, 0])
+    flops, images = {}, {}
+    for guidance in (None, 1.0, 0.0, 2.0):
+        options = {} if guidance is None else {"guidance": guidance}
+        sample = method.make_sample(steps="3", sampler="ddim", **options)
+        compiled = jax.jit(sample).lower(params, KEY, index, label).compile()
+        flops[guidance] = parallel.flops(compiled)
+        images[guidance] = np.asarray(compiled(params, KEY, index, label))
+    np.testing.assert_array_equal(images[1.0], images[None])
+    assert flops[1.0] == flops[None] and flops[0.0] < 1.001 * flops[None]
+    assert 1.9 < flops[2.0] / flops[None] < 2.05
+    plain = jax.jit(method.make_sample(steps="3", sampler="ddim"))
+    np.testing.assert_array_equal(images[0.0], plain(params, KEY, index, np.full(4, 3)))
+    assert np.abs(images[2.0] - images[1.0]).max() > 1e-3
+
+
+def test_a_guided_learned_variance_is_that_of_the_label():
+    changes = {"diffusion__variance": "learned_range", "diffusion__loss": "hybrid"}
+    method, params = make_guided(**changes)
+    x, t, label = jax.random.normal(KEY, (3, 6, 4, 2)), np.array([0, 9, 19]), np.arange(3)
+    alone, strong = (method.diffusion.denoiser(params, label, guidance=g)(x, t) for g in (1.0, 3.0))
+    np.testing.assert_allclose(strong.variance_values, alone.variance_values, atol=1e-5)
+    assert np.abs(strong.eps - alone.eps).max() > 0.01
+
+
+def test_label_dropout_hides_its_share_of_labels():
+    n = 2000
+    changes = {"model__num_classes": 2, "diffusion__label_dropout": 0.25}
+    method = tiny.make(make_config(**changes))
+    params = method.init(KEY)
+    assert params["Embed_0"]["embedding"].shape == (3, 2)
+
+    def total(params, batch):  # a class that is heard gets a gradient, in proportion to its images
+        return method.loss(params, (), KEY, batch)[0].sum()
+
+    batch = jax.tree.map(lambda x: x[np.arange(n) % 8], make_batch()) | {
+        "label": np.zeros(n, np.int32),
+        "index": np.arange(n, dtype=np.int32),
+    }
+    params["Embed_0"]["embedding"] = 1e4 * jnp.array([[1.0, 1], [0, 0], [-1, -1]])
+    gradient = jax.grad(total)(params, batch)["Embed_0"]["embedding"]  # 2·(±1e4)/2 a image
+    heard = np.abs(gradient[:, 0]) / 1e4 / n
+    assert heard[1] == 0 and abs(heard[2] - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
+    np.testing.assert_allclose(heard[0] + heard[2], 1, atol=1e-3)
+
+
+def test_a_model_without_dropout_has_the_classes_of_the_data():
+    method = tiny.make(make_config(model__num_classes=3))
+    assert method.init(KEY)["Embed_0"]["embedding"].shape == (3, 2) and method.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        ("cycle", [0, 1, 2, 0, 1]),
+        ("2", [2, 2, 2, 2, 2]),
+        ("2,0", [2, 0, 2, 0, 2]),
+        ([1, 2], [1, 2, 1, 2, 1]),
+        (1, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_labels(labels, expected):
+    method, _ = make_guided()
+    got = ddpm.labels_of(method, np.arange(5), labels)
+    assert got.tolist() == expected and got.dtype == np.int32
+
+
+def test_random_labels_depend_on_key_and_index_alone():
+    method, _ = make_guided()
+    index = np.arange(300)
+    labels = ddpm.labels_of(method, index, "random", key=KEY)
+    part = ddpm.labels_of(method, index[7:9], "random", key=KEY)
+    np.testing.assert_array_equal(part, labels[7:9])
+    assert (np.bincount(labels) > 60).all() and set(labels) == {0, 1, 2}
+    assert (ddpm.labels_of(method, index, "random", key=jax.random.key(6)) != labels).any()
+
+
+@pytest.mark.parametrize("labels, words", [("3", "0 … 2"), ("a", "cannot read"), ("-1", "0 … 2")])
+def test_labels_that_there_are_not(labels, words):
+    with pytest.raises(ValueError, match=words):
+        ddpm.labels_of(make_guided()[0], np.arange(3), labels)
+
+
+def test_labels_of_a_model_without_classes():
+    method = tiny.make(make_config())
+    assert ddpm.labels_of(method, np.arange(3)).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="has none"):
+        ddpm.labels_of(method, np.arange(3), "1")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"sampler": "ddim", "variance": "fixed_small"},
+            "variance is an option of sampler 'ancestral'",
+        ),
+        ({"eta": 0.5}, "eta is an option of sampler 'ddim'"),
+        ({"sampler": "heun", "order": 2}, "order is an option of sampler 'dpm_solver'"),
+        ({"sampler": "ddim", "singlestep": True}, "singlestep is an option of"),
+        ({"sampler": "dpm"}, "did you mean 'dpm_solver'"),
+        ({"sampler": "ddim", "eta": 1.01}, "0 … 1"),
+        ({"spacing": "log_snr"}, "such as steps=50"),
+        ({"spacing": "quadratic", "steps": "quad10"}, "such as steps=50"),
+        ({"spacing": "quadratc", "steps": "10"}, "did you mean 'quadratic'"),
+        ({"guidance": 2.0}, "label_dropout above 0"),
+        ({"clip_x0": "soft"}, "'dynamic'"),
+        ({"from_t": 20}, "0 to 19"),
+    ],
+)
+def test_options_of_sampling_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        tiny.make(make_config()).make_sample(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_names_what_the_sampler_has_and_no_more():
+    options = tiny.make(make_config()).sample_options
+    assert options()["variance"] == "fixed_large" and options()["eta"] is None
+    ddim = options(sampler="ddim", steps="5")
+    assert (ddim["eta"], ddim["variance"], ddim["order"], ddim["steps"]) == (0.0, None, None, "5")
+    assert options(sampler="dpm_solver")["order"] == 2
+
+
+def test_a_chain_can_begin_at_a_given_image():
+    # At the first time there is hardly any noise, at the last hardly any image.
+    method, params, batch = make_tiny(schedule__end=0.9)
+    x_0 = batch["image"] / np.float32(127.5) - 1
+    index, label = np.arange(8), np.zeros(8, np.int32)
+    eps = jax.random.normal(KEY, x_0.shape)
+    for t in (0, 19):
+        x_t = diffusion.q_sample(method.diffusion.schedule, x_0, t, eps)
+        x = method.make_sample(from_t=t, sampler="ddim")(params, KEY, index, label, x_t)
+        correlation = np.corrcoef(np.ravel(x), np.ravel(x_0))[0, 1]
+        assert correlation > 0.99 if t == 0 else abs(correlation) < 0.3
 
 
 def test_bfloat16_computes_close_to_float32():
@@ -385,6 +570,8 @@ def test_a_misspelt_variance_is_refused_even_where_none_is_used(sampler):
         ("model__attention_resolutions", (16,), "16"),
         ("data__image_shape", (2, 1, 3), "too small"),
         ("data__image_shape", (32, 32), "image_shape"),
+        ("diffusion__label_dropout", 0.1, "a model without classes"),
+        ("diffusion__label_dropout", 1.0, "in .0, 1."),
     ],
 )
 def test_refusals(field, value, words):

@@ -34,8 +34,13 @@ MISTAKES = {
     (
         "--mode=nll",
         "--num_samples=3",
-    ): "--num_samples is for --mode=sample, progressive, not for nll",
+    ): "--num_samples is for --mode=sample, progressive, nearest, not for nll",
     ("--mode=best_steps",): "needs --steps=S",
+    ("--mode=denoise", "--workdir=runs/not_there"): "needs --from_t=T",
+    ("--mode=sample", "--eta=hot"): "flag --eta=hot",
+    ("--mode=sample", "--clip=soft"): "flag --clip=soft",
+    ("--mode=sample", "--spacing=cubic"): "should be one of",
+    ("--mode=nll", "--guidance=2"): "--guidance is for --mode=",
     ("--mode=smaple",): "should be one of",
 }
 

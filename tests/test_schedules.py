@@ -123,6 +123,8 @@ def test_a_chain_that_stops_short_is_reported():
         ("quad10", 1000, 10, [0, 9, 39, 88, 158], [632, 800]),
         ([3, 7, 9], 10, 3, [3, 7], [9]),
         (1, 1000, 1, [999], [999]),
+        ("ddim1", 1000, 1, [999], [999]),
+        ("quad1", 1000, 1, [999], [999]),
     ],
 )
 def test_subsequence_tables(steps, T, count, head, tail):
@@ -133,10 +135,11 @@ def test_subsequence_tables(steps, T, count, head, tail):
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
-@pytest.mark.parametrize("notation", ["{}", "ddim{}", "quad{}"])
+@pytest.mark.parametrize("notation", ["{}", "ddim{}", "quad{}", "logsnr{}"])
 def test_every_length_without_repeats(notation, T):
+    snr = make("cosine", num_timesteps=T).snr
     for S in range(1, T + 1):
-        tau = schedules.subsequence(notation.format(S), T)
+        tau = schedules.subsequence(notation.format(S), T, snr=snr)
         assert len(tau) == S and (np.diff(tau) > 0).all() and tau[0] >= 0 and tau[-1] < T
     assert (tau == np.arange(T)).all()  # S = T is the whole chain
 
@@ -150,6 +153,8 @@ def test_every_length_without_repeats(notation, T):
         ("quad2000", "1 to 1000"),
         ("10,600", "600 of 500"),
         ("fifty", "cannot read"),
+        ("quad5,6", "cannot read"),
+        ("logsnr5", "SNR stays above 0"),
         ([3, 3], "strictly"),
         ([5, 1000], "0 … 999"),
         ([], "whole numbers"),
@@ -159,6 +164,55 @@ def test_every_length_without_repeats(notation, T):
 def test_subsequence_refusals(steps, words):
     with pytest.raises(ValueError, match=words):
         schedules.subsequence(steps, 1000)
+
+
+def test_log_snr_spacing_is_even_where_whole_times_allow_it():
+    full = make("linear")
+    for S in (5, 10, 20):
+        tau = schedules.shorten(full, S, spacing="log_snr").timesteps
+        assert tau[0] == 0 and tau[-1] == 999
+        log_snr = np.log(full.snr)
+        wished = np.linspace(log_snr[0], log_snr[-1], S)
+        # Each is the nearest there is: no other time would be closer.
+        for t, wish in zip(tau, wished, strict=True):
+            assert abs(log_snr - wish).min() == abs(log_snr[t] - wish)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"steps": None}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ({"steps": 4}, [0, 3, 6, 9]),
+        ({"steps": "4", "spacing": "uniform"}, [0, 3, 6, 9]),
+        ({"steps": 6, "spacing": "linear"}, [0, 1, 3, 5, 6, 8]),
+        ({"steps": 5, "spacing": "linear"}, [0, 2, 4, 6, 8]),
+        ({"steps": 3, "spacing": "quadratic"}, [0, 2, 8]),
+        ({"steps": 4, "last": 7}, [0, 3, 6, 7]),
+        ({"steps": 4, "last": 6}, [0, 3, 6]),
+        ({"steps": None, "last": 2}, [0, 1, 2]),
+        ({"steps": 2, "last": 0}, [0]),
+    ],
+)
+def test_shorten(options, expected):
+    full = make("linear", num_timesteps=10, end=0.5)
+    short = schedules.shorten(full, options.pop("steps"), **options)
+    assert short.timesteps.tolist() == expected
+    np.testing.assert_allclose(short.alpha_bar, full.alpha_bar[expected], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "steps, options, words",
+    [
+        (None, {"spacing": "linear"}, "such as steps=50"),
+        ("quad5", {"spacing": "linear"}, "such as steps=50"),
+        (5, {"spacing": "qadratic"}, "did you mean 'quadratic'"),
+        (5, {"last": 10}, "0 to 9"),
+        (5, {"last": -1}, "0 to 9"),
+    ],
+)
+def test_shorten_refusals(steps, options, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.shorten(make("linear", num_timesteps=10), steps, **options)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])

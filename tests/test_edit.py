@@ -1,0 +1,260 @@
+"""What is done with given images, on a run of a network of one matrix: files, recipes, what must stay."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import digits
+from ddpm_jax import config as config_lib
+from ddpm_jax import data, edit, runs, sample, train
+
+
+def make_config(**model):
+    config = digits.get_config()
+    config.method = "tiny"
+    config.model.update(model)
+    config.schedule.num_timesteps = 40
+    config.schedule.end = 0.3
+    config.optimizer.warmup_steps = 0
+    config.training.num_steps = 30
+    config.training.batch_size = 16
+    config.preview = ConfigDict({"every": 1000, "num_images": 4, "sampler": "ddim", "steps": "4"})
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("run"))
+    train.train(make_config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_classes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("classes"))
+    config = make_config(num_classes=-1)
+    config.diffusion.label_dropout = 0.2
+    train.train(config, folder)
+    return folder
+
+
+def read(path):
+    arrays = runs.read_npz(path)
+    return arrays, json.loads(str(arrays["recipe"]))
+
+
+DIGITS = data.load("digits", split="test")
+
+
+# ---- classes ---------------------------------------------------------------------------------------
+
+
+def test_classes_come_from_the_data_and_labels_lie_beside_the_images(with_classes, tmp_path):
+    assert config_lib.load(f"{with_classes}/config.json").model.num_classes == 10
+    config = make_config(num_classes=-1)
+    config.diffusion.label_dropout = 0.2
+    train.train(config, with_classes)  # −1 again: the same run, with nothing left to do
+    given = {"num_samples": 12, "steps": "4", "guidance": 2.0}
+    arrays, recipe = read(sample.sample(with_classes, labels="3,5", **given))
+    assert arrays["labels"].tolist() == [3, 5] * 6
+    assert recipe["labels"] == "3,5" and recipe["guidance"] == 2.0
+    arrays, _ = read(sample.sample(with_classes, labels="random", seed=1, **given))
+    assert len(set(arrays["labels"].tolist())) > 3
+    with pytest.raises(config_lib.ConfigError, match="0 … 9"):
+        sample.sample(with_classes, labels="10")
+    config.data.name = "npz:none"
+    images = tmp_path / "plain.npz"
+    np.savez(images, images=DIGITS.images)
+    config.data.name = f"npz:{images}"
+    with pytest.raises(config_lib.ConfigError, match="has no labels"):
+        train.train(config, tmp_path / "run")
+
+
+# ---- there and back --------------------------------------------------------------------------------
+
+
+def test_encoding_and_decoding(workdir, tmp_path, capsys):
+    out = edit.encode(workdir, num_images=10, steps=40, batch_size=4)
+    arrays, recipe = read(out)
+    assert arrays["latents"].shape == (10, 8, 8, 1) and arrays["latents"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["images"], DIGITS.images[:10])
+    assert recipe["steps"] == "40" and recipe["images"] == "digits"
+    back, of_images = read(sample.sample(workdir, latents=out, batch_size=3))
+    error = np.mean((back["images"].astype(float) - DIGITS.images[:10]) ** 2) / 255**2
+    assert error < 0.5 * np.var(DIGITS.images[:10] / 255)  # a matrix: not exact, but theirs
+    assert of_images["sampler"] == "ddim" and of_images["steps"] == "40"
+    errors = edit.reconstruct(workdir, num_images=10, steps="5,40")
+    assert errors[40][0] < errors[5][0]
+    # The same error, but for the rounding to levels.
+    assert errors[40][0] == pytest.approx(error, rel=0.05)
+    assert "| S | 5 | 40 |" in capsys.readouterr().out
+
+
+def test_latents_are_refused_where_they_do_not_fit(workdir, tmp_path):
+    other = tmp_path / "other.npz"
+    np.savez(other, images=DIGITS.images)
+    with pytest.raises(runs.RunError, match="--mode=encode"):
+        sample.sample(workdir, latents=str(other))
+    with pytest.raises(runs.RunError, match="cannot be read"):
+        sample.sample(workdir, latents=str(tmp_path / "none.npz"))
+    wrong = {"latents": np.zeros((2, 4, 4, 1), np.float32), "labels": np.zeros(2), "recipe": "{}"}
+    np.savez(other, **wrong)
+    with pytest.raises(runs.RunError, match=r"\(8, 8, 1\)"):
+        sample.sample(workdir, latents=str(other))
+
+
+def test_a_trajectory_ends_in_the_images(workdir, tmp_path):
+    out = sample.sample(
+        workdir, num_samples=3, steps="8", trajectory=True, out=str(tmp_path / "x.npz")
+    )
+    with Image.open(tmp_path / "x_trajectory.png") as strip:
+        assert strip.size[0] == 8 * (56 + 2) + 2
+    with Image.open(tmp_path / "x_trajectory.gif") as animation:
+        assert animation.n_frames == 9  # eight steps, and the images
+    assert out == str(tmp_path / "x.npz")
+
+
+# ---- between ---------------------------------------------------------------------------------------
+
+
+def test_interpolation_begins_and_ends_at_its_images(workdir):
+    arrays, _ = read(edit.interpolate(workdir, num_images=4, steps=10))
+    ends = read(sample.sample(workdir, num_samples=4, sampler="ddim", steps=10))[0]["images"]
+    row = arrays["images"][:, 0].astype(int)  # [pairs, fractions, …]
+    assert row.shape == (2, 9, 8, 8, 1)
+    np.testing.assert_allclose(row[:, 0], ends[0::2], atol=1)
+    np.testing.assert_allclose(row[:, -1], ends[1::2], atol=1)
+    steps = np.abs(np.diff(row, axis=1)).mean(axis=(2, 3, 4))
+    assert (steps < np.abs(row[:, -1] - row[:, 0]).mean(axis=(1, 2, 3))[:, None]).all()
+
+
+def test_stochastic_interpolation_mixes_less_the_earlier_it_begins(workdir):
+    arrays, recipe = read(edit.interpolate(workdir, num_images=2, from_t="1,30"))
+    assert arrays["images"].shape == (1, 2, 9, 8, 8, 1) and recipe["from_t"] == [1, 30]
+    early = arrays["images"][0, 0].astype(float)
+    first, second = DIGITS.images[:2].astype(float)
+    for k, share in enumerate(np.linspace(0, 1, 9)):  # almost no noise: a cross-fade of pixels
+        assert np.abs(early[k] - (1 - share) * first - share * second).mean() < 12
+    assert np.abs(arrays["images"][0, 1, 0].astype(float) - first).mean() > 12
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"num_images": 3}, runs.RunError, "pairs"),
+        ({"sampler": "ancestral"}, runs.RunError, "deterministic"),
+        ({"eta": 0.3}, runs.RunError, "deterministic"),
+        ({"from_t": "half"}, runs.RunError, "whole numbers"),
+        ({"from_t": "40"}, config_lib.ConfigError, "0 to 39"),
+        ({"images": "nowhere"}, data.DataError, "no folder nowhere"),
+        ({"num_images": 1000, "images": "data"}, runs.RunError, "297"),
+    ],
+)
+def test_interpolation_refuses(workdir, options, error, words):
+    with pytest.raises(error, match=words):
+        edit.interpolate(workdir, **options)
+
+
+# ---- repairs ---------------------------------------------------------------------------------------
+
+
+def test_denoising_changes_more_the_later_it_begins(workdir):
+    arrays, _ = read(edit.denoise(workdir, from_t=[1, 10, 39], num_images=6))
+    assert arrays["images"].shape == (6, 3, 8, 8, 1)
+    change = np.abs(arrays["images"].astype(float) - arrays["originals"][:, None].astype(float))
+    assert (np.diff(change.mean(axis=(0, 2, 3, 4))) > 0).all()
+
+
+@pytest.mark.parametrize("mask", ["left", "centre", "picture"])
+def test_inpainting_keeps_what_is_known_to_the_bit(workdir, tmp_path, mask):
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:4, 5:] = 255
+    if mask == "picture":
+        mask = str(tmp_path / "mask.png")
+        Image.fromarray(hole).save(mask)
+    path = edit.inpaint(workdir, mask=mask, num_images=5, steps=10, resample=2, jump=3)
+    arrays, _ = read(path)
+    known = arrays["mask"] == 0
+    np.testing.assert_array_equal(arrays["images"][:, known], DIGITS.images[:5][:, known])
+    assert (arrays["images"][:, ~known] != DIGITS.images[:5][:, ~known]).mean() > 0.5
+    if mask.endswith(".png"):
+        np.testing.assert_array_equal(arrays["mask"], hole)
+    count = {"left": 32, "centre": 16}.get(mask, 6)
+    assert (~known).sum() == count
+
+
+@pytest.mark.parametrize("mask, words", [("rigth", "did you mean 'right'"), ("white", "all white")])
+def test_masks_that_are_none(workdir, tmp_path, mask, words):
+    if mask == "white":
+        mask = str(tmp_path / "white.png")
+        Image.fromarray(np.full((8, 8), 255, np.uint8)).save(mask)
+    with pytest.raises(runs.RunError, match=words):
+        edit.inpaint(workdir, mask=mask)
+
+
+def test_images_of_a_folder_and_their_labels(workdir, with_classes, tmp_path):
+    for n in range(3):
+        Image.fromarray(DIGITS.images[n, :, :, 0]).resize((16, 16)).save(tmp_path / f"{n}.png")
+    given = {"images": str(tmp_path), "num_images": 3, "steps": 5}
+    arrays, recipe = read(edit.encode(workdir, **given))
+    assert np.abs(arrays["images"].astype(int) - DIGITS.images[:3]).mean() < 40
+    assert recipe["images"] == f"image_folder:{tmp_path}"
+    with pytest.raises(runs.RunError, match="give --labels=3"):
+        edit.encode(with_classes, **given)
+    arrays, _ = read(edit.encode(with_classes, labels="7", **given))
+    assert arrays["labels"].tolist() == [7, 7, 7]
+    arrays, _ = read(edit.encode(with_classes, num_images=3, steps=5))
+    np.testing.assert_array_equal(arrays["labels"], DIGITS.labels[:3])
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def test_nearest_finds_what_it_is_shown(workdir, tmp_path):
+    training = data.load("digits")
+    shown = tmp_path / "shown.npz"
+    np.savez(shown, images=training.images[[5, 700]])
+    arrays, _ = read(edit.nearest(workdir, images=str(shown), num_samples=2, neighbours=3))
+    assert arrays["index"][:, 0].tolist() == [5, 700]
+    np.testing.assert_array_equal(arrays["distance"][:, 0], 0)
+    every = np.sqrt(
+        np.mean(
+            (training.images[[5, 700]][:, None].astype(float) - training.images) ** 2, (2, 3, 4)
+        )
+    )
+    np.testing.assert_allclose(np.sort(every, axis=1)[:, :3], arrays["distance"], rtol=1e-5)
+    drawn, _ = read(edit.nearest(workdir, num_samples=2, steps="4"))
+    assert drawn["neighbours"].shape == (2, 7, 8, 8, 1) and (drawn["distance"] > 1).all()
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    training, queries = data.load("digits"), DIGITS.images[:4]
+    whole = edit.nearest_of(queries, training, 5)
+    monkeypatch.setattr(edit, "BLOCK", 7)
+    for a, b in zip(whole, edit.nearest_of(queries, training, 5), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+# ---- every command ---------------------------------------------------------------------------------
+
+
+def test_a_second_call_reads_what_the_first_one_made(workdir, tmp_path, monkeypatch):
+    out = str(tmp_path / "x.npz")
+    edit.denoise(workdir, from_t=5, out=out)
+    monkeypatch.setattr(runs, "map_images", None)
+    edit.denoise(workdir, from_t=5, out=out)
+    with pytest.raises(runs.RunError, match="another way"):
+        edit.denoise(workdir, from_t=6, out=out)
+    with pytest.raises(runs.RunError, match=r"end in \.npz"):
+        edit.denoise(workdir, from_t=5, out="x.png")
+
+
+def test_a_method_that_is_no_diffusion(tmp_path):
+    from test_train import make_config as make_affine
+
+    train.train(make_affine(num_steps=3), tmp_path)
+    with pytest.raises(runs.RunError, match="no diffusion"):
+        edit.encode(str(tmp_path))
