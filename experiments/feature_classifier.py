@@ -14,7 +14,6 @@ import argparse
 import functools
 import hashlib
 import json
-import sys
 
 import flax.linen as nn
 import jax
@@ -40,7 +39,8 @@ class Classifier(nn.Module):
         x = nn.relu(nn.Conv(32, (5, 5), strides=2)(x))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(len(x), -1))
-        features = nn.relu(nn.Dense(FEATURES)(x))
+        # With relu, 9 of the 64 features were 0 for every test image of Fashion-MNIST.
+        features = nn.silu(nn.Dense(FEATURES)(x))
         return features, nn.Dense(self.num_classes)(features)
 
 
