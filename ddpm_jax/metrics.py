@@ -54,7 +54,7 @@ class Moments(NamedTuple):
 
 def moments(features: np.ndarray) -> Moments:
     """Moments of features [N, D], N ≥ 1."""
-    _check("moments", 1, features)
+    _check("a mean", 1, features)
     total = None
     for rows in _blocks(len(features)):
         block = np.asarray(features[rows], np.float64)
@@ -97,20 +97,19 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
     Raises:
       ValueError: shapes that do not belong together, or values that are not finite.
     """
-    means = [np.asarray(mean, np.float64) for mean in (mean_1, mean_2)]
-    covariances = [
-        np.asarray(covariance, np.float64) for covariance in (covariance_1, covariance_2)
-    ]
-    _check_same_length(*means)
+    means, covariances = (
+        [np.asarray(array, np.float64) for array in pair]
+        for pair in ((mean_1, mean_2), (covariance_1, covariance_2))
+    )
     for mean, covariance in zip(means, covariances, strict=True):
-        D = mean.shape[-1]
-        if mean.shape != (D,) or covariance.shape != (D, D):
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
             raise ValueError(
                 f"a mean [D] and a covariance [D, D] make a Gaussian, got {list(mean.shape)} and"
                 f" {list(covariance.shape)}"
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("moments that are not finite have no Fréchet distance")
+    _check_same_length(*means)
     first, second = (_factor(covariance) for covariance in covariances)
     cross = np.sum(np.linalg.svd(first.T @ second, compute_uv=False))
     traces = sum(np.trace(covariance) for covariance in covariances)
@@ -120,7 +119,7 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """A [D, rank] with A Aᵀ = covariance [D, D]."""
     values, vectors = np.linalg.eigh(covariance)
-    # What is smaller cannot be told from 0, and its root would be 2e-8 √D of the largest root.
+    # What is smaller cannot be told from 0, and its root would be 1.5e-8 √D of the largest root.
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -131,14 +130,14 @@ def warning(num_images: int, num_features: int) -> str | None:
         return None
     return (
         f"{num_images} images for {num_features} features: their covariance is singular, and the Fréchet"
-        " distance is mostly about that; compare it only with others of as many images"
+        " distance far above that of many images; compare it only with others of as many"
     )
 
 
 def short_name(metric: str, num_images: int) -> str:
     """What a Fréchet distance may be called: "fid" of 10,000 images or more, "fid_2k" or "fid_500" of fewer.
 
-    Its bias falls as 1/N, so that numbers of different N do not compare.
+    Its bias is positive and falls as 1/N, so that numbers of different N do not compare.
     """
     if num_images >= 10_000:
         return metric
@@ -244,7 +243,7 @@ def prdc(
     """
     _check_at_least(1, k=k, k_density=k_density)
     largest = max(k, k_density)
-    _check(f"the neighbour {largest} of each image", largest + 1, real, generated, less="k")
+    _check(f"neighbour {largest} of an image", largest + 1, real, generated, less="k")
     centre = np.mean(real, axis=0, dtype=np.float64)  # distances keep more digits about it
     real_radius, dense_radius = _squared_radii(real, (k, k_density), centre)
     (generated_radius,) = _squared_radii(generated, (k,), centre)
@@ -310,7 +309,7 @@ def _check(asked: str, least: int, *sets: np.ndarray, less: str | None = None) -
     for features in sets:
         if len(features) < least:
             images = "image" if least == 1 else "images"
-            advice = f"; draw more, or ask for fewer {less}" if less else ""
+            advice = f"; draw more, or lower {less}" if less else ""
             raise ValueError(
                 f"{asked} needs at least {least} {images}, got {len(features)}{advice}"
             )
