@@ -7,7 +7,7 @@ pure function of (seed, step), so a run resumes without any iterator state.
 `load` turns a name into a `Dataset`; `batches` turns a `Dataset` into batches. To bring your own
 data, use `image_folder:PATH` or `npz:PATH`, or construct a `Dataset` of your own.
 
-In this order: the four public names; arrays; the official archives; pictures; what
+In this order: the four public names; arrays; the official archives, and `download`; pictures; what
 tensorflow-datasets has prepared.
 """
 
@@ -28,7 +28,7 @@ import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -358,11 +358,13 @@ def _has_archives(name, split, root):
 def _archive_arrays(name, split, root):
     paths = []
     for file in _files(name, split):
-        path = _local(name, file, root) or _download(name, file, root / name)
-        damage = _damage(path, *_SUMS[name][file])
-        if damage:
+        path, sums = _local(name, file, root), _SUMS[name][file]
+        if path is None:
+            urls = [mirror + file for mirror in _MIRRORS[name]]
+            path = download(urls, root / name / file, *sums)
+        if fault := damage(path, *sums):
             raise DataError(
-                f"{path} is not {name}'s archive or is damaged: {damage}; delete it and run again "
+                f"{path} is not {name}'s archive or is damaged: {fault}; delete it and run again "
                 f"to download it, or put the right file into {root / name}"
             )
         paths.append(path)
@@ -372,7 +374,7 @@ def _archive_arrays(name, split, root):
     return images, labels, 10
 
 
-def _damage(path, size, sha256):
+def damage(path: Path, size: int, sha256: str) -> str | None:
     """None, or how the file differs from the expected size in bytes and SHA-256 sum."""
     found = path.stat().st_size
     if found != size:
@@ -382,30 +384,40 @@ def _damage(path, size, sha256):
     return None if digest == sha256 else f"expected SHA-256 {sha256}, found {digest}"
 
 
-def _download(name, file, folder):
-    """Tries every mirror three times; the file appears under its name only when it is complete."""
-    size, sha256 = _SUMS[name][file]
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{file}.{os.getpid()}.part"  # several processes may download at once
+def download(urls: Sequence[str], path: Path, size: int, sha256: str) -> Path:
+    """Fetches a file to `path`, where it appears only when it is complete.
+
+    Args:
+        urls: addresses of the same file; each is tried three times.
+        size, sha256: in bytes, and the sum it must have, which makes any address safe.
+
+    Raises:
+        DataError: no address gave the right file.
+        OSError: the folder of `path` cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may download at once
     failures = {}
     try:
         for wait in (0, BACKOFF, 2 * BACKOFF):
             time.sleep(wait)
-            for mirror in _MIRRORS[name]:
+            for url in urls:
                 try:
-                    _copy(mirror + file, part, size)
+                    _copy(url, part, size)
                 except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                    failures[mirror + file] = _line(error)
+                    failures[url] = _line(error)
                     continue
-                damage = _damage(part, size, sha256)
-                if damage is None:
-                    os.replace(part, folder / file)
-                    return folder / file
-                failures[mirror + file] = damage
+                fault = damage(part, size, sha256)
+                if fault is None:
+                    os.replace(part, path)
+                    return path
+                failures[url] = fault
     finally:
         part.unlink(missing_ok=True)
     tried = "; ".join(f"{url} ({why})" for url, why in failures.items())
-    raise DataError(f"cannot download {name}: {tried}; put {file} into {folder} by hand")
+    raise DataError(
+        f"cannot download {path.name}: {tried}; put {path.name} into {path.parent} by hand"
+    )
 
 
 def _copy(url, path, size):

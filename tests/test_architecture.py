@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(["config", "data", "checkpoints", "writers"], -1),  # the I/O row
     **dict.fromkeys(["schedules", "gaussians", "metrics"], 0),
-    **dict.fromkeys(["diffusion", "unet"], 1),
+    **dict.fromkeys(["diffusion", "unet", "inception"], 1),
     **dict.fromkeys(["likelihood", "samplers"], 2),
     "losses": 3,
     **dict.fromkeys(["ddpm", "training", "parallel"], 4),
