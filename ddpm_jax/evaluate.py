@@ -82,7 +82,7 @@ def nll(
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
-    _check_out(out)
+    check_out(out)
     run = runs.load(workdir, weights)
     given = {"batch_size": batch_size, "data_dir": data_dir}
     return _report(_nll(run, split, num_images, seed, options, path=out, **given))
@@ -142,7 +142,7 @@ def best_steps(
 
     Raises: as `nll`.
     """
-    _check_out(out)
+    check_out(out)
     run = runs.load(workdir, weights)
     chosen, measured = runs.given(options), {"batch_size": batch_size, "data_dir": data_dir}
     without = {name: value for name, value in chosen.items() if name != "variance"}
@@ -199,7 +199,7 @@ def best_steps(
 # ---- the loop --------------------------------------------------------------------------------------
 
 
-def _check_out(out: str | None) -> None:
+def check_out(out: str | None) -> None:
     """Refuses to write a result over what is none."""
     if out is None:
         return

@@ -5,8 +5,8 @@ python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws image
 python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
 
 Other modes. Samples: progressive (x_0 as seen on the way), nearest (training images beside samples).
-Given images: encode, reconstruct, interpolate, denoise, inpaint. Likelihood: rate_distortion, best_steps
-(of a shortened chain).
+Given images: encode, reconstruct, interpolate, denoise, inpaint. Metrics of samples: eval. Likelihood:
+rate_distortion, best_steps (of a shortened chain).
 """
 
 import os
@@ -28,6 +28,7 @@ from ddpm_jax import (
     sample,
     samplers,
     schedules,
+    score,
     train,
 )
 
@@ -39,7 +40,7 @@ _MODE = flags.DEFINE_enum(
     "train",
     [
         *("train", "sample", "progressive", "nearest", "encode", "reconstruct", "interpolate"),
-        *("denoise", "inpaint", "nll", "rate_distortion", "best_steps"),
+        *("denoise", "inpaint", "eval", "nll", "rate_distortion", "best_steps"),
     ],
     "What to do; all but train read a run directory.",
 )
@@ -93,6 +94,13 @@ _RESAMPLE = flags.DEFINE_integer(
     "resample", None, "How often inpaint walks each part of the chain.", 1
 )
 _JUMP = flags.DEFINE_integer("jump", None, "Steps that inpaint goes back for it.", 1)
+_METRICS = flags.DEFINE_string("metrics", None, f"Some of {', '.join(score.METRICS)}; else fid.")
+_FEATURES = flags.DEFINE_string(
+    "features", None, "inception, inception:FILE, or MODULE:FILE with a load(path) -> Extractor."
+)
+_NUM_SEEDS = flags.DEFINE_integer(
+    "num_seeds", None, "Seeds from --seed on, for mean and spread.", 1
+)
 _NEIGHBOURS = flags.DEFINE_integer("neighbours", None, "Training images shown for each sample.", 1)
 _VARIANCE = flags.DEFINE_string("variance", None, "Of the reverse chain; else the config's.")
 
@@ -135,23 +143,27 @@ _CDF = flags.DEFINE_string("cdf", None, "Of the decoder: normal, or tanh as in H
 
 # Which flags a mode hears. A flag that it would not hear is refused.
 _RUN_FLAGS = ("weights", "steps", "clip", "out", "batch_size")
-_NLL_FLAGS = (*_RUN_FLAGS, "seed", "variance", "num_images", "split", "data_dir", "cdf")
 _CHAIN_FLAGS = (*_RUN_FLAGS, "spacing", "guidance", "labels")
-_SAMPLE_FLAGS = (
-    *(*_CHAIN_FLAGS, "seed", "sampler", "eta", "order", "singlestep", "variance", "num_samples"),
-)
+_SAMPLER_FLAGS = (*_CHAIN_FLAGS, "seed", "sampler", "eta", "order", "singlestep", "variance")
 _IMAGE_FLAGS = ("images", "num_images", "split", "data_dir")
-_EDIT_FLAGS = tuple({*_SAMPLE_FLAGS, *_IMAGE_FLAGS, "from_t"} - {"num_samples"})
+_NLL_FLAGS = (*_RUN_FLAGS, "seed", "variance", "num_images", "split", "data_dir", "cdf")
 _HEARD = {
     "train": (),
-    "sample": (*_SAMPLE_FLAGS, "latents", "trajectory"),
-    "progressive": _SAMPLE_FLAGS,
-    "nearest": (*_SAMPLE_FLAGS, "images", "data_dir", "neighbours"),
+    "sample": (*_SAMPLER_FLAGS, "num_samples", "latents", "trajectory"),
+    "progressive": (*_SAMPLER_FLAGS, "num_samples"),
+    "nearest": (*_SAMPLER_FLAGS, "num_samples", "images", "data_dir", "neighbours"),
     "encode": (*_CHAIN_FLAGS, *_IMAGE_FLAGS),
     "reconstruct": (*_CHAIN_FLAGS, *_IMAGE_FLAGS),
-    "interpolate": _EDIT_FLAGS,
-    "denoise": _EDIT_FLAGS,
-    "inpaint": (*(*_CHAIN_FLAGS, *_IMAGE_FLAGS, "seed", "variance", "mask", "resample", "jump"),),
+    "interpolate": (*_SAMPLER_FLAGS, *_IMAGE_FLAGS, "from_t"),
+    "denoise": (*_SAMPLER_FLAGS, *_IMAGE_FLAGS, "from_t"),
+    "inpaint": (
+        *(*_CHAIN_FLAGS, *_IMAGE_FLAGS),
+        *("seed", "variance", "mask", "resample", "jump"),
+    ),
+    "eval": (
+        *(*_SAMPLER_FLAGS, *_IMAGE_FLAGS),
+        *("num_samples", "metrics", "features", "num_seeds"),
+    ),
     "nll": _NLL_FLAGS,
     "rate_distortion": _NLL_FLAGS,
     "best_steps": _NLL_FLAGS,
@@ -204,6 +216,9 @@ def main(argv) -> None:
     ):
         if mode == needs and name not in options:
             raise app.UsageError(f"--mode={mode} needs {why}")
+    if mode == "eval":
+        score.score(workdir, **options)
+        return
     home = next(room for room in (sample, edit, evaluate) if hasattr(room, mode))
     getattr(home, mode)(workdir, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -198,6 +199,31 @@ def in_progress(out: str, recipe: dict) -> Iterator[tuple[str, dict | None]]:
         writers.save_text(recipe_path, json.dumps(recipe))
         yield folder, finished
         shutil.rmtree(folder)
+
+
+class GrowingFile:
+    """Rows that are kept while further ones are made: raw bytes in one file, of which after a kill all that
+    is whole is good.
+
+    Attributes:
+      count: how many rows there are.
+    """
+
+    def __init__(self, path: str, row_shape: tuple[int, ...], dtype):
+        self._path, self._shape, self._dtype = path, tuple(row_shape), np.dtype(dtype)
+        size = math.prod(row_shape) * self._dtype.itemsize
+        with open(path, "ab") as file:
+            self.count = file.tell() // size
+            file.truncate(self.count * size)
+
+    def append(self, rows: np.ndarray) -> None:
+        with open(self._path, "ab") as file:
+            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self.count += len(rows)
+
+    def rows(self) -> np.ndarray:
+        """All of them, [count, …]."""
+        return np.fromfile(self._path, self._dtype).reshape(-1, *self._shape)
 
 
 # ---- what was measured of a model, for its analytic variance ----------------------------------------

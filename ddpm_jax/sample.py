@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 
 import numpy as np
@@ -89,7 +88,9 @@ def sample(
         return index, chosen, *(() if start is None else (start[index],))
 
     with runs.in_progress(out, recipe) as (folder, finished):
-        growing = _GrowingFile(folder, run.method.image_shape, finished)
+        growing = runs.GrowingFile(os.path.join(folder, "images"), run.method.image_shape, np.uint8)
+        if finished and not growing.count:
+            growing.append(finished["images"])
         print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
         mapped = parallel.map_examples(lambda *args: diffusion.to_uint8(draw(*args)))
         params = parallel.place(run.params)
@@ -103,7 +104,7 @@ def sample(
             growing.append(images[: num_samples - growing.count])
             progress.done = growing.count
             print(progress.line(), flush=True)
-        images = growing.images()
+        images = growing.rows()
         arrays = {"labels": inputs(np.arange(num_samples))[1]} if run.method.num_classes else {}
         writers.save_npz(out, images=images, recipe=json.dumps(recipe), **arrays)
         writers.save_png(f"{out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
@@ -210,28 +211,3 @@ def _prepare(workdir, weights, seed, labels, out, options, *name):
     if not out.endswith(".npz"):
         raise runs.RunError(f"--out must end in .npz, got {out}")
     return run, draw, recipe, os.path.abspath(out)
-
-
-class _GrowingFile:
-    """Images 0 … count − 1, kept in a folder while the rest are drawn.
-
-    They are raw bytes in one file: whatever is whole in it after a kill is good.
-    """
-
-    def __init__(self, folder: str, image_shape: tuple[int, int, int], finished: dict | None):
-        self._path = os.path.join(folder, "images")
-        self._shape = image_shape
-        if not os.path.exists(self._path):
-            start = finished["images"].tobytes() if finished else b""
-            writers.save_bytes(self._path, start)
-        size = math.prod(image_shape)
-        self.count = os.path.getsize(self._path) // size
-        os.truncate(self._path, self.count * size)
-
-    def append(self, images: np.ndarray) -> None:
-        with open(self._path, "ab") as file:
-            file.write(images.tobytes())
-        self.count += len(images)
-
-    def images(self) -> np.ndarray:
-        return np.fromfile(self._path, np.uint8).reshape(-1, *self._shape)

@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["ddpm", "training", "parallel"], 4),
     "runs": 5,
     **dict.fromkeys(["train", "sample", "evaluate"], 6),
-    "edit": 7,
+    **dict.fromkeys(["edit", "score"], 7),
     "main": 8,
     "benchmark": 9,
     "__init__": 10,

@@ -42,7 +42,7 @@ def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, mo
     class Killed(Exception):
         pass
 
-    append = sample._GrowingFile.append
+    append = runs.GrowingFile.append
 
     def killed_after_two(self, new):
         append(self, new)
@@ -51,12 +51,12 @@ def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, mo
                 file.write(b"half an image")
             raise Killed
 
-    monkeypatch.setattr(sample._GrowingFile, "append", killed_after_two)
+    monkeypatch.setattr(runs.GrowingFile, "append", killed_after_two)
     with pytest.raises(Killed):
         sample.sample(workdir, num_samples=12, batch_size=4, out=out)
     drawn = []
     monkeypatch.setattr(
-        sample._GrowingFile, "append", lambda self, new: (drawn.append(len(new)), append(self, new))
+        runs.GrowingFile, "append", lambda self, new: (drawn.append(len(new)), append(self, new))
     )
     np.testing.assert_array_equal(
         images(sample.sample(workdir, num_samples=12, batch_size=4, out=out)), whole
