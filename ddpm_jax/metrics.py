@@ -5,6 +5,17 @@ only beside its name: what the literature calls FID, KID and so on are these fun
 
 Every function refuses what it cannot measure with a ValueError of one line: too few images for what is asked,
 features of different lengths, features that are not finite.
+
+Measured on one core of an AMD EPYC server beside other work, with normal float32 features of 2,048 numbers;
+the peak of memory includes the features of both sets, 0.76 GiB where they are 50,000 and 50,000:
+
+    moments of 50,000; then frechet_distance    9 s; 10 s    1.09 GiB
+    kid of 50,000 and 50,000                    36 s         0.85 GiB
+    prdc of 10,000 and 10,000                   53 s         0.42 GiB, and quadratic in time alone
+    prdc of 10,000 and 10,000, 64 numbers       9 s          0.23 GiB
+
+torch-fidelity 0.4.0, in float64, gives the same for 2,000 and 1,500 features of 64 numbers: Fréchet distance,
+Inception Score without shuffling and kernel distance over all images to 12 digits, precision and recall too.
 """
 
 from __future__ import annotations
@@ -119,7 +130,8 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """A [D, rank] with A Aᵀ = covariance [D, D]."""
     values, vectors = np.linalg.eigh(covariance)
-    # What is smaller cannot be told from 0, and its root would be 1.5e-8 √D of the largest root.
+    # What is smaller is the rounding of a 0; its root is not: with 100 and 60 images of 2,048 features it
+    # would make the distance wrong by 3e-9 of itself.
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
 

@@ -7,6 +7,13 @@ What it writes is then named as --features=experiments.feature_classifier:runs/f
 Two convolutions with stride, a layer of 64 units, which are the features, and the logits; no image sees another
 of its batch. A Fréchet distance of these features is not FID: it goes by the name of the Extractor, and compares
 only with others of the same weights, by their SHA-256.
+
+Measured by the first command on one core of an AMD EPYC server beside other work, jax 0.10.2:
+
+    data            test accuracy    wall        of it computing
+    fashion_mnist   91.57 %          4 min 24 s  1 min 29 s
+    mnist           99.21 %          4 min 14 s  1 min 32 s
+    digits          97.98 %          23 s        18 s
 """
 
 import argparse

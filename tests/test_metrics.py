@@ -102,6 +102,16 @@ def test_frechet_of_a_set_with_itself_is_zero(n):
     assert abs(frechet(x, x[::-1])) < 1e-9
 
 
+def test_frechet_of_few_images_is_that_of_their_matrices():
+    """tr (C_1 C_2)^½ is the sum of the singular values of X Yᵀ, [N, M]: no matrix of D × D."""
+    x, y = 30 * normal(20, 512), 0.1 + 30 * normal(30, 512, seed=1)
+    a, b = (z - z.mean(axis=0) for z in (x, y))
+    root = np.sum(linalg.svdvals(a @ b.T)) / np.sqrt(19 * 29)
+    exact = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2) - 2 * root
+    exact += np.sum(a**2) / 19 + np.sum(b**2) / 29
+    np.testing.assert_allclose(frechet(x, y), exact, rtol=1e-12)
+
+
 @pytest.mark.parametrize("n", [30, 300])
 def test_frechet_sees_no_rotation_and_no_translation(n):
     x, y, q = normal(n, 64), 0.5 + 2 * normal(n, 64, seed=1), rotation(64)
