@@ -1,7 +1,24 @@
-"""The variational auto-encoder on MNIST with 20 latents, or with 2 (`:2`); see the package.
+"""Kingma & Welling 2014, Auto-Encoding Variational Bayes, on MNIST: 20 latents, or 2 (`:2`); see the package.
 
-python -m ddpm_jax.main --config=experiments/vae/config.py --workdir=runs/vae_20
-python -m ddpm_jax.main --config=experiments/vae/config.py:2 --workdir=runs/vae_2
+    python -m ddpm_jax.main --config=experiments/vae/config.py --workdir=runs/vae_20       815,824 parameters
+    python -m ddpm_jax.main --config=experiments/vae/config.py:2 --workdir=runs/vae_2      788,788 parameters
+    python -m experiments.vae --workdir=runs/vae_20                                        measures it
+
+A hundred epochs of Adam in batches of a hundred, where Kingma & Welling have Adagrad and a small weight decay.
+
+Expected: with 20 latents near -100 nats, as in Kingma & Welling's Figure 2; with 2 less, and a plane of
+digits as in their Figure 4 (Figure 2 begins at 3 latents).
+Measured on one core of an AMD EPYC server beside other work, jax 0.10.2, in 20 and 23 minutes, a median of
+4800 images/s and 13,400 at best (at which a run takes 8 minutes). Nats an image over the 10,000 test images,
+EMA weights, by the third command; ± is the standard error over images:
+
+    latents   ELBO               reconstruction    KL              log p, 50 weights   ELBO of training
+    20        -100.00 ± 0.24      74.43 ± 0.20     25.58 ± 0.05     -96.71 ± 0.23       -99.18
+    2         -148.51 ± 0.53     141.84 ± 0.54      6.67 ± 0.01    -144.82 ± 0.51      -140.66
+
+The last column is that of the last 600 steps on the training set: with 2 latents the network overfits by
+8 nats, with 20 by 1. The plane of the second run has every digit, one passing into another; of 64 images
+drawn from the first (`--mode=sample`) about two in three can be read.
 """
 
 from ml_collections import ConfigDict
