@@ -21,7 +21,7 @@ from ddpm_jax.ddpm import make_method
 from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(f"experiments/{path.parent.name}" for path in ROOT.glob("experiments/*/config.py"))
+FOLDERS = [f"experiments/{Path(folder).name}" for folder in sweep.tables()]
 NAME = re.compile(
     r"(?!config$|metrics$)[a-z0-9_]+"
 )  # of a row or a column: a file among a run's own
@@ -184,6 +184,7 @@ def refused(capsys, *arguments) -> str:
     "arguments, said",
     [
         (["experiments/ho2020"], "experiments/ho2020_table2, experiments/iddpm_table2"),
+        (["experiments/vae"], "no rows(size) (choose from experiments/ho2020_table2"),
         (["experiments/iddpm_table2", "--size=tiny"], "'full', 'cpu', 'smoke'"),
         (["experiments/iddpm_table2", "--row=cosine"], "cosine_simple, cosine_hybrid, cosine_vlb"),
         (["experiments/iddpm_table2", "--row=cosine_vlb,"], "no row ''"),
