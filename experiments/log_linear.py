@@ -23,7 +23,7 @@ SECTIONS = (*ddpm.SECTIONS, "log_linear")  # the config's sections that this Met
 def get_config(variant: str = ""):
     config = digits.get_config(variant)
     config.method = "experiments.log_linear"
-    config.log_linear = ConfigDict({"start": 9.2, "end": -10.1})  # about those of the linear schedule
+    config.log_linear = ConfigDict({"start": 9.2, "end": -10.1})  # as the linear schedule's ends
     return config
 
 
