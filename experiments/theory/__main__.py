@@ -31,7 +31,7 @@ DOCUMENTS = {
 INTRODUCTION = """\
 # Where five texts on diffusion err
 
-Five good introductions to diffusion models, and {count} places where what is printed is not so, most of them a bar
+Five good introductions to diffusion models, and {count} places where what is printed is not so, often by a bar
 over an α too many or too few. Each line below is a small function in float64 ([vilhes.py](vilhes.py),
 [sedykh.py](sedykh.py), [tang.py](tang.py), [tavares.py](tavares.py), [liu.py](liu.py)) that computes one quantity
 three times: from the definition, by the printed formula, and by the right one. The definition is the one-step kernel
