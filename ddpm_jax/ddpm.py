@@ -268,9 +268,9 @@ def diffusion_method(
                 f"variance {asked!r} needs outputs that this network has not: it was trained with"
                 f" {trained_variance!r}; use that, fixed_small, fixed_large or analytic"
             )
-        if asked == "learned" and len(chain) < T:
+        if asked == "learned" and (chain.timesteps != np.arange(len(chain))).any():
             raise ValueError(
-                "variance 'learned' is that of single steps of the full chain; with fewer steps use"
+                "variance 'learned' is that of single steps of the full chain; in fewer steps use"
                 " fixed_small, fixed_large or analytic, or train with learned_range"
             )
         if asked != "analytic":
@@ -304,6 +304,12 @@ def diffusion_method(
                     raise ValueError(
                         f"{name} is an option of sampler {owner!r}, and {sampler!r} has none"
                     )
+        if not np.isfinite(options.get("guidance", 1.0)):
+            raise ValueError(f"guidance must be a finite number, got {options['guidance']}")
+        if options.get("variance") == "analytic" and options.get("from_t") is not None:
+            raise ValueError(
+                "variance 'analytic' is measured for whole chains, not from_t; use fixed_small or fixed_large"
+            )
         if options.get("guidance", 1.0) != 1.0 and not label_dropout:
             raise ValueError(
                 "guidance needs a model that has learned to do without labels: train with classes and"
@@ -402,9 +408,8 @@ def diffusion_method(
     ):
         """The options of filling in: those of `make_sample`, and of `samplers.inpaint`."""
         sample_options(guidance=guidance)
-        if min(resample, jump) < 1:
-            raise ValueError(f"resample and jump must be at least 1, got {resample} and {jump}")
         chain = schedules.shorten(schedule, steps, spacing=spacing)
+        samplers.resampling(len(chain), resample=resample, jump=jump)
         given = {"variance": reverse_variance(variance, chain, x_0_error)}
         given |= {"clip_x0": clip_x0, "resample": resample, "jump": jump}
         samplers.check_clip(clip_x0)

@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import checkpoints, data, parallel, training, writers
+from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, make_method
+
+
+NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
 
 class RunError(RuntimeError):
@@ -57,7 +60,10 @@ class Run(NamedTuple):
         """A file name that says what moves a result: step, weights, the parts and the options."""
         words = [f"step_{self.step:08d}", self.weights, *parts]
         words += [f"{key}_{_short(value)}" for key, value in sorted(given(options).items())]
-        return "_".join(words)
+        name = "_".join(words)
+        if len(name) <= NAME_LIMIT:
+            return name
+        return f"{name[:NAME_LIMIT]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def given(options: dict) -> dict:
@@ -231,8 +237,14 @@ class GrowingFile:
 
 def errors_path(run: Run, options: dict) -> str:
     """Where `evaluate` keeps the errors that the analytic variance for these options rests on."""
-    kept = {name: options.get(name) for name in ("steps", "clip_x0")}
+    kept = {"steps": _spaced(options), "clip_x0": options.get("clip_x0")}
     return os.path.join(run.workdir, "eval", f"{run.name('x_0_error', **kept)}.npz")
+
+
+def _spaced(options: dict) -> str | None:
+    """The steps with their spacing in one word: errors of one chain are not those of another."""
+    prefix = schedules.SPACINGS.get(options.get("spacing"), "")
+    return f"{prefix}{options['steps']}" if "steps" in options else None
 
 
 def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
@@ -246,11 +258,16 @@ def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
     """
     if options.get("variance") != "analytic":
         return options, options
+    if options.get("guidance", 1.0) != 1 or options.get("clip_x0") == "dynamic":
+        raise RunError(
+            "variance 'analytic' is measured of the model as it is: leave out --guidance and --clip=dynamic,"
+            " or choose fixed_small or fixed_large"
+        )
     path = errors_path(run, options)
     if not os.path.exists(path):
         words = ["--mode=nll", f"--workdir={run.workdir}", "--variance=analytic", "--num_images=8"]
         words += [f"--weights={run.weights}"] if run.weights != "ema" else []
-        words += [f"--steps={options['steps']}"] if "steps" in options else []
+        words += [f"--steps={_spaced(options)}"] if "steps" in options else []
         words += [f"--{'' if options['clip_x0'] else 'no'}clip"] if "clip_x0" in options else []
         raise RunError(
             "variance 'analytic' needs the errors of this model on training images: measure them with"

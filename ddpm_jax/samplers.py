@@ -278,6 +278,8 @@ def dpm_solver_weights(
         else:
             backs = np.zeros(0) if singlestep else level[i] - level[begin : i + order]
             backs = backs[np.isfinite(backs)]
+            if (np.diff(backs, prepend=0.0) <= 0).any():  # β so small that ᾱ stayed the same
+                backs = backs[:0]
             while len(backs) and h > 2.0 * backs[-1] / len(backs):
                 backs = backs[:-1]
             share = _multistep(h, backs, order)
@@ -366,10 +368,15 @@ def heun(
 
     The ODE is Song et al. 2021 (14), the method Karras et al. 2022, Algorithm 1 without churn: a DDIM step,
     then the same step with the mean of ε̂ at both of its ends. The last step, to where no network was
-    trained, is DDIM's. Arguments and result as `ancestral`.
+    trained, is DDIM's, and so is one that falls to less than a tenth from σ̄ above 10: what is said at its
+    end would be weighed by a length of which the end is nothing. (With the cosine schedule and 10 steps, for
+    normal data of standard deviation 0.5, samples had 7.4 without that rule, 0.48 with it.) Arguments and
+    result as `ancestral`.
     """
     check_heun(schedule)
     S, p = len(schedule), schedule.alpha_bar_prev
+    sigma, sigma_prev = (_sqrt((1.0 - a) / a) for a in (schedule.alpha_bar, p))
+    too_far = jnp.asarray((sigma > 10.0) & (sigma > 10.0 * sigma_prev))
     of_x, of_eps = _flow(schedule.alpha_bar, p)
     of_x_0, of_eps_euler = _sqrt(p), _sqrt(1.0 - p)
     # The network is asked at the last step, then twice at each below: where Euler's step ends, and where
@@ -387,6 +394,7 @@ def heun(
         corrected = (
             diffusion.at(of_x, above, x) * start + diffusion.at(of_eps, above, x) * mean_slope
         )
+        corrected = jnp.where(too_far[above], x, corrected)
         correcting = k % 2 == 1
         return jnp.where(correcting, corrected, euler), (x, denoised.eps)
 
@@ -425,11 +433,20 @@ def encode(schedule: Schedule, denoise_fn: Callable, x_0, *, clip_x0: bool | str
 def resampling(num_steps: int, *, resample: int, jump: int) -> np.ndarray:
     """The steps at which RePaint asks the network, in order: int [K]; Lugmayr et al. 2022, App. B.
 
-    The chain goes down from S − 1. Each time it has come to one of the levels jump, 2 jump, …, it goes back
-    up by `jump` steps and down again, until it has walked them `resample` times.
+    The chain goes down from S − 1. Each time 1, 1 + jump, 1 + 2 jump, … steps are left, it goes back up by
+    `jump` steps and down again, until it has walked them `resample` times.
+
+    Raises:
+      ValueError: resample or jump below 1, or a chain too short to go back at all.
     """
+    if min(resample, jump) < 1:
+        raise ValueError(f"resample and jump must be at least 1, got {resample} and {jump}")
+    if resample > 1 and num_steps <= jump:
+        raise ValueError(
+            f"a chain of {num_steps} steps cannot go back by jump={jump}; lower it, or take resample=1"
+        )
     rows, level = [], num_steps  # the level is how many steps are still to be done
-    walks = {at: resample - 1 for at in range(jump, num_steps - jump + 1, jump)}
+    walks = {at: resample - 1 for at in range(1, num_steps - jump + 1, jump)}
     while level > 0:
         level -= 1
         rows.append(level)

@@ -216,10 +216,9 @@ def test_slerp():
     unit = [v / jnp.linalg.norm(v.reshape(16, -1), axis=1)[:, None, None, None] for v in (x, y)]
     lengths = jnp.linalg.norm(samplers.slerp(*unit, fractions).reshape(16, -1), axis=1)
     np.testing.assert_allclose(lengths, 1.0, rtol=1e-5)
-    whole, part = (jnp.arccos(jnp.sum(unit[0] * v, axis=(1, 2, 3))) for v in (unit[1], unit[0]))
+    whole = jnp.arccos(jnp.sum(unit[0] * unit[1], axis=(1, 2, 3)))
     angles = jnp.arccos(jnp.sum(unit[0] * samplers.slerp(*unit, fractions), axis=(1, 2, 3)))
     np.testing.assert_allclose(angles, fractions * whole, atol=2e-3)
-    del part
     np.testing.assert_allclose(samplers.slerp(x, x, fractions), x, rtol=1e-5)  # no angle at all
     assert jnp.isfinite(between).all()
 
@@ -227,9 +226,7 @@ def test_slerp():
 # ---- filling in ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "S, resample, jump", [(10, 1, 1), (10, 3, 2), (7, 2, 3), (5, 4, 10), (1, 2, 1)]
-)
+@pytest.mark.parametrize("S, resample, jump", [(10, 1, 1), (10, 3, 2), (7, 2, 3), (5, 4, 1), (1, 1, 1)])
 def test_resampling_walks_every_part_as_often_as_asked(S, resample, jump):
     rows = samplers.resampling(S, resample=resample, jump=jump)
     walks = np.bincount(rows, minlength=S)
@@ -238,9 +235,35 @@ def test_resampling_walks_every_part_as_often_as_asked(S, resample, jump):
     assert ((steps == -1) | (steps == jump - 1)).all()  # down one, or up `jump` and down one
     # A step is walked again once for each part that goes back over it.
     expected = np.ones(S, int)
-    for level in range(jump, S - jump + 1, jump):
+    for level in range(1, S - jump + 1, jump):
         expected[level : level + jump] += resample - 1
     np.testing.assert_array_equal(walks, expected)
+
+
+def test_resampling_is_the_papers():
+    # Six steps, jump length 2, resampling twice, as the algorithm of Lugmayr et al., App. B, written out.
+    rows = samplers.resampling(6, resample=2, jump=2)
+    assert rows.tolist() == [5, 4, 3, 4, 3, 2, 1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("resample, jump, words", [(2, 5, "lower it"), (0, 1, "at least 1")])
+def test_resampling_refuses(resample, jump, words):
+    with pytest.raises(ValueError, match=words):
+        samplers.resampling(5, resample=resample, jump=jump)
+    assert samplers.resampling(5, resample=1, jump=9).tolist() == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("steps", [5, 10, 50])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_solvers_come_near_the_data_on_any_schedule(name, steps):
+    full = schedules.make(name)
+    keys = jax.random.split(jax.random.key(9), 512)
+    x_T, denoise_fn = samplers.prior(keys, (4, 4, 1)), oracle.exact_denoiser(full)
+    for sampler in ("ddim", "dpm_solver", "heun"):
+        run = samplers.make(schedules.shorten(full, steps), sampler, clip_x0=False)
+        x = run(denoise_fn, x_T, keys)
+        assert abs(float(jnp.mean(x)) - 0.3) < 0.1
+        assert 0.2 < float(jnp.std(x)) < 0.8  # of 0.5; no step may blow it up
 
 
 def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoise_fn):
