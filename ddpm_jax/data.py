@@ -70,6 +70,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """SHA-256 over all images, in their order."""
+        sha256 = hashlib.sha256()
+        for first in range(0, len(self), 1000):
+            rows = np.arange(first, min(first + 1000, len(self)))
+            sha256.update(np.ascontiguousarray(self.fetch(rows)))
+        return sha256.hexdigest()
+
     def describe(self) -> str:
         """One line for the log, such as `digits/train: 1500 images 8×8×1, 10 classes, …`."""
         classes = f"{self.num_classes} classes" if self.num_classes else "no labels"

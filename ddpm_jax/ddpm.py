@@ -506,6 +506,7 @@ def labels_of(
       ValueError: what cannot be read, a class that there is not, a choice where there are no classes.
     """
     count = method.num_classes
+    labels = labels if isinstance(labels, str) else np.ravel(labels).tolist()
     if not count:
         if labels != "cycle":
             raise ValueError(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, diffusion, runs, sample, samplers, training, writers
+from ddpm_jax import data, diffusion, runs, sample, samplers, schedules, training, writers
 from ddpm_jax.ddpm import all_options, fold_in_each, labels_of
 
 FRACTIONS = 9  # images in a row of an interpolation, both ends included
@@ -43,7 +43,7 @@ def load_images(
     images: str,
     *,
     num_images: int,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     key=None,
@@ -52,7 +52,7 @@ def load_images(
 
     Args:
       images: "data" or a path.
-      split, data_dir: of the run's data.
+      split, data_dir: of the run's data; "test" unless told.
       labels: see `labels_of`; None for those that the images have.
       key: for labels="random".
 
@@ -61,11 +61,11 @@ def load_images(
     """
     shape = run.method.image_shape
     if images == "data":
-        dataset = runs.load_data(
-            run.config,
-            split=split,
-            image_shape=shape,
-            **({"data_dir": data_dir} if data_dir else {}),
+        where = {"image_shape": shape} | ({"data_dir": data_dir} if data_dir else {})
+        dataset = runs.load_data(run.config, split=split or "test", **where)
+    elif split or data_dir:
+        raise runs.RunError(
+            f"--split and --data_dir are of the run's data, not of --images={images}"
         )
     elif images.endswith(".npz"):
         dataset = data.load(f"npz:{images}", image_shape=shape)
@@ -74,7 +74,7 @@ def load_images(
     if num_images > len(dataset):
         raise runs.RunError(
             f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{dataset.split};"
-            " lower --num_images"
+            " ask for fewer"
         )
     rows = np.arange(num_images)
     pixels = dataset.fetch(rows)
@@ -103,7 +103,7 @@ def encode(
     *,
     images: str = "data",
     num_images: int = 64,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     weights: str = "ema",
@@ -140,6 +140,9 @@ def encode(
         return {"latents": latents, "images": given.images, "labels": given.labels}
 
     recipe = given.recipe | all_options(model.make_encode, options)
+    chain = {"spacing": options.get("spacing")}
+    chain = schedules.shorten(model.schedule, options["steps"], **chain)
+    recipe["last"] = int(chain.timesteps[-1])  # the time of the latents
     out, arrays = _write(run, "encode", recipe, make, out, images=images, **which, **options)
     latents = arrays["latents"]
     look = diffusion.to_uint8(latents / 3)  # three standard deviations fill the range
@@ -156,10 +159,10 @@ def encode(
 def reconstruct(
     workdir: str,
     *,
-    steps="10,20,50,100",
+    steps=None,
     images: str = "data",
     num_images: int = 64,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     weights: str = "ema",
@@ -170,7 +173,7 @@ def reconstruct(
     """Encodes and decodes images in S steps, for several S; prints Song et al. 2021, Table 2.
 
     Args:
-      steps: the numbers S, as a list or as text with commas.
+      steps: the numbers S, as a list or as text with commas; 10, 20, 50 and 100 unless told.
       images, num_images, split, data_dir, labels: see `load_images`.
       options: of the Method's make_encode, for both ways.
 
@@ -180,7 +183,8 @@ def reconstruct(
     Raises: as `encode`.
     """
     run, model = _load(workdir, weights)
-    counts = _numbers("steps", steps)
+    counts = [S for S in (10, 20, 50, 100) if len(model.schedule) >= S]
+    counts = counts if steps is None else _numbers("steps", steps)
     options = runs.given(options)
     pairs = {}
     for S in counts:  # whatever can be refused is, before anything is computed
@@ -238,7 +242,7 @@ def interpolate(
     images: str | None = None,
     num_images: int = 8,
     from_t=None,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     weights: str = "ema",
@@ -297,20 +301,21 @@ def interpolate(
         which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
         given = load_images(run, images, key=key, **which)
 
-    def ends(params, key, index, label, image, t):
-        """The pair's x at time t, or its latents: [B, H, W, C]."""
-        x_0 = diffusion.from_uint8(image)
-        eps = samplers.prior(fold_in_each(key, index), x_0.shape[1:])
-        if t is not None:
-            return diffusion.q_sample(model.schedule, x_0, t, eps)
-        return eps if images is None else encoder(params, label, x_0)
+    def ends(t):
+        """Each image at time t, or its latent: [N, H, W, C]."""
+
+        def function(params, key, index, label, image):
+            x_0 = diffusion.from_uint8(image)
+            eps = samplers.prior(fold_in_each(key, index), x_0.shape[1:])
+            if t is not None:
+                return diffusion.q_sample(model.schedule, x_0, t, eps)
+            return eps if images is None else encoder(params, label, x_0)
+
+        examples = (np.arange(num_images), given.labels, given.images)
+        return runs.map_images(run, function, key, *examples, batch_size=batch_size)
 
     def row(t, draw):
-        def function(params, key, index, first, second, label, image, other, fraction):
-            x, y = (
-                ends(params, key, i, label, picture, t)
-                for i, picture in ((first, image), (second, other))
-            )
+        def function(params, key, index, label, x, y, fraction):
             if t is None:
                 mixed = samplers.slerp(x, y, fraction)
             else:
@@ -322,12 +327,12 @@ def interpolate(
     pair = np.repeat(np.arange(num_images // 2), FRACTIONS)
     fraction = np.tile(np.linspace(0, 1, FRACTIONS, dtype=np.float32), num_images // 2)
     nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # a label cannot be mixed
-    examples = (2 * pair, 2 * pair, 2 * pair + 1, given.labels[nearer])
-    examples += (given.images[2 * pair], given.images[2 * pair + 1], fraction)
 
     def make():
         rows = []
         for t, draw in zip(times, draws, strict=True):
+            x = ends(t)
+            examples = (2 * pair, given.labels[nearer], x[2 * pair], x[2 * pair + 1], fraction)
             made = runs.map_images(run, row(t, draw), key, *examples, batch_size=batch_size)
             rows.append(made.reshape(num_images // 2, FRACTIONS, *run.method.image_shape))
         return {"images": np.stack(rows, axis=1), "ends": given.images, "labels": given.labels}
@@ -364,7 +369,7 @@ def denoise(
     from_t,
     images: str = "data",
     num_images: int = 8,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     weights: str = "ema",
@@ -429,7 +434,7 @@ def inpaint(
     mask: str = "centre",
     images: str = "data",
     num_images: int = 8,
-    split: str = "test",
+    split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     weights: str = "ema",
@@ -550,6 +555,10 @@ def nearest(
     Raises: as `encode`.
     """
     run, _ = _load(workdir, weights, of_diffusion=False)
+    if images is not None and runs.given(options):
+        raise runs.RunError(
+            f"--{sorted(runs.given(options))[0]} is for samples, and --images={images} is given instead"
+        )
     where = {"image_shape": run.method.image_shape} | ({"data_dir": data_dir} if data_dir else {})
     train = runs.load_data(run.config, split="train", **where)
     if neighbours > len(train):
@@ -558,6 +567,7 @@ def nearest(
         drawn = {"weights": weights, "seed": seed, "batch_size": batch_size, **options}
         with np.load(sample.sample(workdir, num_samples=num_samples, **drawn)) as file:
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
+            origin["workdir"] = ""  # a run may be moved
     else:
         labels = "0" if run.method.num_classes else None  # which does not matter here
         loaded = load_images(run, images, num_images=num_samples, labels=labels)
@@ -577,8 +587,9 @@ def nearest(
         return result
 
     recipe = {"seed": seed, "of": origin, "data": train.name, "neighbours": neighbours}
-    recipe |= {"num_samples": num_samples}
-    name = {"images": images, "num_samples": num_samples} | runs.given(options)
+    recipe |= {"num_samples": num_samples, "data_sha256": train.digest()}
+    name = {"images": images, "num_samples": num_samples, "neighbours": neighbours}
+    name |= runs.given(options)
     out, arrays = _write(run, "nearest", recipe, make, out, f"seed{seed}", **name)
     strip = np.concatenate([arrays["images"][:, None], arrays["neighbours"]], axis=1)[:20]
     picture = writers.grid(strip.reshape(-1, *queries.shape[1:]), columns=1 + neighbours)
@@ -634,11 +645,12 @@ def _sample_key(seed: int):
 def _numbers(name: str, value) -> list[int]:
     """Whole numbers from a list, or from text with commas."""
     try:
-        parts = value.strip("[]").split(",") if isinstance(value, str) else np.ravel(value)
+        parts = value.strip("[]").split(",") if isinstance(value, str) else np.ravel(value).tolist()
         numbers = [int(part) for part in parts]
+        exact = all(float(part) == number for part, number in zip(parts, numbers, strict=True))
     except ValueError:
-        numbers = []
-    if not numbers:
+        exact = False
+    if not (exact and numbers):
         raise runs.RunError(f"{name} is a list of whole numbers, such as 10,20,50; got {value!r}")
     return numbers
 

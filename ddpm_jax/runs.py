@@ -22,7 +22,6 @@ from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, make_method
 
-
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
 

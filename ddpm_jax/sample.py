@@ -19,7 +19,7 @@ import os
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import diffusion, parallel, runs, training, writers
+from ddpm_jax import diffusion, parallel, runs, schedules, training, writers
 from ddpm_jax.ddpm import all_options, labels_of
 
 GRID_LIMIT = 100  # images in the .png
@@ -48,8 +48,8 @@ def sample(
       workdir: the run directory; its config is the truth.
       num_samples: how many; None for 64, or for all latents.
       labels: of a model with classes; see `labels_of`. They are saved beside the images.
-      latents: an .npz that `edit.encode` wrote, to be decoded in place of noise, by DDIM with the labels,
-        steps and guidance that it was encoded with unless told otherwise.
+      latents: an .npz that `edit.encode` wrote, to be decoded in place of noise, with its labels; by DDIM
+        with the steps and guidance that it was encoded with unless told otherwise.
       trajectory: also write the chains of the first `TRAJECTORY_IMAGES` images, x_t and x̂_0, as a strip
         OUT_trajectory.png and an animation .gif.
       weights: "ema" or "raw".
@@ -67,9 +67,12 @@ def sample(
     """
     start, name, about = None, (), {}
     if latents is not None:
+        if labels != "cycle":
+            raise runs.RunError(f"the labels are those of --latents={latents}; leave out --labels")
         start, of_latents, about = _read_latents(latents)
         options = of_latents | runs.given(options)
-        num_samples, name = num_samples or len(start), ("latents",)
+        name = ("latents", about["latents_sha256"][:8])
+        num_samples = num_samples or len(start)
         if num_samples > len(start):
             raise runs.RunError(
                 f"{num_samples} samples asked of the {len(start)} latents in {latents}"
@@ -80,7 +83,17 @@ def sample(
         raise runs.RunError(
             f"{latents} holds latents {start.shape[1:]}, and this model has {run.method.image_shape}"
         )
-    recipe |= {name: value for name, value in about.items() if name != "labels"}
+    if start is not None:
+        recipe["latents_sha256"], recipe["labels"] = about["latents_sha256"], "of the latents"
+        with config_lib.errors_at("--latents"):
+            chosen = about["labels"] if run.method.num_classes else "cycle"
+            about["labels"] = labels_of(run.method, np.arange(len(start)), chosen)
+        last = _last_time(run, options)
+        if about["last"] is not None and about["last"] != last:
+            raise runs.RunError(
+                f"{latents} holds x_t of t = {about['last']}, and these steps begin at t = {last}; choose"
+                " steps and spacing that begin there"
+            )
     key = training.make_keys(seed).sample
 
     def inputs(index):
@@ -141,14 +154,25 @@ def _save_trajectory(run, key, examples, options, out) -> None:
 def _read_latents(path: str):
     """The latents of an .npz, the options that they are to be decoded with, and what a recipe says of them."""
     arrays = runs.read_npz(path)
-    if "latents" not in arrays or "recipe" not in arrays:
-        raise runs.RunError(f"{path} holds no latents; --mode=encode writes such a file")
-    latents, there = arrays["latents"], json.loads(str(arrays["recipe"]))
+    try:
+        latents, there = arrays["latents"], json.loads(str(arrays["recipe"]))
+        if not len(latents) == len(arrays["labels"]) > 0:
+            raise ValueError
+    except (KeyError, ValueError):
+        line = f"{path} holds no latents with labels and recipe; --mode=encode writes such a file"
+        raise runs.RunError(line) from None
     shared = ("steps", "spacing", "clip_x0", "guidance")
     options = {name: there[name] for name in shared if there.get(name) is not None}
     digest = hashlib.sha256(latents.tobytes() + arrays["labels"].tobytes()).hexdigest()
-    about = {"latents_sha256": digest, "labels": arrays["labels"]}
+    about = {"latents_sha256": digest, "labels": arrays["labels"], "last": there.get("last")}
     return latents, {"sampler": "ddim", **options}, about
+
+
+def _last_time(run, options) -> int:
+    """The time that a chain of these options begins at."""
+    chain = {"spacing": options.get("spacing")}
+    chain = schedules.shorten(run.method.diffusion.schedule, options.get("steps"), **chain)
+    return int(chain.timesteps[-1])
 
 
 def progressive(
@@ -182,6 +206,7 @@ def progressive(
         images, x_0 = (np.asarray(diffusion.to_uint8(values)) for values in (x, frames.x_0))
         t = frames.t[0]
         arrays = {"images": images, "x_t": frames.x_t, "x_0": x_0, "t": t}
+        arrays |= {"labels": examples[1]} if run.method.num_classes else {}
         writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
         strip = writers.grid(x_0[:GRID_ROWS].reshape(-1, *shape), columns=len(t))
         writers.save_png(f"{out[:-4]}.png", strip)

@@ -12,7 +12,6 @@ only the numbers. Images are rounded to uint8 before anything looks at them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -76,7 +75,7 @@ def score(
 
     Args:
       metrics: some of `METRICS`, with commas. "prdc" is precision, recall, density and coverage; "nll" the
-        variational bound of the test split.
+        variational bound of the test split, with the variance and clip_x0 that are given, on the whole chain.
       features: see `load_extractor`. Numbers of other features than Inception's carry their name, and
         Fréchet distances of fewer than 10,000 images their count.
       num_samples: how many to draw for each seed; None for 50,000, as in the papers.
@@ -98,10 +97,24 @@ def score(
         with config_lib.errors_at("--metrics"):
             config_lib.check_choice("metric", name, METRICS)
     evaluate.check_out(out)
+    of_features = [name for name in names if name != "nll"]
+    options = runs.given(options)
+    for_nll = {name: options[name] for name in ("variance", "clip_x0") if name in options}
+    if images is not None or not of_features:
+        told = options if of_features else {k: v for k, v in options.items() if k not in for_nll}
+        told |= {"num_samples": num_samples, "num_seeds": None if num_seeds == 1 else num_seeds}
+        told |= {} if of_features else {"images": images}
+        if runs.given(told):
+            raise runs.RunError(
+                f"--{sorted(runs.given(told))[0]} is for samples, and nothing is drawn for"
+                f" --metrics={metrics}{f' of --images={images}' if images else ''}"
+            )
     run = runs.load(workdir, weights)
+    if of_features and images is None:  # what can be refused is, before anything is computed
+        given = {k: v for k, v in options.items() if k not in ("labels", "trajectory", "latents")}
+        config_lib.call("sampling", run.method.make_sample, runs.with_errors(run, given)[0])
     shared = {"weights": weights, "batch_size": batch_size}
     results, reference, origin = {}, None, None
-    of_features = [name for name in names if name != "nll"]
     if of_features:
         extractor = load_extractor(features)
         where = {"image_shape": run.method.image_shape} | (
@@ -143,7 +156,8 @@ def score(
                 entry["values"].append(value)
                 entry["seeds"].append(recipe.get("seed"))
     if "nll" in names:
-        bound = evaluate.nll(workdir, num_images=num_images, data_dir=data_dir, seed=seed, **shared)
+        told = {"num_images": num_images, "data_dir": data_dir, "seed": seed}
+        bound = evaluate.nll(workdir, **told, **shared, **for_nll)
         total, count = bound.scalars["total"], len(bound.scalars["total"])
         entry = {
             "values": [float(np.mean(total))],
@@ -155,7 +169,8 @@ def score(
         entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
         entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
     if out is None:
-        told = runs.given({"images": images, "split": split, "num_samples": num_samples, **options})
+        told = {"images": images, "split": split, "num_samples": num_samples, **options}
+        told |= {"num_images": num_images}
         told |= {
             "metrics": metrics,
             "features": features,
@@ -240,11 +255,7 @@ def _samples(path: str, count: int) -> tuple[data.Dataset, dict]:
 
 def features_of(run: runs.Run, extractor: metrics.Extractor, dataset: data.Dataset) -> Features:
     """Features of all images of a data set, from eval/ if they are there, or from where they were left."""
-    chunks = [range(i, min(i + CHUNK, len(dataset))) for i in range(0, len(dataset), CHUNK)]
-    sha256 = hashlib.sha256()
-    for chunk in chunks:
-        sha256.update(np.ascontiguousarray(dataset.fetch(np.asarray(chunk))))
-    digest = sha256.hexdigest()
+    digest = dataset.digest()
     name = f"features_{extractor.name}_{extractor.sha256[:8]}_{digest[:16]}.npz"
     path = os.path.join(run.workdir, "eval", name)
     recipe = {"features": extractor.name, "features_sha256": extractor.sha256}
@@ -258,6 +269,7 @@ def features_of(run: runs.Run, extractor: metrics.Extractor, dataset: data.Datas
 
 def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
     def chunk(first):
+        """Features and logits side by side, and how many are features."""
         rows = np.minimum(first + np.arange(min(CHUNK, len(dataset))), len(dataset) - 1)
         features, logits = extractor.features(dataset.fetch(rows))  # one shape for all
         return np.concatenate([features, logits], axis=1), features.shape[1]

@@ -306,6 +306,8 @@ def test_labels_of_a_model_without_classes():
         ({"spacing": "quadratic", "steps": "quad10"}, "such as steps=50"),
         ({"spacing": "quadratc", "steps": "10"}, "did you mean 'quadratic'"),
         ({"guidance": 2.0}, "label_dropout above 0"),
+        ({"guidance": float("nan")}, "finite"),
+        ({"variance": "analytic", "from_t": 5}, "whole chains"),
         ({"clip_x0": "soft"}, "'dynamic'"),
         ({"from_t": 20}, "0 to 19"),
     ],
@@ -428,6 +430,14 @@ def test_what_a_trained_model_cannot_do_is_refused(trained, options, words):
         with pytest.raises(ValueError, match=words) as error:
             make(**{"steps": 4} | options)
         assert "\n" not in str(error.value)
+
+
+def test_a_learned_variance_serves_any_beginning_of_the_full_chain():
+    changes = {"diffusion__variance": "learned", "diffusion__loss": "vlb"}
+    method = tiny.make(make_config(**changes))
+    assert method.make_sample(from_t=7) is not None
+    with pytest.raises(ValueError, match="single steps"):
+        method.make_sample(from_t=7, steps=5)
 
 
 def test_an_unknown_cdf_is_refused():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from configs import digits
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, edit, runs, sample, train
+from ddpm_jax import data, edit, runs, sample, samplers, train
 
 
 def make_config(**model):
@@ -131,6 +131,41 @@ def test_interpolation_begins_and_ends_at_its_images(workdir):
     assert (steps < np.abs(row[:, -1] - row[:, 0]).mean(axis=(1, 2, 3))[:, None]).all()
 
 
+def test_interpolation_of_images_keeps_each_under_its_own_label(with_classes, tmp_path):
+    given = {"steps": 10, "num_images": 4}
+    arrays, _ = read(edit.interpolate(with_classes, images="data", **given))
+    latents = edit.encode(with_classes, **given)
+    ends = read(sample.sample(with_classes, latents=latents))[0]["images"].astype(int)
+    row = arrays["images"][:, 0].astype(int)
+    np.testing.assert_allclose(row[:, 0], ends[0::2], atol=1)
+    np.testing.assert_allclose(row[:, -1], ends[1::2], atol=1)
+    # The middle: the latents half-way, decoded under the label of the second image.
+    file = dict(runs.read_npz(latents))
+    x, y = file["latents"][0::2], file["latents"][1::2]
+    file["latents"] = np.asarray(samplers.slerp(x, y, np.full(2, 0.5, np.float32)))
+    np.savez(tmp_path / "middle.npz", **file | {"labels": file["labels"][1::2]})
+    middle = read(sample.sample(with_classes, latents=str(tmp_path / "middle.npz")))[0]["images"]
+    np.testing.assert_allclose(row[:, 4], middle.astype(int), atol=1)
+
+
+def test_latents_are_decoded_under_their_own_labels(with_classes, tmp_path):
+    latents = edit.encode(with_classes, num_images=4, steps=5)
+    arrays, recipe = read(sample.sample(with_classes, latents=latents))
+    np.testing.assert_array_equal(arrays["labels"], DIGITS.labels[:4])
+    assert recipe["labels"] == "of the latents"
+    with pytest.raises(runs.RunError, match="leave out --labels"):
+        sample.sample(with_classes, latents=latents, labels="3")
+    with pytest.raises(runs.RunError, match="begin at t = 28"):
+        sample.sample(with_classes, latents=latents, steps=3, spacing="linear")
+    broken = dict(runs.read_npz(latents), labels=np.full(4, 50))
+    np.savez(tmp_path / "broken.npz", **broken)
+    with pytest.raises(config_lib.ConfigError, match="0 … 9"):
+        sample.sample(with_classes, latents=str(tmp_path / "broken.npz"))
+    np.savez(tmp_path / "broken.npz", latents=broken["latents"], labels=[0] * 4, recipe="{")
+    with pytest.raises(runs.RunError, match="--mode=encode"):
+        sample.sample(with_classes, latents=str(tmp_path / "broken.npz"))
+
+
 def test_stochastic_interpolation_mixes_less_the_earlier_it_begins(workdir):
     arrays, recipe = read(edit.interpolate(workdir, num_images=2, from_t="1,30"))
     assert arrays["images"].shape == (1, 2, 9, 8, 8, 1) and recipe["from_t"] == [1, 30]
@@ -151,6 +186,8 @@ def test_stochastic_interpolation_mixes_less_the_earlier_it_begins(workdir):
         ({"from_t": "40"}, config_lib.ConfigError, "0 to 39"),
         ({"images": "nowhere"}, data.DataError, "no folder nowhere"),
         ({"num_images": 1000, "images": "data"}, runs.RunError, "297"),
+        ({"from_t": 0.5}, runs.RunError, "whole numbers"),
+        ({"images": "x.npz", "split": "train"}, runs.RunError, "not of --images"),
     ],
 )
 def test_interpolation_refuses(workdir, options, error, words):
@@ -226,6 +263,8 @@ def test_nearest_finds_what_it_is_shown(workdir, tmp_path):
         )
     )
     np.testing.assert_allclose(np.sort(every, axis=1)[:, :3], arrays["distance"], rtol=1e-5)
+    with pytest.raises(runs.RunError, match="--steps is for samples"):
+        edit.nearest(workdir, images=str(shown), num_samples=2, steps="4")
     drawn, _ = read(edit.nearest(workdir, num_samples=2, steps="4"))
     assert drawn["neighbours"].shape == (2, 7, 8, 8, 1) and (drawn["distance"] > 1).all()
 

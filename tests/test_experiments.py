@@ -16,6 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import digits
 from ddpm_jax import main, training
 from ddpm_jax.ddpm import make_method
 from experiments import sweep
@@ -255,9 +256,13 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
 
     def score(workdir, **options):
         asked.append(options)
-        mean = 1.0 + 100 * (options.get("steps") or 0) + 0.125 * float(options["sampler"] == "ddim")
+        mean = 1.0 + 100 * int(options.get("steps", 0)) + 0.125 * (options["sampler"] == "ddim")
         return {"fid_300": {"mean": mean}}
 
+    class Run:
+        method = make_method(digits.get_config())
+
+    monkeypatch.setattr(table1.runs, "load", lambda workdir: Run)
     monkeypatch.setattr(table1.score, "score", score)
     table = table1.measure("run", features="x", num_samples=300, counts=(2, 4))
     assert len(asked) == 2 * (len(table1.ROWS) - 1) + 2

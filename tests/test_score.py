@@ -125,11 +125,14 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
         ({"images": "nowhere.npz"}, data.DataError, "nowhere.npz"),
         ({"out": "x.txt"}, runs.RunError, "must end in .json"),
         ({"sampler": "ddim"}, config_lib.ConfigError, "no field 'sampler'"),
+        ({"images": "x.npz", "spread": 0.2}, runs.RunError, "--spread is for samples"),
+        ({"metrics": "nll", "num_seeds": 2}, runs.RunError, "num_samples|num_seeds"),
     ],
 )
 def test_refusals(workdir, options, error, words):
     with pytest.raises(error, match=words) as caught:
-        score.score(workdir, **{"features": "pixels:1", "num_samples": 30, **options})
+        count = {} if "images" in options else {"num_samples": 30}
+        score.score(workdir, **{"features": "pixels:1", **count, **options})
     assert "\n" not in str(caught.value)
 
 

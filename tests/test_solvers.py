@@ -226,7 +226,9 @@ def test_slerp():
 # ---- filling in ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("S, resample, jump", [(10, 1, 1), (10, 3, 2), (7, 2, 3), (5, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "S, resample, jump", [(10, 1, 1), (10, 3, 2), (7, 2, 3), (5, 4, 1), (1, 1, 1)]
+)
 def test_resampling_walks_every_part_as_often_as_asked(S, resample, jump):
     rows = samplers.resampling(S, resample=resample, jump=jump)
     walks = np.bincount(rows, minlength=S)

@@ -26,6 +26,7 @@ import argparse
 import os
 import sys
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import parallel, runs, sample, score, writers
 from ddpm_jax.main import USER_ERRORS
 
@@ -55,14 +56,22 @@ def measure(workdir, *, features, num_samples, metrics="fid", rows=ROWS, counts=
       counts: the S of each row but those in `ONLY`.
     """
     given = {"features": features, "num_samples": num_samples, "metrics": metrics, **options}
+    method = runs.load(workdir).method
+    if method.diffusion is None:
+        raise runs.RunError(f"{workdir} is of no diffusion: it has no steps to leave out")
+    cells = [
+        (name, "T" if S is None else S, row | ({} if S is None else {"steps": str(S)}))
+        for name, row in rows.items()
+        for S in ONLY.get(name, counts)
+        if S is None or len(method.diffusion.schedule) >= S
+    ]
+    for _, _, asked in cells:  # what can be refused is, before hours of sampling
+        config_lib.call("ddim_table1", method.make_sample, asked)
     table = {}
-    for name, row in rows.items():
-        table[name] = {}
-        for S in ONLY.get(name, counts):
-            steps = {} if S is None else {"steps": S}
-            result = score.score(workdir, **given, **row, **steps)
-            table[name]["T" if S is None else S] = {key: one["mean"] for key, one in result.items()}
-            print(f"{name}, S = {S or 'T'}: {table[name]['T' if S is None else S]}", flush=True)
+    for name, S, asked in cells:
+        result = score.score(workdir, **given, **asked)
+        table.setdefault(name, {})[S] = {key: one["mean"] for key, one in result.items()}
+        print(f"{name}, S = {S}: {table[name][S]}", flush=True)
     return table
 
 
