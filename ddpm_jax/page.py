@@ -24,7 +24,7 @@ class Markup(str):
     """HTML already; any other text is escaped."""
 
 
-def tag(name: str, *inside, **attributes) -> Markup:
+def tag(name: str, /, *inside, **attributes) -> Markup:
     """<name key="value">inside</name>; what is None is left out, `class_` is class, `data_x` is data-x."""
     words = [name]
     for key, value in attributes.items():
@@ -119,7 +119,9 @@ def picture(path: str, caption: str, alt: str, *, kind: str = "") -> Markup:
 
 
 def side_by_side(*inside, kind: str = "cards") -> Markup:
-    return tag("div", *inside, class_=kind)
+    """Blocks in columns: "charts", "pairs", or "cards", which a phone shows as a row to be scrolled."""
+    scrolls = {"tabindex": 0, "role": "group", "aria_label": "Pictures"} if kind == "cards" else {}
+    return tag("div", *inside, class_=kind, **scrolls)
 
 
 # ---- curves ----------------------------------------------------------------------------------------
@@ -139,10 +141,11 @@ class Curve(NamedTuple):
 class _Axis:
     """A range of values laid along a range of the diagram."""
 
-    def __init__(self, values: np.ndarray, scale: str, start: float, end: float):
+    def __init__(self, values: np.ndarray, scale: str, start: float, end: float, margin=0.0):
         self.log = scale == "log"
         low, high = (float(f(self._map(values))) for f in (np.min, np.max))
-        room = 0.5 * (abs(low) or 1.0) * 0.1 if high - low < 1e-9 * max(abs(low), 1e-30) else 0.0
+        flat = high - low <= 1e-9 * abs(low)
+        room = 0.05 * (abs(low) or 1.0) if flat else margin * (high - low)
         self._low, self._high, self._ends = low - room, high + room, (start, end)
 
     def _map(self, values):
@@ -175,7 +178,8 @@ class _Axis:
 def _tick(value: float) -> str:
     """4,000, 0.05, or 10⁻⁴."""
     if value and not 1e-3 <= abs(value) < 1e6:
-        digits, power = f"{value:.0e}".split("e")
+        digits, power = f"{value:.2e}".split("e")
+        digits = digits.rstrip("0").rstrip(".")
         raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
         return f"10{raised}" if digits == "1" else f"{digits}·10{raised}"
     return f"{value:,.10g}"
@@ -226,7 +230,7 @@ def chart(
         return Markup()
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     across = _Axis(np.concatenate([x for _, _, x, _, _ in kept]), x_scale, LEFT, right)
-    up = _Axis(np.concatenate([y for _, _, _, y, _ in kept]), y_scale, bottom, TOP)
+    up = _Axis(np.concatenate([y for _, _, _, y, _ in kept]), y_scale, bottom, TOP, margin=0.04)
 
     parts = []
     for value in up.ticks(4):
@@ -325,18 +329,22 @@ nav ul{display:flex;gap:1.25rem;overflow-x:auto;max-width:74rem;margin:0 auto;pa
 scrollbar-width:none}
 nav a{display:block;padding:.7rem 0;white-space:nowrap;font-size:.9rem;text-decoration:none}
 nav a:hover{text-decoration:underline}
-a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+a:focus-visible,summary:focus-visible,[tabindex]:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 section{padding:2.25rem 0 .25rem;scroll-margin-top:2rem}
 section+section{border-top:1px solid var(--line);margin-top:2.25rem}
 figure{margin:0;min-width:0}
 .cards,.charts{display:grid;gap:1rem;margin:1rem 0}
 .charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
-.cards{grid-template-columns:repeat(auto-fill,minmax(min(100%,16rem),1fr))}
+.cards{grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
+.pairs{display:grid;gap:0 1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,32rem),1fr))}
+.pairs>div{min-width:0}
+@media (max-width:40rem){.cards{display:flex;overflow-x:auto;scroll-snap-type:x proximity;padding-bottom:.25rem}
+.cards>*{flex:0 0 84%;scroll-snap-align:start}.cards>:only-child{flex-basis:100%}}
 .chart,.picture,.tiles>div{background:var(--paper);border:1px solid var(--line);border-radius:.6rem}
-.chart{padding:.75rem .75rem .5rem}
+.chart{padding:.75rem .75rem .5rem;display:flex;flex-direction:column;justify-content:space-between}
 .chart figcaption{font-size:.85rem;min-height:1.5rem;margin-bottom:.35rem}
 .chart b{color:var(--ink);margin-right:.75rem}
-.legend span{margin-right:.75rem;white-space:nowrap}
+.legend span{display:inline-block;margin-right:.75rem}
 .legend span::before{content:"";display:inline-block;width:1rem;border-top:3px solid var(--c);
 vertical-align:middle;margin-right:.35rem}
 .legend .dashed::before{border-top-style:dashed}
@@ -351,13 +359,13 @@ svg path.faint{stroke-width:1;opacity:.35}svg path.dashed{stroke-dasharray:5 4}
 .stop:hover line,.stop:hover circle{opacity:1}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
 .picture{padding:.5rem;align-self:start}
-.picture.strip{margin:1rem 0;width:fit-content;max-width:100%}
+.picture.strip{margin:0 0 1rem;width:fit-content;max-width:100%}.picture.strip figcaption{width:0;min-width:100%}
 .picture img{display:block;max-width:100%;height:auto;margin:0 auto;border-radius:.3rem;background:#fff}
 .picture figcaption{font-size:.85rem;line-height:1.4;padding:.5rem .25rem .1rem}
-.tiles{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));margin:1.5rem 0 0}
+.tiles{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fill,minmax(10rem,1fr));margin:1.5rem 0 0}
 .tiles>div{padding:.6rem .8rem}
 dt{font-size:.8rem}dd{margin:0;font-variant-numeric:tabular-nums}
-.tiles dd{font-size:1.15rem;font-weight:600;line-height:1.35}
+.tiles dd{font-size:1.1rem;font-weight:600;line-height:1.35}
 .groups{columns:17rem;column-gap:2.5rem}.groups>div{break-inside:avoid;padding-bottom:1.1rem}
 .groups h3{margin:0 0 .3rem}
 .fields{margin:0;font-size:.9rem}

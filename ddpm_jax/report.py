@@ -28,6 +28,7 @@ from ddpm_jax.page import Curve, Markup, join, number, tag
 PREVIEWS = 12  # pictures of training that are shown, spread over it
 PICTURES = 12  # of each kind that a command wrote
 CURVES = 6  # results in one diagram
+SMOOTH = 25  # of a training curve, one part of so many is averaged
 KINDS = (
     *("encode", "reconstruct", "interpolate", "denoise", "inpaint", "nearest"),
     *("progressive", "sample", "other"),
@@ -255,7 +256,8 @@ TITLES |= {"ema_decay": "EMA decay"}
 
 def _smoothed(name: str, run: Found, column: str) -> Curve:
     x, y = _column(run, column)
-    return Curve(name, x, y, writers.moving_average(y, max(1, len(y) // 25)))
+    window = len(y) // SMOOTH
+    return Curve(name, x, y, writers.moving_average(y, window) if window > 1 else None)
 
 
 def _training(run: Found) -> Markup:
@@ -278,11 +280,12 @@ def _training(run: Found) -> Markup:
     last = run.rows[-1]["step"]
     caption = f"metrics.jsonl, {len(run.rows):,} lines up to step {last:,}"
     head = ("", "first", "lowest", "highest", "last")
-    text = "Faint: as logged, means over the steps of a line; bold: averaged over 4 % of the lines."
+    text = f"Faint: as logged; bold: averaged over {100 // SMOOTH} % of the lines of metrics.jsonl."
+    faint = len(run.rows) >= 2 * SMOOTH
     return join(
         [
             page.side_by_side(*charts, kind="charts"),
-            tag("p", text, class_="quiet"),
+            tag("p", text, class_="quiet") if faint else None,
             page.fold("All numbers", page.table(caption, head, rows)),
         ]
     )
@@ -316,7 +319,7 @@ def _schedule(run: Found) -> Markup | None:
     chain = config_lib.call("config.schedule", schedules.make, run.config.schedule)
     t = np.arange(len(chain))
     with np.errstate(divide="ignore"):
-        panels = {"β": (chain.beta, None), "ᾱ": (chain.alpha_bar, "linear")}
+        panels = {"β": (chain.beta, "linear"), "ᾱ": (chain.alpha_bar, "linear")}
         panels["SNR = ᾱ / (1 − ᾱ)"] = (chain.snr, "log")
     charts = [
         page.chart(name, [Curve(name.split(" ")[0], t, values)], x_label="t", y_scale=scale)
@@ -373,7 +376,8 @@ def _bounds(results: list[dict]) -> Markup:
     said = []
     for result in results:
         steps = {"steps": result["recipe"].get("steps") or len(result["curves"]["timesteps"])}
-        said.append(_settings(result["recipe"] | steps) | {"images": f"{result['num_images']:,}"})
+        count = {"count": f"{result['num_images']:,} images"}
+        said.append(_settings(result["recipe"] | steps) | count)
     common, labels = _labels(said)
     rows, curves = [], {"terms": [], "x_0_error": [], "eps_error": []}
     for label, result in zip(labels, results, strict=True):
@@ -391,22 +395,27 @@ def _bounds(results: list[dict]) -> Markup:
     scales = {"x_scale": "log", "y_scale": "log"}
     charts = [
         page.chart("L_t, bits/dim", curves["terms"], x_label="t + 1", **scales),
-        page.chart("error of x̂_0, RMSE on 0 … 255", curves["x_0_error"], x_label="t"),
+        page.chart(
+            "error of x̂_0, RMSE on 0 … 255", curves["x_0_error"], x_label="t", y_scale="linear"
+        ),
         page.chart("squared error of ε̂", curves["eps_error"], x_label="t"),
     ]
     caption = "Bound on −log p(x_0), bits/dim, ± the standard error over images"
+    caption += f": {common}" if common else ""
     head = ("", "total", "L_T", "L_0")
-    text = tag("p", common, class_="quiet") if common else None
-    return join([page.table(caption, head, rows), text, page.side_by_side(*charts, kind="charts")])
+    return join([page.table(caption, head, rows), page.side_by_side(*charts, kind="charts")])
 
 
 def _rate_distortion(results: list[dict]) -> Markup:
     result = max(results, key=lambda one: one["num_images"])
     steps, rate, rmse = (result[name] for name in ("reverse_steps", "rate", "rmse"))
     charts = [
-        page.chart("distortion, RMSE", [Curve("RMSE", rate, rmse)], x_label="rate, bits/dim"),
-        page.chart("distortion, RMSE", [Curve("RMSE", steps, rmse)], x_label="reverse steps"),
-        page.chart("rate, bits/dim", [Curve("rate", steps, rate)], x_label="reverse steps"),
+        page.chart(title, [Curve(title, x, y)], x_label=x_label, y_scale="linear")
+        for title, x_label, x, y in (
+            ("distortion, RMSE", "rate, bits/dim", rate, rmse),
+            ("distortion, RMSE", "reverse steps", steps, rmse),
+            ("rate, bits/dim", "reverse steps", steps, rate),
+        )
     ]
     S = len(steps)
     rows = sorted({max(1, round(S * tenth / 10)) for tenth in range(1, 11)}, reverse=True)
@@ -434,29 +443,32 @@ def _drawn(run: Found) -> Markup:
         parts.append(page.missing("Samples of the last checkpoint:", run.command("sample")))
     if not _is_diffusion(run):
         return join(parts)
-    strips = run.of("progressive")
+    blocks, quiet = [], []
+    strips = []
+    for one in run.of("progressive")[-PICTURES:]:
+        t = ", ".join(str(v) for v in one.numbers.get("t", ()))
+        alt = f"What the model takes each of its images for, from left to right at t = {t}"
+        strips.append(_strip(one, alt, f"t = {t}"))
     if strips:
-        parts.append(tag("h3", "x̂_0 as seen on the way"))
-        for strip in strips[:PICTURES]:
-            t = ", ".join(str(v) for v in strip.numbers.get("t", ()))
-            alt = f"What the model takes each of its images for, from left to right at t = {t}"
-            parts.append(_strip(strip, alt, f"t = {t}"))
+        blocks.append(tag("div", tag("h3", "x̂_0 as seen on the way"), *strips))
     else:
-        parts.append(page.missing("x̂_0 as seen on the way:", run.command("progressive")))
-    paths = [(one, f"{one.path[:-4]}_trajectory") for one in drawn]
-    paths = [(one, path) for one, path in paths if os.path.exists(f"{path}.png")]
-    for one, path in paths[:PICTURES]:
-        parts.append(tag("h3", "The chain of samples"))
-        alt = "The chain of samples from noise to image: x_t above, the x̂_0 seen from it below"
-        strip = one._replace(path=f"{path}.png")
-        parts.append(_strip(strip, alt, "x_t above, x̂_0 below"))
+        quiet.append(page.missing("x̂_0 as seen on the way:", run.command("progressive")))
+    strips = []
+    for one in drawn:
+        path = f"{one.path[:-4]}_trajectory"
+        if os.path.exists(f"{path}.png"):
+            alt = "The chain of samples from noise to image: x_t above, the x̂_0 seen from it below"
+            strips.append(_strip(one._replace(path=f"{path}.png"), alt, "x_t above, x̂_0 below"))
         if os.path.exists(f"{path}.gif"):
             alt = "The same chain, animated: x_t on the left, x̂_0 on the right"
-            parts.append(page.fold("Animation", _strip(one._replace(path=f"{path}.gif"), alt)))
-    if not paths:
+            strips.append(page.fold("Animation", _strip(one._replace(path=f"{path}.gif"), alt)))
+    if strips:
+        blocks.append(tag("div", tag("h3", "The chain"), *strips[-2 * PICTURES :]))
+    else:
         line = run.command("sample", "--sampler=ddim", "--steps=50", "--trajectory")
-        parts.append(page.missing("The chain, as a strip and an animation:", line))
-    return join(parts)
+        quiet.append(page.missing("The chain, as a strip and an animation:", line))
+    pairs = page.side_by_side(*blocks, kind="pairs") if blocks else None
+    return join([*parts, pairs, *quiet])
 
 
 def _cards(pictures: list[Picture], what: str) -> Markup:
@@ -488,43 +500,42 @@ def _strip(picture: Picture, alt: str, *about: str) -> Markup:
     return page.picture(picture.path, text, alt, kind="strip")
 
 
+# Of each command on given images: its title, what its picture shows, and words that its command needs.
+GIVEN = {
+    "interpolate": (
+        "Interpolation",
+        "Rows of images, from one on the left to another on the right",
+        (),
+    ),
+    "reconstruct": (
+        "Encoded and decoded",
+        "Images, and below them the same encoded and decoded in S steps",
+        ("--steps=10,20,50,100",),
+    ),
+    "encode": ("Encoded", "Images above, below them the latents x_T that they are encoded to", ()),
+    "denoise": (
+        "Noise added and taken away",
+        "Images; the same with noise up to a time t; denoised from there",
+        ("--from_t=250,500",),
+    ),
+    "inpaint": ("Filled in", "Images; what is kept of them; the rest filled in", ("--mask=left",)),
+}
+
+
 def _given(run: Found) -> Markup | None:
     if not _is_diffusion(run):
         return None
-    parts = []
-    for kind, title, alt, words in (
-        (
-            *("interpolate", "Interpolation"),
-            "Rows of images, each from one image on the left to another on the right",
-            (),
-        ),
-        (
-            *("reconstruct", "Encoded and decoded"),
-            "Images, and below them the same encoded and decoded in S steps",
-            ("--steps=10,20,50,100",),
-        ),
-        ("encode", "Encoded", "Images above, the latents x_T that they are encoded to below", ()),
-        (
-            *("denoise", "Noise added and taken away"),
-            "Images; with noise up to a time t; denoised from there",
-            ("--from_t=250,500",),
-        ),
-        (
-            *("inpaint", "Filled in"),
-            "Images; what is kept of them; the rest filled in",
-            ("--mask=left",),
-        ),
-    ):
-        pictures = run.of(kind)
-        if not pictures:
-            parts.append(page.missing(f"{title}:", run.command(kind, *words)))
-            continue
-        parts.append(tag("h3", title))
-        for one in pictures[-PICTURES:]:
-            parts.append(_strip(one, alt))
-            if kind == "reconstruct":
-                parts.append(_reconstruction(one))
-    return join(sorted(parts, key=lambda part: "<h3>" not in part and part.startswith("<p")))
+    blocks, quiet = [], []
+    for kind, (title, alt, words) in GIVEN.items():
+        inside = []
+        for one in run.of(kind)[-PICTURES:]:
+            inside += [_strip(one, alt), _reconstruction(one) if kind == "reconstruct" else None]
+        if inside:
+            blocks.append(tag("div", tag("h3", title), *inside))
+        else:
+            quiet.append(page.missing(f"{title}:", run.command(kind, *words)))
+    pairs = page.side_by_side(*blocks, kind="pairs") if blocks else None
+    return join([pairs, *quiet])
 
 
 def _reconstruction(picture: Picture) -> Markup | None:
@@ -613,8 +624,17 @@ def _settings(recipe: dict) -> dict[str, str]:
     result = {}
     for name, words in SAID.items():
         value = recipe.get(name)
+        if name == "steps" and value is None and "sampler" in recipe:
+            value = "all"
         if value is None or (name == "guidance" and value == 1) or value == [None]:
             continue
+        if name == "steps" and str(value).startswith("[") and isinstance(value, str):
+            times = json.loads(value)
+            value = (
+                len(times)
+                if len(times) < 3
+                else f"{len(times)} chosen ({times[0]}, {times[1]}, {times[2]} … {times[-1]})"
+            )
         if isinstance(value, list):
             value = ", ".join(map(str, value))
         if not isinstance(value, int):
@@ -622,8 +642,6 @@ def _settings(recipe: dict) -> dict[str, str]:
         result[name] = words.format(value)
     if recipe.get("clip_x0") is False:
         result["clip_x0"] = "x̂_0 not clipped"
-    if "sampler" in recipe and recipe.get("steps") is None:
-        result["steps"] = "all steps"
     return result
 
 
