@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VOID = ("br", "img", "meta")
+VOID = ("br", "img", "meta", "wbr")
 COLOURS = 6  # after which the lines are dashed
 WIDTH, HEIGHT = 360, 230  # of a diagram, in units that are pixels on a phone
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 36  # its margins
@@ -52,21 +52,31 @@ def number(value) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 10_000:
+    if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}".rstrip(".") if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}"
+    return f"{value:#.4g}" if abs(value) >= 1e-3 else f"{value:.3g}"
 
 
 def plus_minus(mean: float, spread: float | None) -> str:
     """3.704 ± 0.113, the mean with as many decimals as its spread has."""
     if not spread:
         return number(mean)
+    if abs(mean) < 1e-3:
+        return f"{mean:.3g} ± {spread:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(spread)))
     return f"{mean:,.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def command(line: str) -> Markup:
-    return tag("code", line, class_="command")
+    """A command line, broken between its words where it must be."""
+    words = ((" ", tag("span", word)) for word in line.split(" "))
+    return tag("code", *[part for pair in words for part in pair][1:], class_="command")
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken after each underscore."""
+    first, *rest = name.split("_")
+    return join([first, *(part for word in rest for part in ("_", tag("wbr"), word))])
 
 
 def missing(what: str, line: str | None = None) -> Markup:
@@ -88,7 +98,7 @@ def fold(title: str, *inside) -> Markup:
 
 def tiles(facts: dict[str, object]) -> Markup:
     """Names and values, the values large."""
-    pairs = (tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items())
+    pairs = (tag("div", tag("dt", breakable(k)), tag("dd", v)) for k, v in facts.items())
     return tag("dl", *pairs, class_="tiles")
 
 
@@ -105,7 +115,9 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence]) -> Markup
         tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells))
         for name, *cells in rows
     ]
-    inside = tag("table", tag("caption", caption), tag("thead", first), tag("tbody", *body))
+    inside = tag(
+        "table", tag("caption", tag("span", caption)), tag("thead", first), tag("tbody", *body)
+    )
     return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
@@ -114,7 +126,7 @@ def picture(path: str, caption: str, alt: str, *, kind: str = "") -> Markup:
     extension = path.rpartition(".")[2].lower()
     with open(path, "rb") as file:
         content = base64.b64encode(file.read()).decode()
-    image = tag("img", src=f"data:image/{extension};base64,{content}", alt=alt, decoding="async")
+    image = tag("img", src=f"data:image/{extension};base64,{content}", alt=alt)
     return tag("figure", image, tag("figcaption", caption), class_=f"picture {kind}".strip())
 
 
@@ -321,7 +333,7 @@ h3{font-size:1rem;line-height:1.4;margin:1.75rem 0 .6rem}
 p{margin:.5rem 0;max-width:48rem}
 .lead,.quiet,.missing,footer,figcaption,caption,dt,summary{color:var(--quiet)}
 .lead{margin:.35rem 0 0}
-.missing,.quiet,footer{font-size:.875rem}
+.missing,.quiet,footer{font-size:.875rem}.missing{max-width:none}
 a{color:var(--accent)}
 nav{position:sticky;top:0;z-index:1;background:var(--ground);border-bottom:1px solid var(--line);
 margin-top:1.5rem}
@@ -371,18 +383,19 @@ dt{font-size:.8rem}dd{margin:0;font-variant-numeric:tabular-nums}
 .fields{margin:0;font-size:.9rem}
 .fields>div{display:flex;justify-content:space-between;gap:1rem;border-top:1px solid var(--line);padding:.22rem 0}
 .fields dt{font-size:inherit}.fields dd{text-align:right}
-.scroll{overflow-x:auto;margin:1rem 0;max-width:100%;width:fit-content}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-caption{text-align:left;padding-bottom:.4rem;caption-side:top}
+.scroll{overflow-x:auto;margin:1rem 0;width:fit-content;min-width:min(100%,36rem);max-width:100%}
+table{width:100%;border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+caption{text-align:left;padding-bottom:.4rem}
+caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2rem)}
 th,td{padding:.36rem .9rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
-th:first-child{text-align:left;padding-left:0;font-weight:500}
+th:first-child{text-align:left;padding-left:0;font-weight:500;min-width:9rem}
 thead th{font-weight:600;border-bottom-color:var(--quiet);white-space:nowrap}
 td{white-space:nowrap}td:last-child,thead th:last-child{padding-right:.25rem}
 details{margin:.75rem 0}summary{cursor:pointer;font-size:.9rem;padding:.2rem 0}
 details details{margin-left:1.1rem}
 code,pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .command{background:var(--paper);border:1px solid var(--line);border-radius:.3rem;padding:.08rem .35rem;
-color:var(--ink);-webkit-box-decoration-break:clone;box-decoration-break:clone}
+color:var(--ink);-webkit-box-decoration-break:clone;box-decoration-break:clone}.command span{display:inline-block}
 pre{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:.75rem;
 overflow-wrap:normal}
 .warning{border-left:3px solid var(--c1);padding:.1rem 0 .1rem .75rem}

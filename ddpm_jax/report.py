@@ -206,6 +206,12 @@ def of_run(run: Found) -> str:
     return page.document(run.name, _lead(run), page.tiles(_facts(run)), sections, foot)
 
 
+def _bounds(run: Found) -> list[dict]:
+    """The results of nll, the one of most steps and images first."""
+    found = [result for result in run.results.values() if {"curves", "total"} <= result.keys()]
+    return sorted(found, key=lambda r: (-len(r["curves"]["timesteps"]), -r["num_images"]))
+
+
 def _is_diffusion(run: Found) -> bool:
     return "schedule" in run.config
 
@@ -220,7 +226,8 @@ def _lead(run: Found) -> str:
 def _facts(run: Found) -> dict[str, str]:
     last = run.rows[-1]
     total = run.config.training.get("num_steps")
-    facts = {"step": f"{last['step']:,}" + (f" of {total:,}" if total else "")}
+    unfinished = total and last["step"] < total
+    facts = {"step": f"{last['step']:,}" + (f" of {total:,}" if unfinished else "")}
     if "loss" in last:
         facts["loss"] = number(last["loss"])
     parameters = re.findall(r"([\d,]+) parameters; compiled", run.log)
@@ -228,14 +235,12 @@ def _facts(run: Found) -> dict[str, str]:
         facts["parameters"] = parameters[-1]
     if "images_per_second" in last:
         facts["images/s"] = number(last["images_per_second"])
-    for name, result in run.results.items():
-        if "curves" in result and "_nll_" in name:
-            facts["bits/dim"] = page.plus_minus(result["total"], result.get("total_stderr"))
+    for result in _bounds(run)[:1]:
+        facts["bits/dim"] = page.plus_minus(result["total"], result.get("total_stderr"))
     for name, cells in _measured(run).items():
         if "fid" in name:
-            mean, where = min((entry["mean"], n) for n, (_, _, entry) in enumerate(cells))
-            del where
-            facts[f"{name}{', the best' if len(cells) > 1 else ''}"] = number(mean)
+            best = ", the best" if len(cells) > 1 else ""
+            facts[f"{name}{best}"] = number(min(entry["mean"] for _, _, entry in cells))
     return facts
 
 
@@ -265,7 +270,8 @@ def _training(run: Found) -> Markup:
     quarters = [f"loss_t{q}" for q in (1, 2, 3, 4) if f"loss_t{q}" in names]
     known = ["loss", *quarters, *TITLES]
     charts = [page.chart("loss", [_smoothed("loss", run, "loss")], x_label="step")]
-    of_t = [_smoothed(f"quarter {name[-1]}", run, name) for name in quarters]
+    nth = {"1": "1st", "2": "2nd", "3": "3rd", "4": "4th"}
+    of_t = [_smoothed(nth[name[-1]], run, name) for name in quarters]
     charts += [page.chart("loss by quarter of t", of_t, x_label="step")]
     for name in [*(n for n in names if n not in known), *(n for n in TITLES if n in names)]:
         x, y = _column(run, name)
@@ -339,10 +345,9 @@ def _schedule(run: Found) -> Markup | None:
 def _likelihood(run: Found) -> Markup | None:
     if not _is_diffusion(run):
         return None
-    bounds = {name: result for name, result in run.results.items() if "curves" in result}
-    parts = []
+    bounds, parts = _bounds(run), []
     if bounds:
-        parts.append(_bounds(list(bounds.values())))
+        parts.append(_bound(bounds))
     else:
         parts.append(page.missing("The bound on −log p(x_0), term by term:", run.command("nll")))
     curves = [result for result in run.results.values() if "reverse_steps" in result]
@@ -371,7 +376,7 @@ def _likelihood(run: Found) -> Markup | None:
     return join(parts)
 
 
-def _bounds(results: list[dict]) -> Markup:
+def _bound(results: list[dict]) -> Markup:
     """The bound of several chains or variances: a table, and its terms over t."""
     said = []
     for result in results:
@@ -630,11 +635,9 @@ def _settings(recipe: dict) -> dict[str, str]:
             continue
         if name == "steps" and str(value).startswith("[") and isinstance(value, str):
             times = json.loads(value)
-            value = (
-                len(times)
-                if len(times) < 3
-                else f"{len(times)} chosen ({times[0]}, {times[1]}, {times[2]} … {times[-1]})"
-            )
+            value, words = len(times), f"{{}} chosen steps ({', '.join(map(str, times[:3]))} …)"
+        if name == "eta" and value == "hat":
+            words = "σ̂"
         if isinstance(value, list):
             value = ", ".join(map(str, value))
         if not isinstance(value, int):
@@ -760,7 +763,7 @@ def _config(run: Found) -> Markup:
 def _shown(value) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "none" if value is None else str(value)
+    return {None: "none", config_lib.MISSING: "–"}.get(value, str(value))
 
 
 def _versions(run: Found) -> Markup:
@@ -807,13 +810,12 @@ KIND_OF_LOSS = ("config.method", "config.data.", "config.diffusion.", "config.sc
 
 def differing(found: list[Found]) -> dict[str, list]:
     """{"config.model.channels": [value of each run], …} of the fields that are not the same in all."""
-    first, pairs = found[0], [config_lib.differences(found[0].config, run.config) for run in found]
+    pairs = [config_lib.differences(found[0].config, run.config) for run in found]
     names = sorted({field for pair in pairs for field in pair})
     values = {}
     for name in names:
         own = next(pair[name][0] for pair in pairs if name in pair)
         values[name] = [pair[name][1] if name in pair else own for pair in pairs]
-    del first
     return values
 
 
@@ -826,9 +828,8 @@ def _losses(found: list[Found]) -> Markup:
         charts.append(page.chart(TITLES.get(column, title), curves, x_label="step"))
     moved = [name for name in differing(found) if name.startswith(KIND_OF_LOSS)]
     moved = [name for name in moved if not name.endswith(("data_dir", "clip_x0"))]
-    text = (
-        f"These losses need not mean the same: {', '.join(moved)} differ{'s' * (len(moved) == 1)}."
-    )
+    names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} others" if len(moved) > 3 else "")
+    text = f"The losses need not mean the same: the runs differ in {names}."
     note = tag("p", text, class_="warning") if moved else None
     return join([note, page.side_by_side(*charts, kind="charts")])
 
@@ -850,24 +851,30 @@ def _metrics_of(found: list[Found]) -> Markup:
                 if steps != "–":
                     words["steps"] = f"{steps} steps"
                 rows.setdefault((name, ", ".join(words.values())), {})[n] = _value(entry)
-        for result in run.results.values():
-            if "curves" in result and "total" in result:
-                words = {k: w for k, w in _settings(result["recipe"]).items() if k != "step"}
-                words["count"] = f"{result['num_images']:,} images"
-                value = page.plus_minus(result["total"], result.get("total_stderr"))
-                rows.setdefault(("bits/dim", ", ".join(words.values())), {})[n] = value
-    parts = []
-    if rows:
+        for result in _bounds(run):
+            words = {k: w for k, w in _settings(result["recipe"]).items() if k != "step"}
+            words["count"] = f"{result['num_images']:,} images"
+            value = page.plus_minus(result["total"], result.get("total_stderr"))
+            rows.setdefault(("bits/dim", ", ".join(words.values())), {})[n] = value
+    head, parts = ("", *(run.name for run in found)), []
+    shared = {key: row for key, row in rows.items() if len(row) > 1}
+    alone = {key: row for key, row in rows.items() if len(row) == 1}
+    for part, caption in (
+        (shared, "Measured in the same way"),
+        (alone, "Measured of one run only"),
+    ):
         body = [
             (
                 join([name, tag("br"), tag("span", words, class_="quiet")]),
                 *(row.get(n, "–") for n in range(len(found))),
             )
-            for (name, words), row in sorted(rows.items(), key=lambda item: item[0])
+            for (name, words), row in part.items()
         ]
-        head = ("", *(run.name for run in found))
+        shown = page.table(caption, head, body) if body else None
         parts.append(
-            page.table("Measured on each, in the same way where a row is filled", head, body)
+            page.fold(f"{caption} ({len(part)})", shown)
+            if body and shared and part is alone
+            else shown
         )
     for run in found:
         if not _measured(run):
