@@ -48,11 +48,13 @@ def join(parts: Iterable) -> Markup:
 
 def number(value) -> str:
     """4,000, 0.04050, 1.3e-05 or –: four digits of what is no whole number."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == round(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:#.4g}" if abs(value) >= 1e-3 else f"{value:.3g}"
 
@@ -75,6 +77,8 @@ def command(line: str) -> Markup:
 
 def breakable(name: str) -> Markup:
     """A long name that may be broken after each underscore."""
+    if isinstance(name, Markup):
+        return name
     first, *rest = name.split("_")
     return join([first, *(part for word in rest for part in ("_", tag("wbr"), word))])
 
@@ -112,7 +116,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence]) -> Markup
     """A table whose first column names the rows; on a narrow screen it scrolls by itself."""
     first = tag("tr", *(tag("th", name, scope="col") for name in head))
     body = [
-        tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells))
+        tag("tr", tag("th", breakable(name), scope="row"), *(tag("td", cell) for cell in cells))
         for name, *cells in rows
     ]
     inside = tag(
@@ -275,7 +279,7 @@ def chart(
             stops.setdefault(int(column), {})[n] = (curve.name, one_x, one_y)  # its last point
     for column, told in sorted(stops.items()):
         at = max(x for _, x, _ in told.values())
-        lines = [f"{x_label} {number(int(at) if at == int(at) else float(at))}"]
+        lines = [f"{x_label} {number(float(at))}"]
         lines += [f"{name} {number(float(y))}" for name, _, y in told.values()]
         middle = f"{float(across(at)):.1f}"
         dots = (
@@ -348,17 +352,16 @@ figure{margin:0;min-width:0}
 .cards,.charts{display:grid;gap:1rem;margin:1rem 0}
 .charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
 .cards{grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
-.pairs{display:grid;gap:0 1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,32rem),1fr))}
-.pairs>div{min-width:0}
+.pairs{columns:32rem;column-gap:1.5rem}.pairs>div{break-inside:avoid;padding-top:1.5rem}.pairs h3{margin-top:0}
 @media (max-width:40rem){.cards{display:flex;overflow-x:auto;scroll-snap-type:x proximity;padding-bottom:.25rem}
 .cards>*{flex:0 0 84%;scroll-snap-align:start}.cards>:only-child{flex-basis:100%}}
 .chart,.picture,.tiles>div{background:var(--paper);border:1px solid var(--line);border-radius:.6rem}
 .chart{padding:.75rem .75rem .5rem;display:flex;flex-direction:column;justify-content:space-between}
 .chart figcaption{font-size:.85rem;min-height:1.5rem;margin-bottom:.35rem}
-.chart b{color:var(--ink);margin-right:.75rem}
-.legend span{display:inline-block;margin-right:.75rem}
-.legend span::before{content:"";display:inline-block;width:1rem;border-top:3px solid var(--c);
-vertical-align:middle;margin-right:.35rem}
+.chart b{color:var(--ink);margin-right:.6rem}
+.legend span{display:inline-block;margin-right:.6rem}
+.legend span::before{content:"";display:inline-block;width:.9rem;border-top:3px solid var(--c);
+vertical-align:middle;margin-right:.3rem}
 .legend .dashed::before{border-top-style:dashed}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums}
@@ -385,7 +388,7 @@ dt{font-size:.8rem}dd{margin:0;font-variant-numeric:tabular-nums}
 .fields dt{font-size:inherit}.fields dd{text-align:right}
 .scroll{overflow-x:auto;margin:1rem 0;width:fit-content;min-width:min(100%,36rem);max-width:100%}
 table{width:100%;border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-caption{text-align:left;padding-bottom:.4rem}
+caption{text-align:left;padding-bottom:.4rem;overflow-wrap:anywhere}
 caption span{position:sticky;left:0;display:inline-block;max-width:calc(100vw - 2rem)}
 th,td{padding:.36rem .9rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
 th:first-child{text-align:left;padding-left:0;font-weight:500;min-width:9rem}
@@ -399,7 +402,8 @@ color:var(--ink);-webkit-box-decoration-break:clone;box-decoration-break:clone}.
 pre{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:.6rem;padding:.75rem;
 overflow-wrap:normal}
 .warning{border-left:3px solid var(--c1);padding:.1rem 0 .1rem .75rem}
-footer{border-top:1px solid var(--line);margin-top:2.5rem;padding-top:1rem;padding-bottom:3rem}
+footer{padding-bottom:3rem}
+footer::before{content:"";display:block;border-top:1px solid var(--line);margin:2.5rem 0 1rem}
 @media print{nav{display:none}.chart,.picture{break-inside:avoid}}
 """
 GENERATOR = "ddpm_jax report"

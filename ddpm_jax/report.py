@@ -89,7 +89,7 @@ def report(workdir: str, *, out: str | None = None) -> str:
     found = [find(path) for path in workdirs]
     text = of_run(found[0]) if len(found) == 1 else comparison(distinct(found))
     writers.save_text(out, text)
-    print(f"{out} ({writers.memory(len(text.encode()))})", flush=True)
+    print(f"{out} ({len(text.encode()) / 1e6:.1f} MB)", flush=True)
     return out
 
 
@@ -378,12 +378,7 @@ def _likelihood(run: Found) -> Markup | None:
 
 def _bound(results: list[dict]) -> Markup:
     """The bound of several chains or variances: a table, and its terms over t."""
-    said = []
-    for result in results:
-        steps = {"steps": result["recipe"].get("steps") or len(result["curves"]["timesteps"])}
-        count = {"count": f"{result['num_images']:,} images"}
-        said.append(_settings(result["recipe"] | steps) | count)
-    common, labels = _labels(said)
+    common, labels = _labels([_said_of_bound(result) for result in results])
     rows, curves = [], {"terms": [], "x_0_error": [], "eps_error": []}
     for label, result in zip(labels, results, strict=True):
         cells = [
@@ -409,6 +404,11 @@ def _bound(results: list[dict]) -> Markup:
     caption += f": {common}" if common else ""
     head = ("", "total", "L_T", "L_0")
     return join([page.table(caption, head, rows), page.side_by_side(*charts, kind="charts")])
+
+
+def _said_of_bound(result: dict) -> dict[str, str]:
+    steps = {"steps": result["recipe"].get("steps") or len(result["curves"]["timesteps"])}
+    return _settings(result["recipe"] | steps) | {"count": f"{result['num_images']:,} images"}
 
 
 def _rate_distortion(results: list[dict]) -> Markup:
@@ -683,6 +683,10 @@ def _measured(run: Found) -> dict[str, list[tuple[dict, object, dict]]]:
     return measured
 
 
+def _evaluate(run: Found) -> str:
+    return run.command("eval", "--metrics=fid,is", "--num_samples=50000")
+
+
 def _value(entry: dict) -> str:
     return page.plus_minus(entry["mean"], entry.get("std"))
 
@@ -690,8 +694,7 @@ def _value(entry: dict) -> str:
 def _metrics(run: Found) -> Markup:
     measured = _measured(run)
     if not measured:
-        line = run.command("eval", "--metrics=fid,is", "--num_samples=50000")
-        return page.missing("FID, Inception Score and others, with their manifests:", line)
+        return page.missing("FID, Inception Score, others, with their manifests:", _evaluate(run))
     parts, single = [], []
     for name, cells in measured.items():
         if len(cells) == 1:
@@ -843,43 +846,34 @@ def _differing(found: list[Found]) -> Markup:
 
 
 def _metrics_of(found: list[Found]) -> Markup:
-    rows = {}
+    rows = {}  # (name, settings, steps): {which run: value}
     for n, run in enumerate(found):
-        for name, cells in _measured(run).items():
-            for settings, steps, entry in cells:
-                words = {k: w for k, w in settings.items() if k != "step"}
-                if steps != "–":
-                    words["steps"] = f"{steps} steps"
-                rows.setdefault((name, ", ".join(words.values())), {})[n] = _value(entry)
+        cells = [(name, *cell) for name, cells in _measured(run).items() for cell in cells]
         for result in _bounds(run):
-            words = {k: w for k, w in _settings(result["recipe"]).items() if k != "step"}
-            words["count"] = f"{result['num_images']:,} images"
-            value = page.plus_minus(result["total"], result.get("total_stderr"))
-            rows.setdefault(("bits/dim", ", ".join(words.values())), {})[n] = value
-    head, parts = ("", *(run.name for run in found)), []
-    shared = {key: row for key, row in rows.items() if len(row) > 1}
-    alone = {key: row for key, row in rows.items() if len(row) == 1}
-    for part, caption in (
-        (shared, "Measured in the same way"),
-        (alone, "Measured of one run only"),
-    ):
-        body = [
-            (
-                join([name, tag("br"), tag("span", words, class_="quiet")]),
-                *(row.get(n, "–") for n in range(len(found))),
-            )
-            for (name, words), row in part.items()
-        ]
-        shown = page.table(caption, head, body) if body else None
-        parts.append(
-            page.fold(f"{caption} ({len(part)})", shown)
-            if body and shared and part is alone
-            else shown
-        )
+            mean, spread = result["total"], result.get("total_stderr")
+            said = _said_of_bound(result)
+            cells.append(("bits/dim", said, said.pop("steps"), {"mean": mean, "std": spread}))
+        for name, settings, steps, entry in cells:
+            words = ", ".join(words for key, words in settings.items() if key != "step")
+            rows.setdefault((name, words, steps), {})[n] = _value(entry)
+    rows = dict(sorted(rows.items(), key=lambda item: (*item[0][:2], _count(item[0][2]))))
+
+    def table(caption, which):
+        body = []
+        for (name, words, steps), row in which.items():
+            about = tag("span", f"{words}, {steps} steps".replace(", – steps", ""), class_="quiet")
+            cells = (row.get(n, "–") for n in range(len(found)))
+            body.append((join([name, tag("br"), about]), *cells))
+        return page.table(caption, ("", *(run.name for run in found)), body)
+
+    shared, alone = ({k: r for k, r in rows.items() if (len(r) > 1) == b} for b in (True, False))
+    parts = [table("Measured in the same way", shared)] if shared else []
+    if alone:
+        title = f"Measured of one run only ({len(alone)})"
+        parts.append(page.fold(title, table(title, alone)))
     for run in found:
         if not _measured(run):
-            line = run.command("eval", "--metrics=fid,is", "--num_samples=50000")
-            parts.append(page.missing(f"Metrics of samples of {run.name}:", line))
+            parts.append(page.missing(f"Metrics of samples of {run.name}:", _evaluate(run)))
     return join(parts)
 
 
