@@ -56,7 +56,7 @@ def number(value) -> str:
         return "∞" if value > 0 else "−∞"
     if value == round(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}" if abs(value) >= 1e-3 else f"{value:.3g}"
+    return f"{value:#.4g}" if abs(value) >= 1e-3 else f"{value:.4g}"
 
 
 def plus_minus(mean: float, spread: float | None) -> str:
