@@ -79,7 +79,8 @@ def report(workdir: str, *, out: str | None = None) -> str:
       ConfigError, RunError: no run there, nothing logged yet, or `out` is something else; one line.
     """
     one = os.path.isdir(workdir) or "," not in workdir
-    workdirs = [workdir] if one else [part.strip() for part in workdir.split(",") if part.strip()]
+    parts = [workdir] if one else [part.strip() for part in workdir.split(",")]
+    workdirs = [part for part in parts if part] or [workdir]
     for n, path in enumerate(workdirs):
         if os.path.realpath(path) in map(os.path.realpath, workdirs[:n]):
             raise runs.RunError(f"{path} is given twice; give each run once")
@@ -165,7 +166,7 @@ def _picture(path: str) -> Picture:
         with np.load(f"{path[:-4]}.npz") as arrays:  # a member is read when it is asked for
             recipe = json.loads(str(arrays["recipe"]))
             kind = recipe.get("mode") or ("progressive" if "x_0" in arrays else "sample")
-            small = [name for name in arrays if name.startswith(("error_", "distance", "t"))]
+            small = [k for k in arrays if k == "t" or k.startswith(("error_", "distance"))]
             numbers = {name: arrays[name] for name in small}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         kind, recipe, numbers = "other", {}, {}
@@ -197,23 +198,26 @@ def of_run(run: Found) -> str:
         "Versions": _versions(run),
     }
     sections = {word: inside for word, inside in sections.items() if inside}
-    foot = join(
-        [
-            f"Written {time.strftime('%Y-%m-%d %H:%M')}. The same command renews it: ",
-            page.command(run.command("report")),
-        ]
-    )
-    return page.document(run.name, _lead(run), page.tiles(_facts(run)), sections, foot)
+    return page.document(run.name, _lead(run), page.tiles(_facts(run)), sections, _foot(run))
+
+
+def _foot(run: Found) -> Markup:
+    when = f"Written {time.strftime('%Y-%m-%d %H:%M')}. The same command renews it: "
+    return join([when, page.command(run.command("report"))])
 
 
 def _bounds(run: Found) -> list[dict]:
     """The results of nll, the one of most steps and images first."""
-    found = [result for result in run.results.values() if {"curves", "total"} <= result.keys()]
+    needed = {"curves", "total", "recipe", "num_images"}
+    found = [result for result in run.results.values() if needed <= result.keys()]
     return sorted(found, key=lambda r: (-len(r["curves"]["timesteps"]), -r["num_images"]))
 
 
-def _is_diffusion(run: Found) -> bool:
-    return "schedule" in run.config
+def _chain(run: Found) -> schedules.Schedule | None:
+    """The chain that it was trained on; None if it is no diffusion."""
+    if "schedule" not in run.config:
+        return None
+    return config_lib.call("config.schedule", schedules.make, run.config.schedule)
 
 
 def _lead(run: Found) -> str:
@@ -245,13 +249,13 @@ def _facts(run: Found) -> dict[str, str]:
 
 
 def _column(run: Found, name: str):
-    """Steps and values of one number of metrics.jsonl."""
+    """Steps and values of one number of metrics.jsonl, where it is finite."""
     points = [(row["step"], row[name]) for row in run.rows if _is_number(row.get(name))]
     return np.array(points, np.float64).reshape(-1, 2).T
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and np.isfinite(value)
 
 
 NORMS = {"grad_norm": "gradient norm", "param_norm": "parameter norm", "update_norm": "update norm"}
@@ -320,16 +324,16 @@ def _spread(items: list, count: int) -> list:
 
 
 def _schedule(run: Found) -> Markup | None:
-    if not _is_diffusion(run):
+    chain = _chain(run)
+    if chain is None:
         return None
-    chain = config_lib.call("config.schedule", schedules.make, run.config.schedule)
-    t = np.arange(len(chain))
-    with np.errstate(divide="ignore"):
-        panels = {"β": (chain.beta, "linear"), "ᾱ": (chain.alpha_bar, "linear")}
-        panels["SNR = ᾱ / (1 − ᾱ)"] = (chain.snr, "log")
     charts = [
-        page.chart(name, [Curve(name.split(" ")[0], t, values)], x_label="t", y_scale=scale)
-        for name, (values, scale) in panels.items()
+        page.chart(title, [Curve(title[:3], range(len(chain)), y)], x_label="t", y_scale=scale)
+        for title, y, scale in (
+            ("β", chain.beta, "linear"),
+            ("ᾱ", chain.alpha_bar, "linear"),
+            ("SNR = ᾱ / (1 − ᾱ)", chain.snr, "log"),
+        )
     ]
     health = schedules.health(chain)
     text = (
@@ -343,37 +347,37 @@ def _schedule(run: Found) -> Markup | None:
 
 
 def _likelihood(run: Found) -> Markup | None:
-    if not _is_diffusion(run):
+    chain, results = _chain(run), run.results.values()
+    if chain is None:
         return None
-    bounds, parts = _bounds(run), []
-    if bounds:
-        parts.append(_bound(bounds))
-    else:
-        parts.append(page.missing("The bound on −log p(x_0), term by term:", run.command("nll")))
-    curves = [result for result in run.results.values() if "reverse_steps" in result]
-    if curves:
-        parts.append(_rate_distortion(curves))
-    else:
-        parts.append(page.missing("Rate and distortion:", run.command("rate_distortion")))
-    best = [result for result in run.results.values() if "even_steps" in result]
-    if best:
-        cells = [
-            (
-                f"{len(result['steps'])} of {result['num_timesteps']:,}",
-                *(
-                    page.plus_minus(result[name], result.get(f"{name}_stderr"))
-                    for name in ("best", "even", "gain")
-                ),
-                number(result["num_images"]),
-            )
-            for result in best
+    bounds = _bounds(run)
+    curves = [result for result in results if {"rate", "rmse", "num_images"} <= result.keys()]
+    best = [result for result in results if "even_steps" in result]
+    steps = f"--steps={min(50, -(-len(chain) // 2))}"
+    nothing = {
+        "The bound on −log p(x_0), term by term:": not bounds and run.command("nll"),
+        "Rate and distortion:": not curves and run.command("rate_distortion"),
+        "The best steps of a shortened chain:": not best and run.command("best_steps", steps),
+    }
+    return join(
+        [
+            _bound(bounds) if bounds else None,
+            _rate_distortion(curves) if curves else None,
+            _best(best) if best else None,
+            *(page.missing(what, line) for what, line in nothing.items() if line),
         ]
-        head = ("steps", "chosen", "evenly spaced", "gain", "images")
-        parts.append(page.table("The best steps of a shortened chain, bits/dim", head, cells))
-    else:
-        line = run.command("best_steps", "--steps=50")
-        parts.append(page.missing("The best steps of a shortened chain:", line))
-    return join(parts)
+    )
+
+
+def _best(results: list[dict]) -> Markup:
+    rows = []
+    for result in results:
+        name = f"{len(result['steps'])} of {result['num_timesteps']:,}"
+        names = ("best", "even", "gain")
+        cells = (page.plus_minus(result[n], result.get(f"{n}_stderr")) for n in names)
+        rows.append((name, *cells, number(result["num_images"])))
+    head = ("steps", "chosen", "evenly spaced", "gain", "images")
+    return page.table("The best steps of a shortened chain, bits/dim", head, rows)
 
 
 def _bound(results: list[dict]) -> Markup:
@@ -395,9 +399,7 @@ def _bound(results: list[dict]) -> Markup:
     scales = {"x_scale": "log", "y_scale": "log"}
     charts = [
         page.chart("L_t, bits/dim", curves["terms"], x_label="t + 1", **scales),
-        page.chart(
-            "error of x̂_0, RMSE on 0 … 255", curves["x_0_error"], x_label="t", y_scale="linear"
-        ),
+        page.chart("RMSE of x̂_0, 0 … 255", curves["x_0_error"], x_label="t", y_scale="linear"),
         page.chart("squared error of ε̂", curves["eps_error"], x_label="t"),
     ]
     caption = "Bound on −log p(x_0), bits/dim, ± the standard error over images"
@@ -446,34 +448,36 @@ def _drawn(run: Found) -> Markup:
         parts.append(_cards(drawn, "Samples"))
     else:
         parts.append(page.missing("Samples of the last checkpoint:", run.command("sample")))
-    if not _is_diffusion(run):
+    chain = _chain(run)
+    if chain is None:
         return join(parts)
-    blocks, quiet = [], []
-    strips = []
+    on_the_way, chains = [], []
     for one in run.of("progressive")[-PICTURES:]:
         t = ", ".join(str(v) for v in one.numbers.get("t", ()))
         alt = f"What the model takes each of its images for, from left to right at t = {t}"
-        strips.append(_strip(one, alt, f"t = {t}"))
-    if strips:
-        blocks.append(tag("div", tag("h3", "x̂_0 as seen on the way"), *strips))
-    else:
-        quiet.append(page.missing("x̂_0 as seen on the way:", run.command("progressive")))
-    strips = []
-    for one in drawn:
+        on_the_way.append(_strip(one, alt, f"t = {t}"))
+    trajectories = [one for one in drawn if os.path.exists(f"{one.path[:-4]}_trajectory.png")]
+    for one in trajectories[-PICTURES:]:
         path = f"{one.path[:-4]}_trajectory"
-        if os.path.exists(f"{path}.png"):
-            alt = "The chain of samples from noise to image: x_t above, the x̂_0 seen from it below"
-            strips.append(_strip(one._replace(path=f"{path}.png"), alt, "x_t above, x̂_0 below"))
+        alt = "The chain of samples from noise to image: x_t above, the x̂_0 seen from it below"
+        chains.append(_strip(one._replace(path=f"{path}.png"), alt, "x_t above, x̂_0 below"))
         if os.path.exists(f"{path}.gif"):
             alt = "The same chain, animated: x_t on the left, x̂_0 on the right"
-            strips.append(page.fold("Animation", _strip(one._replace(path=f"{path}.gif"), alt)))
-    if strips:
-        blocks.append(tag("div", tag("h3", "The chain"), *strips[-2 * PICTURES :]))
-    else:
-        line = run.command("sample", "--sampler=ddim", "--steps=50", "--trajectory")
-        quiet.append(page.missing("The chain, as a strip and an animation:", line))
-    pairs = page.side_by_side(*blocks, kind="pairs") if blocks else None
-    return join([*parts, pairs, *quiet])
+            chains.append(page.fold("Animation", _strip(one._replace(path=f"{path}.gif"), alt)))
+    steps = f"--steps={min(50, len(chain))}"
+    line = run.command("sample", "--sampler=ddim", steps, "--trajectory")
+    wanted = {
+        "x̂_0 as seen on the way": (on_the_way, run.command("progressive")),
+        "The chain, as a strip and an animation": (chains, line),
+    }
+    return join([*parts, _pairs(wanted)])
+
+
+def _pairs(wanted: dict[str, tuple[list, str]]) -> Markup:
+    """{title: (what is shown of it, the command for it)}: in columns, and below what is missing."""
+    blocks = [tag("div", tag("h3", title), *shown) for title, (shown, _) in wanted.items() if shown]
+    quiet = [page.missing(f"{k}:", line) for k, (shown, line) in wanted.items() if not shown]
+    return join([page.side_by_side(*blocks, kind="pairs") if blocks else None, *quiet])
 
 
 def _cards(pictures: list[Picture], what: str) -> Markup:
@@ -505,42 +509,36 @@ def _strip(picture: Picture, alt: str, *about: str) -> Markup:
     return page.picture(picture.path, text, alt, kind="strip")
 
 
-# Of each command on given images: its title, what its picture shows, and words that its command needs.
+# Of each command on given images: its title, and what its picture shows.
 GIVEN = {
     "interpolate": (
         "Interpolation",
         "Rows of images, from one on the left to another on the right",
-        (),
     ),
-    "reconstruct": (
-        "Encoded and decoded",
-        "Images, and below them the same encoded and decoded in S steps",
-        ("--steps=10,20,50,100",),
-    ),
-    "encode": ("Encoded", "Images above, below them the latents x_T that they are encoded to", ()),
+    "reconstruct": ("Encoded and decoded", "Images, below them the same encoded and decoded"),
+    "encode": ("Encoded", "Images above, below them the latents x_T that they are encoded to"),
     "denoise": (
         "Noise added and taken away",
-        "Images; the same with noise up to a time t; denoised from there",
-        ("--from_t=250,500",),
+        "Images, with noise up to a time, denoised from there",
     ),
-    "inpaint": ("Filled in", "Images; what is kept of them; the rest filled in", ("--mask=left",)),
+    "inpaint": ("Filled in", "Images; what is kept of them; the rest filled in"),
 }
 
 
 def _given(run: Found) -> Markup | None:
-    if not _is_diffusion(run):
+    chain = _chain(run)
+    if chain is None:
         return None
-    blocks, quiet = [], []
-    for kind, (title, alt, words) in GIVEN.items():
-        inside = []
+    T, wanted = len(chain), {}
+    steps = ",".join(str(S) for S in (10, 20, 50, 100) if S <= T) or str(T)
+    times = f"--from_t={','.join(str(t) for t in sorted({T // 4, T // 2}))}"
+    needs = {"reconstruct": [f"--steps={steps}"], "denoise": [times], "inpaint": ["--mask=left"]}
+    for kind, (title, alt) in GIVEN.items():
+        shown = []
         for one in run.of(kind)[-PICTURES:]:
-            inside += [_strip(one, alt), _reconstruction(one) if kind == "reconstruct" else None]
-        if inside:
-            blocks.append(tag("div", tag("h3", title), *inside))
-        else:
-            quiet.append(page.missing(f"{title}:", run.command(kind, *words)))
-    pairs = page.side_by_side(*blocks, kind="pairs") if blocks else None
-    return join([pairs, *quiet])
+            shown += [_strip(one, alt), _reconstruction(one) if kind == "reconstruct" else None]
+        wanted[title] = shown, run.command(kind, *needs.get(kind, ()))
+    return _pairs(wanted)
 
 
 def _reconstruction(picture: Picture) -> Markup | None:
@@ -629,13 +627,10 @@ def _settings(recipe: dict) -> dict[str, str]:
     result = {}
     for name, words in SAID.items():
         value = recipe.get(name)
-        if name == "steps" and value is None and "sampler" in recipe:
-            value = "all"
+        if name == "steps":
+            value = _steps(recipe)
         if value is None or (name == "guidance" and value == 1) or value == [None]:
             continue
-        if name == "steps" and str(value).startswith("[") and isinstance(value, str):
-            times = json.loads(value)
-            value, words = len(times), f"{{}} chosen steps ({', '.join(map(str, times[:3]))} …)"
         if name == "eta" and value == "hat":
             words = "σ̂"
         if isinstance(value, list):
@@ -646,6 +641,17 @@ def _settings(recipe: dict) -> dict[str, str]:
     if recipe.get("clip_x0") is False:
         result["clip_x0"] = "x̂_0 not clipped"
     return result
+
+
+def _steps(recipe: dict) -> str | None:
+    """50, "50 (0, 20, 41 …)" of a list of times, "all", or None where there is no chain."""
+    steps = recipe.get("steps")
+    if isinstance(steps, str) and steps.startswith("["):
+        times = steps.strip("[]").split(",")
+        return f"{len(times)} ({', '.join(times[:3])} …)"
+    if isinstance(steps, list):
+        return ", ".join(map(str, steps))
+    return str(steps) if steps is not None else "all" if "sampler" in recipe else None
 
 
 def _labels(said: list[dict[str, str]]) -> tuple[str, list[str]]:
@@ -665,11 +671,13 @@ def _measured(run: Found) -> dict[str, list[tuple[dict, object, dict]]]:
     for result in run.results.values():
         entries = result.get("metrics")
         for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if "manifest" not in entry:
+                continue
             manifest = entry["manifest"]
             made = manifest.get("generated", manifest)
             settings = _settings({**made, "seed": ", ".join(map(str, entry["seeds"]))})
             settings.pop("steps", None)
-            steps = made.get("steps") or ("T" if "sampler" in made else "–")
+            steps = _steps(made) or "–"
             count = manifest.get("num_generated", manifest.get("num_images"))
             settings["count"] = f"{count:,} images"
             if manifest.get("features"):
@@ -703,7 +711,7 @@ def _metrics(run: Found) -> Markup:
             parts.append(_by_steps(name, cells))
     if single:
         said = [settings | {"steps": f"{steps} steps"} for _, (settings, steps, _) in single]
-        common, labels = _labels(said) if len(said) > 1 else ("", [", ".join(said[0].values())])
+        common, labels = _labels(said)
         alike = set(labels) == {"the same"}
         rows = [
             (name, _value(entry), *(() if alike else (label,)))
@@ -715,11 +723,8 @@ def _metrics(run: Found) -> Markup:
     manifests = []
     for name, result in run.results.items():
         if isinstance(result.get("metrics"), dict):
-            text = json.dumps(
-                {key: entry["manifest"] for key, entry in result["metrics"].items()},
-                indent=1,
-                ensure_ascii=False,
-            )
+            told = {key: entry.get("manifest") for key, entry in result["metrics"].items()}
+            text = json.dumps(told, indent=1, ensure_ascii=False)
             manifests.append(page.fold(f"{name}.json", tag("pre", text, tabindex="0")))
     parts.append(page.fold(f"Manifests ({len(manifests)})", *manifests))
     return join(parts)
@@ -794,14 +799,7 @@ def comparison(found: list[Found]) -> str:
         "Samples": _last_pictures(found),
         "Numbers": _last_rows(found),
     }
-    foot = join(
-        [
-            f"Written {time.strftime('%Y-%m-%d %H:%M')}. The same command renews it: ",
-            page.command(
-                found[0]._replace(workdir=",".join(run.workdir for run in found)).command("report")
-            ),
-        ]
-    )
+    foot = _foot(found[0]._replace(workdir=",".join(run.workdir for run in found)))
     names = [run.name for run in found]
     facts = page.tiles({run.name: f"step {run.rows[-1]['step']:,}" for run in found})
     lead = f"{len(found)} runs, {'; '.join(dict.fromkeys(map(_lead, found)))}"

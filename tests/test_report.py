@@ -89,9 +89,6 @@ def test_a_page_holds_the_run_and_asks_nothing_of_the_network(trained, capsys):
         last = json.loads(file.readlines()[-1])
     for name in last.keys() - {"step"}:
         first, low, high, end = map(value, reader.row(name))
-        if last[name] is None or np.isnan(last[name]):
-            assert np.isnan(end)
-            continue
         assert end == pytest.approx(last[name], rel=6e-4) and low <= first <= high
     assert f"step{last['step']}" in reader.text.replace(",", "")
     for _, attributes in reader.attributes:
@@ -173,7 +170,7 @@ def list_of_pictures(workdir):
 
 
 def test_text_of_files_stays_text(trained, tmp_path):
-    folder = tmp_path / "a <b> & 'run'"
+    folder = tmp_path / "a <u> & 'run'"
     shutil.copytree(trained[0], folder)
     config = config_lib.load(f"{folder}/config.json")
     config.data.name = "<script>alert(1)</script>"
@@ -184,7 +181,7 @@ def test_text_of_files_stays_text(trained, tmp_path):
     (folder / "eval/x.json").write_text('{"<i>": 1.0, "<i>_stderr": 0.1, "recipe": {}}')
     shutil.copy(folder / "data_preview.png", folder / 'samples/"><u>.png')
     reader = read(report.report(str(folder)))
-    assert not {"script", "b", "i", "u"} & set(reader.tags) - {"b"}
+    assert not {"script", "i", "u"} & set(reader.tags)
     assert all("src" in image and image["src"] != "x" for image in reader.all("img"))
     for text in ("<script>alert(1)</script>", "<img src=x onerror=y>", "<i>", '"><u>.png'):
         assert text in reader.text
