@@ -135,8 +135,9 @@ def picture(path: str, caption: str, alt: str, *, kind: str = "") -> Markup:
 
 
 def side_by_side(*inside, kind: str = "cards") -> Markup:
-    """Blocks in columns: "charts", "pairs", or "cards", which a phone shows as a row to be scrolled."""
-    scrolls = {"tabindex": 0, "role": "group", "aria_label": "Pictures"} if kind == "cards" else {}
+    """Blocks in columns: "charts", "pairs"; "cards" and "cards large", on a phone a row to be scrolled."""
+    scrolls = {"tabindex": 0, "role": "group", "aria_label": "Pictures"}
+    scrolls = scrolls if kind.startswith("cards") else {}
     return tag("div", *inside, class_=kind, **scrolls)
 
 
@@ -352,6 +353,7 @@ figure{margin:0;min-width:0}
 .cards,.charts{display:grid;gap:1rem;margin:1rem 0}
 .charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
 .cards{grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
+.cards.large{grid-template-columns:repeat(auto-fill,minmax(20rem,1fr))}
 .pairs{columns:32rem;column-gap:1.5rem}.pairs>div{break-inside:avoid;padding-top:1.5rem}.pairs h3{margin-top:0}
 @media (max-width:40rem){.cards{display:flex;overflow-x:auto;scroll-snap-type:x proximity;padding-bottom:.25rem}
 .cards>*{flex:0 0 84%;scroll-snap-align:start}.cards>:only-child{flex-basis:100%}}

@@ -609,7 +609,7 @@ SAID = {
     "order": "order {}",
     "steps": "{} steps",
     "spacing": "{} spacing",
-    "eta": "η = {}",
+    "eta": "η\u00a0=\u00a0{}",
     "variance": "variance {}",
     "cdf": "{} cdf",
     "guidance": "guidance {}",
@@ -885,7 +885,7 @@ def _last_pictures(found: list[Found]) -> Markup:
         else:
             parts.append(page.missing(f"{run.name} has drawn no picture yet."))
     text = "The last picture of training: raw parameters above, EMA below."
-    return join([tag("p", text, class_="quiet"), page.side_by_side(*parts)])
+    return join([tag("p", text, class_="quiet"), page.side_by_side(*parts, kind="cards large")])
 
 
 def _last_rows(found: list[Found]) -> Markup:

@@ -2,9 +2,12 @@
 
 import html.parser
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from test_edit import make_config
 from ddpm_jax import config as config_lib
 from ddpm_jax import edit, evaluate, page, report, runs, sample, train
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOID = {"br", "img", "meta", "wbr"}
 
 
@@ -254,6 +258,16 @@ def test_what_is_no_run_is_said_in_one_line(trained, tmp_path, keep, words):
     with pytest.raises(runs.RunError, match=words) as error:
         report.report(workdir)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_is_looked_at_while_another_process_holds_the_device(trained, tmp_path):
+    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # whoever asks for a device gets none
+    given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}
+    out = str(tmp_path / "page.html")
+    result = subprocess.run([*command, f"--out={out}"], **given)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert read(out).text == read(report.report(trained[0])).text
 
 
 def test_nothing_else_is_overwritten(trained, tmp_path):
