@@ -3,7 +3,7 @@
     python -m ddpm_jax.benchmark --config=configs/cifar10.py --batch_size=8
 
 Prints the time to start, training and sampling speed, operations, memory, and three ratios: the training
-step over the bare forward and backward pass of its network and loss, one step of the reverse chain over
+step over the bare forward and backward pass of its network and loss, one network call of each sampler over
 a bare forward pass, and the textbook form of the network over the one that is used. Times are medians
 after a warm-up; what is compared runs in turns. Images are made up.
 """
@@ -25,7 +25,16 @@ from absl import app, flags
 from ddpm_jax import config as config_lib
 from ddpm_jax import ddpm, main, parallel, training
 
-CHAIN_STEPS = 10  # of the reverse chain that is timed; they all cost the same
+CHAIN_STEPS = 10  # of the reverse chains that are timed; they all cost the same
+SAMPLERS = {
+    "ancestral": {},
+    "ddim": {"sampler": "ddim"},
+    "ddim_eta": {"sampler": "ddim", "eta": 0.5},
+    "dpm_solver_2": {"sampler": "dpm_solver", "order": 2},
+    "dpm_solver_3": {"sampler": "dpm_solver", "order": 3},
+    "heun": {"sampler": "heun"},  # of two calls a step, but for the last
+}
+GUIDED = {"guided": {"sampler": "ddim", "guidance": 3.0}}  # of a model that can be
 
 
 def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[str, float]:
@@ -104,13 +113,19 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
     bare_forward = parallel.map_shards(functools.partial(forward, unet))
     bare_gradient = parallel.map_shards(functools.partial(gradient, unet))
     few_steps = str(min(CHAIN_STEPS, len(schedule)))
-    sample, (_, bound) = method.make_sample(steps=few_steps), method.make_bound(steps=few_steps)
-    chain = parallel.map_shards(lambda tree, examples: sample(*tree, *examples))
+    _, bound = method.make_bound(steps=few_steps)
+
+    def chain(options):
+        sample = method.make_sample(steps=few_steps, **options)
+        mapped = parallel.map_shards(lambda tree, examples: sample(*tree, *examples))
+        return lambda: mapped((params, key), (batch["index"], batch["label"]))
+
+    guided = GUIDED if config.diffusion.get("label_dropout") else {}
     all_terms = parallel.map_shards(lambda tree, batch: bound(*tree, batch))
     calls = {
         "train": train_step,
         "gradient": lambda: bare_gradient(params, (x, t, label, keys)),
-        "chain": lambda: chain((params, key), (batch["index"], batch["label"])),
+        **{name: chain(options) for name, options in (SAMPLERS | guided).items()},
         "bound": lambda: all_terms((params, key), batch),
         "forward": lambda: bare_forward(params, (x, t, label)),
     }
@@ -128,7 +143,11 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         }
         versus = median_seconds(versus)
 
-    chain_step, bound_term = (seconds[name] / int(few_steps) for name in ("chain", "bound"))
+    chain_step, bound_term = (seconds[name] / int(few_steps) for name in ("ancestral", "bound"))
+    over = {}
+    for name in SAMPLERS | guided:
+        count = int(few_steps) if name != "heun" else 2 * int(few_steps) - 1
+        over[f"{name}_call_over_bare_forward"] = seconds[name] / count / seconds["forward"]
     per_image = jax.local_device_count() / batch_size
     flops = parallel.flops(step) * per_image
     forward_flops = parallel.flops(bare_forward.lower(params, (x, t, label)).compile()) * per_image
@@ -149,7 +168,7 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
         "step_memory_mib": parallel.memory(step) / 2**20,
         "peak_host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         "train_step_over_bare_gradient": seconds["train"] / seconds["gradient"],
-        "chain_step_over_bare_forward": chain_step / seconds["forward"],
+        **over,
         "bound_term_over_bare_forward": bound_term / seconds["forward"],
     }
     if "peak_bytes_in_use" in stats:  # a CPU has no such count

@@ -363,7 +363,10 @@ def diffusion_method(
 
         def sample(params, key, index, label, x_T=None):
             keys = fold_in_each(key, index)
-            x_T = samplers.prior(keys, image_shape) if x_T is None else x_T
+            if x_T is None:
+                if from_t is not None:
+                    raise ValueError(f"a chain from_t={from_t} begins with an x_T that is given")
+                x_T = samplers.prior(keys, image_shape)
             return reverse(denoiser(params, label, guidance=guidance), x_T, keys)
 
         return sample

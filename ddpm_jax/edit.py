@@ -23,7 +23,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import data, diffusion, runs, sample, samplers, training, writers
-from ddpm_jax.ddpm import fold_in_each, labels_of
+from ddpm_jax.ddpm import all_options, fold_in_each, labels_of
 
 FRACTIONS = 9  # images in a row of an interpolation, both ends included
 MASKS = ("centre", "left", "right", "top", "bottom")
@@ -139,7 +139,7 @@ def encode(
         latents = runs.map_images(run, function, None, *examples, batch_size=batch_size)
         return {"latents": latents, "images": given.images, "labels": given.labels}
 
-    recipe = given.recipe | options
+    recipe = given.recipe | all_options(model.make_encode, options)
     out, arrays = _write(run, "encode", recipe, make, out, images=images, **which, **options)
     latents = arrays["latents"]
     look = diffusion.to_uint8(latents / 3)  # three standard deviations fill the range
@@ -206,7 +206,7 @@ def reconstruct(
             arrays[f"images_{S}"], arrays[f"error_{S}"] = result
         return arrays
 
-    recipe = given.recipe | options | {"steps": counts}
+    recipe = given.recipe | all_options(model.make_encode, options) | {"steps": counts}
     name = {"images": images, **which, **options, "steps": counts}
     out, arrays = _write(run, "reconstruct", recipe, make, out, **name)
     rows = [("images", given.images[:8])]
@@ -474,7 +474,7 @@ def inpaint(
             "mask": 255 * hole.astype(np.uint8),
         }
 
-    recipe = given.recipe | {"seed": seed} | said
+    recipe = given.recipe | {"seed": seed} | all_options(model.make_inpaint, said)
     recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
     name = {"mask": os.path.basename(mask), "images": images, **which, **options}
     out, arrays = _write(run, "inpaint", recipe, make, out, f"seed{seed}", **name)

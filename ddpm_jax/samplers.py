@@ -57,7 +57,6 @@ def clip(x_0, how: bool | str):
       how: True cuts off what lies beyond ±1 (Ho et al.'s code); "dynamic" cuts each image at the
         `DYNAMIC_PERCENTILE` of its |x̂_0| if that is above 1, and divides by it (Saharia et al. 2022
         §2.3); False does nothing.
-
     """
     check_clip(how)
     if how == "dynamic":

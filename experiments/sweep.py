@@ -32,16 +32,23 @@ def fail(line: str):
     sys.exit(2)
 
 
+def tables() -> list[str]:
+    """The folders here whose config.py has rows."""
+    files = sorted(Path(__file__).parent.glob("*/config.py"))
+    return [str(file.parent) for file in files if "def rows(" in file.read_text(encoding="utf-8")]
+
+
 def load(folder: str):
     """The module FOLDER/config.py."""
     path = Path(folder, "config.py")
+    names = ", ".join(map(os.path.relpath, tables()))
     if not path.is_file():
-        others = sorted(str(p.parent) for p in Path(__file__).parent.glob("*/config.py"))
-        names = ", ".join(os.path.relpath(p) for p in others)
         fail(f"no experiment {folder!r}: there is no file {path} (choose from {names})")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.parent.name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "rows"):
+        fail(f"{folder} is no table: its config.py has no rows(size) (choose from {names})")
     return module
 
 

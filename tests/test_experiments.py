@@ -1,5 +1,6 @@
 """Every row of every experiment builds, its printed command means what it says, and results become a table."""
 
+import importlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from ddpm_jax.ddpm import make_method
 from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(f"experiments/{path.parent.name}" for path in ROOT.glob("experiments/*/config.py"))
+FOLDERS = [f"experiments/{Path(folder).name}" for folder in sweep.tables()]
 NAME = re.compile(
     r"(?!config$|metrics$)[a-z0-9_]+"
 )  # of a row or a column: a file among a run's own
@@ -183,6 +184,7 @@ def refused(capsys, *arguments) -> str:
     "arguments, said",
     [
         (["experiments/ho2020"], "experiments/ho2020_table2, experiments/iddpm_table2"),
+        (["experiments/vae"], "no rows(size) (choose from experiments/ho2020_table2"),
         (["experiments/iddpm_table2", "--size=tiny"], "'full', 'cpu', 'smoke'"),
         (["experiments/iddpm_table2", "--row=cosine"], "cosine_simple, cosine_hybrid, cosine_vlb"),
         (["experiments/iddpm_table2", "--row=cosine_vlb,"], "no row ''"),
@@ -242,3 +244,25 @@ def test_each_docstring_says_what_to_run_and_what_came_of_it(folder):
     assert "Expected" in text and "Measured" in text
     for size in sweep.SIZES.values():
         assert all(f"\n    {row} " in text for row in sweep.load(folder).rows(size))
+
+
+# ---- ddim_table1 -----------------------------------------------------------------------------------
+
+
+def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
+    table1 = importlib.import_module("experiments.ddim_table1.__main__")
+    asked = []
+
+    def score(workdir, **options):
+        asked.append(options)
+        mean = 1.0 + 100 * (options.get("steps") or 0) + 0.125 * float(options["sampler"] == "ddim")
+        return {"fid_300": {"mean": mean}}
+
+    monkeypatch.setattr(table1.score, "score", score)
+    table = table1.measure("run", features="x", num_samples=300, counts=(2, 4))
+    assert len(asked) == 2 * (len(table1.ROWS) - 1) + 2
+    assert len({str(sorted(options.items())) for options in asked}) == len(asked)
+    lines = table1.show(table, "fid_300").splitlines()
+    assert lines[0] == "| S | 2 | 4 | 50 | T |"
+    assert lines[2] == "| DDIM η 0.0 | 201.12 | 401.12 |  |  |"
+    assert lines[-1] == "| ancestral |  |  | 5001.00 | 1.00 |"

@@ -34,7 +34,7 @@ MISTAKES = {
     (
         "--mode=nll",
         "--num_samples=3",
-    ): "--num_samples is for --mode=sample, progressive, nearest, not for nll",
+    ): "--num_samples is for --mode=sample, progressive, nearest, eval, not for nll",
     ("--mode=best_steps",): "needs --steps=S",
     ("--mode=denoise", "--workdir=runs/not_there"): "needs --from_t=T",
     ("--mode=sample", "--eta=hot"): "flag --eta=hot",

@@ -1,0 +1,116 @@
+"""The truth: the chain by its definition, in float64 and on grids. It shares no code with ddpm_jax.
+
+From the documents it takes one line, the kernel q(x_t | x_{t−1}) = N(√α_t x_{t−1}, β_t) of a single number;
+what follows from it is composed step by step, or integrated by the trapezoidal rule, which is exact to
+rounding for densities that vanish at both ends. Time is that of the documents, t = 1 … 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+BETA = np.linspace(1e-4, 0.02, 1000)  # β_1 … β_T of Ho et al. §4
+TIMES = (500, 2, 10, 100, 1000)  # the first is the one that the table shows
+
+
+def over(function: Callable[..., float], *arguments, times=TIMES) -> np.ndarray:
+    """function(t, *arguments) at each of the times."""
+    return np.array([function(t, *arguments) for t in times])
+
+
+def symbols(t: int) -> tuple[float, float, float, float]:
+    """α_t, β_t, ᾱ_t, ᾱ_{t−1}, with which printed and right formulas are evaluated; ᾱ_0 = 1."""
+    alpha = 1 - BETA
+    return alpha[t - 1], BETA[t - 1], np.prod(alpha[:t]), np.prod(alpha[: t - 1])
+
+
+def forward(t: int, start: int = 0) -> tuple[float, float]:
+    """x_t given x_start is N(factor · x_start, variance): the kernels, one after the other."""
+    factor, variance = 1.0, 0.0
+    for beta in BETA[start:t]:
+        factor, variance = np.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
+    return factor, variance
+
+
+def variance(t: int) -> float:
+    """The variance of x_t given x_0."""
+    return forward(t)[1]
+
+
+def log_normal(x, mean, variance):
+    """log N(x; mean, variance)."""
+    return -0.5 * ((x - mean) ** 2 / variance + np.log(2 * np.pi * variance))
+
+
+def normalise(log_density, x):
+    """The logarithm of a density on an even grid, made to integrate to 1."""
+    peak = log_density.max()
+    return log_density - peak - np.log(np.exp(log_density - peak).sum() * (x[1] - x[0]))
+
+
+def posterior(t: int, x_t: float, x_0: float, before: int | None = None):
+    """log q(x_s | x_t, x_0) on a grid by Bayes' rule: x [N], log density [N].
+
+    Args:
+      before: s; None for t − 1.
+    """
+    before = t - 1 if before is None else before
+    x = np.linspace(-15, 15, 20001) * np.sqrt(forward(t)[1])
+    factor, variance = forward(before)
+    step, step_variance = forward(t, before)
+    log_density = log_normal(x_t, step * x, step_variance) + log_normal(x, factor * x_0, variance)
+    return x, normalise(log_density, x)
+
+
+def moments(x, log_density) -> tuple[float, float]:
+    """Mean and variance of a density on a grid."""
+    p = np.exp(log_density) * (x[1] - x[0])
+    mean = np.sum(p * x)
+    return mean, np.sum(p * (x - mean) ** 2)
+
+
+def divergence(x, log_p, log_q) -> float:
+    """KL(p ‖ q) of two densities on a grid."""
+    return np.sum(np.exp(log_p) * (log_p - log_q)) * (x[1] - x[0])
+
+
+def posterior_variance(t: int) -> float:
+    """The variance of x_{t−1} given x_t and x_0."""
+    return moments(*posterior(t, 0.0, 0.0))[1]
+
+
+def divergence_of_x_0(t: int) -> float:
+    """KL(q(x_{t−1} | x_t, x_0) ‖ q(x_{t−1} | x_t, x_θ)) for ‖x_θ − x_0‖ = one deviation of x_t
+    over its factor.
+    """
+    factor, variance = forward(t)
+    return _divergence(t, 0.0, np.sqrt(variance) / factor)
+
+
+def divergence_of_eps(t: int, variance: float | None = None) -> float:
+    """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for ‖ε_θ − ε‖ = 1.
+
+    Args:
+      variance: σ_t² of p_θ; None for that of q.
+    """
+    factor, of_x_t = forward(t)
+    x_t = 0.3 * np.sqrt(of_x_t)
+    eps, eps_theta = 0.5, 1.5
+    x_0, x_theta = ((x_t - np.sqrt(of_x_t) * e) / factor for e in (eps, eps_theta))
+    return _divergence(t, x_0, x_theta, x_t, variance)
+
+
+def _divergence(t, x_0, x_theta, x_t=0.0, variance=None):
+    x, log_q = posterior(t, x_t, x_0)
+    _, log_p = posterior(t, x_t, x_theta)
+    if variance is not None:
+        log_p = log_normal(x, moments(x, log_p)[0], variance)
+    return divergence(x, log_q, log_p)
+
+
+def mean_of_eps(t: int, x_t: float, eps: float) -> float:
+    """The mean of x_{t−1} given x_t and the x_0 that x_t and ε belong to."""
+    factor, variance = forward(t)
+    return moments(*posterior(t, x_t, (x_t - np.sqrt(variance) * eps) / factor))[0]

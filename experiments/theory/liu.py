@@ -1,0 +1,155 @@
+"""Liu (2023), Notes on Diffusion Models: VAE, DDPM, DDIM."""
+
+import numpy as np
+from scipy import special
+
+from experiments.theory import chain, ours
+from experiments.theory.chain import over, symbols
+from experiments.theory.erratum import Erratum, Numbers
+
+LEVELS = np.arange(256) / 127.5 - 1
+TAU = tuple(range(100, 1001, 100))  # a sub-sequence of ten times
+
+
+def divergence_from_the_prior() -> Numbers:
+    """−KL(N(0.4, 0.6²) ‖ N(0, 1)), integrated on a grid."""
+    mean, variance = 0.4, 0.36
+    x = np.linspace(-12, 12, 20001)
+    truth = -chain.divergence(x, chain.log_normal(x, mean, variance), chain.log_normal(x, 0.0, 1.0))
+    printed, right = (0.5 * (1 + np.log(variance) - mean**2 + s * variance) for s in (1, -1))
+    return Numbers(truth, printed, right)
+
+
+def sum_of_levels() -> Numbers:
+    """The sum of p(x_0 | x_1) over the 256 levels of a pixel, for μ_θ = 0.2, σ_1 = 0.5: that of
+    any distribution is 1.
+    """
+
+    def total(side):
+        upper = np.where(LEVELS > 0.999, np.inf, LEVELS + 1 / 255)
+        lower = np.where(LEVELS < -0.999, -np.inf, LEVELS + side / 255)
+        return np.sum(special.ndtr((upper - 0.2) / 0.5) - special.ndtr((lower - 0.2) / 0.5))
+
+    return Numbers(1.0, total(1), total(-1))
+
+
+def first_mean() -> Numbers:
+    """μ_θ(x_1, 1) for a network that knows ε = 0.7 exactly, x_0 = 0.3: it must give x_0 back."""
+    beta, x_0, eps = chain.BETA[0], 0.3, 0.7
+    x_1 = np.sqrt(1 - beta) * x_0 + np.sqrt(beta) * eps
+    return Numbers(x_0, x_1 - eps, (x_1 - np.sqrt(beta) * eps) / np.sqrt(1 - beta))
+
+
+def weight_of_the_decoder() -> Numbers:
+    """By how much −log p(x_0 | x_1) grows if μ_θ is 0.1 off x_0 = 0 (nearest level), σ_1 = 0.1,
+    divided by 0.1²: from exact normal integrals over the level.
+    """
+    x_0, std, off = LEVELS[128], 0.1, 0.1
+
+    def log_p(mean):
+        edges = (x_0 + np.array([-1, 1]) / 255 - mean) / std
+        return np.log(special.ndtr(edges[1]) - special.ndtr(edges[0]))
+
+    truth = (log_p(x_0) - log_p(x_0 + off)) / off**2
+    return Numbers(truth, 2 / 255 / (2 * std**2), 1 / (2 * std**2))
+
+
+def weight_of_ddim() -> Numbers:
+    """KL(q_σ(x_t | x_{t+1}, x_0) ‖ p_θ(x_t | x_{t+1})) for ‖ε_θ − ε‖ = 1, both of Lemma 2.1 with
+    half of DDPM's σ, integrated on a grid, at t + 1 = 500; also at 2, 10, 100, 1000.
+    """
+
+    def parts(t):  # t is the document's t + 1
+        alpha, beta, bar, before = symbols(t)
+        variance = 0.25 * beta * (1 - before) / (1 - bar)
+        return alpha, bar, before, variance
+
+    def truth(t):
+        _, _, _, variance = parts(t)
+        (factor, spread), (earlier, earlier_spread) = chain.forward(t), chain.forward(t - 1)
+        x_t = 0.2
+
+        def mean(eps):
+            x_0 = (x_t - np.sqrt(spread) * eps) / factor
+            keep = np.sqrt((earlier_spread - variance) / spread)
+            return earlier * x_0 + keep * (x_t - factor * x_0)
+
+        means = mean(0.5), mean(1.5)
+        x = np.mean(means) + np.linspace(-1, 1, 20001) * (
+            abs(means[1] - means[0]) + 12 * variance**0.5
+        )
+        return chain.divergence(x, *(chain.log_normal(x, m, variance) for m in means))
+
+    def printed(t):
+        alpha, bar, before, variance = parts(t)
+        return (np.sqrt(1 - before - variance) - np.sqrt((1 - bar) / alpha)) ** 2 / variance
+
+    return Numbers(over(truth), over(printed), over(printed) / 2)
+
+
+def variance_of_a_jump() -> Numbers:
+    """σ² with η = 1, which is to make a DDPM: the variance of x_{τ_{i−1}} given x_{τ_i} and x_0 by
+    Bayes' rule on a grid, for τ = 100, 200 … 1000, shown at τ_i = 500.
+    """
+
+    def truth(t):
+        return chain.moments(*chain.posterior(t, 0.0, 0.0, before=t - 100))[1]
+
+    def printed(t):
+        alpha, _, bar, before = symbols(t)
+        return (1 - alpha) * (1 - before) / (1 - bar)
+
+    def right(t):
+        bar, earlier = symbols(t)[2], symbols(t - 100)[2]
+        return (1 - earlier) / (1 - bar) * (1 - bar / earlier)
+
+    times = (500, *(t for t in TAU[1:] if t != 500))
+    return Numbers(*(over(f, times=times) for f in (truth, printed, right)))
+
+
+ERRATA = (
+    Erratum(
+        "§1, networks",
+        "Kingma and Welling's MLPs have ReLU",
+        "tanh; the 500 hidden units and the sigmoid are theirs",
+        "Words: Kingma & Welling 2014, appendix C. Either network is a VAE; experiments/vae has the ReLU of the notes.",
+    ),
+    Erratum(
+        "(1.3)",
+        "−KL = ½ Σ (1 + log σ² − μ² + σ²)",
+        "½ Σ (1 + log σ² − μ² − σ²)",
+        divergence_from_the_prior,
+        ours=ours.divergence_from_the_prior,
+    ),
+    Erratum("(2.10)", "δ_−(x) = x + 1/255", "x − 1/255", sum_of_levels, ours=ours.sum_of_levels),
+    Erratum(
+        "before (2.11)",
+        "μ_θ(x_1, 1) = x_1 − ε_θ",
+        "(x_1 − √β_1 ε_θ)/√α_1",
+        first_mean,
+        ours=ours.first_mean,
+    ),
+    Erratum(
+        "(2.11)",
+        "log p(x_0∣x_1) ≈ −Σ (2/255) · 1/(2σ_1²) (…)² + C",
+        "−Σ 1/(2σ_1²) (…)² + C: the width 2/255 of a level multiplies the density, so its logarithm belongs to C",
+        weight_of_the_decoder,
+        tolerance=1e-2,
+        ours=ours.weight_of_the_decoder,
+        ours_tolerance=1e-3,
+    ),
+    Erratum(
+        "above (2.15), twice",
+        "KL = ((√(1−ᾱ_t−σ²) − √((1−ᾱ_{t+1})/α_{t+1}))/σ)² ‖ε_θ − ε‖²",
+        "½ (…)²; (2.15) itself is right for this γ_t",
+        weight_of_ddim,
+    ),
+    Erratum(
+        "§2.2, σ_{τ_i}",
+        "η √((1−α_{τ_i})(1−ᾱ_{τ_i −1})/(1−ᾱ_{τ_i}))",
+        "η √((1−ᾱ_{τ_{i−1}})/(1−ᾱ_{τ_i})) √(1−ᾱ_{τ_i}/ᾱ_{τ_{i−1}}): the neighbour on the sub-sequence",
+        variance_of_a_jump,
+        ours=ours.variance_of_a_jump,
+        ours_tolerance=1e-9,
+    ),
+)

@@ -1,0 +1,138 @@
+"""Kingma & Welling 2014, Auto-Encoding Variational Bayes, as another Method: same trainer, data, samples.
+
+    log p(x) ≥ ELBO = E_q(z|x)[log p(x|z)] − KL(q(z|x) ‖ p(z))                     Kingma & Welling (3)
+    q(z|x) = N(μ(x), diag σ²(x)),  p(z) = N(0, I),  p(x|z) = ∏ Bernoulli(x_i; y_i(z))     appendix C
+
+Encoder and decoder have one hidden layer of 500 units. They are ReLU as in Liu 2023 §1; Kingma & Welling
+have tanh. Grey values are x = image/255 in [0, 1], and log p(x|z) = Σ x_i log y_i + (1 − x_i) log(1 − y_i),
+the expected log-likelihood of an image whose pixels are drawn black or white with the probabilities x. So
+the ELBO bounds the mean log-likelihood of such binary images, in nats an image. It is no likelihood of
+8-bit images: it must not be divided into bits/dim, nor compared with `--mode=nll` of a diffusion.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import gaussians
+from ddpm_jax.ddpm import Method, fold_in_each, mirror_at_random
+
+SECTIONS = ("vae",)  # of a config, beside those that every Method has
+
+
+class Network(nn.Module):
+    """Encoder and decoder; D pixels in a row, J latents. Kingma & Welling, appendix C."""
+
+    pixels: int
+    latents: int
+    hidden: int
+
+    def setup(self):
+        self.encoder_hidden = nn.Dense(self.hidden)
+        self.encoder_mean = nn.Dense(self.latents)
+        self.encoder_log_variance = nn.Dense(self.latents)
+        self.decoder_hidden = nn.Dense(self.hidden)
+        self.decoder_logits = nn.Dense(self.pixels)
+
+    def encode(self, x):
+        """μ and log σ² of q(z|x): two [B, J] from grey values [B, D] in [0, 1]."""
+        h = nn.relu(self.encoder_hidden(x))
+        return self.encoder_mean(h), self.encoder_log_variance(h)
+
+    def decode(self, z):
+        """logit y(z) [..., D] from z [..., J]."""
+        return self.decoder_logits(nn.relu(self.decoder_hidden(z)))
+
+    def __call__(self, x):  # every parameter once, for `init`
+        return self.decode(self.encode(x)[0])
+
+
+def make_network(image_shape: tuple[int, ...], *, latents: int, hidden: int = 500) -> Network:
+    """The network of a config's section vae.
+
+    Raises:
+      ValueError: no latents or no hidden units.
+    """
+    if latents < 1 or hidden < 1:
+        raise ValueError(f"latents and hidden must be at least 1, got {latents} and {hidden}")
+    return Network(int(np.prod(image_shape)), latents, hidden)
+
+
+def grey(images):
+    """uint8 [B, H, W, C] to [B, D] in [0, 1]."""
+    return images.reshape(images.shape[0], -1).astype(jnp.float32) / 255.0
+
+
+def log_bernoulli(x, logits):
+    """Σ x_i log y_i + (1 − x_i) log(1 − y_i) over the last axis; any shape before it."""
+    return jnp.sum(x * logits - jax.nn.softplus(logits), axis=-1)
+
+
+def parts(network: Network, params, x, eps):
+    """The two parts of the ELBO, Kingma & Welling (10), and what an importance weight is made of.
+
+    Args:
+      x: [B, D] in [0, 1].
+      eps: N(0, I), [K, B, J], for K draws of z.
+
+    Returns:
+      log p(x|z) [K, B]; KL(q(z|x) ‖ p(z)) [B]; log p(z) − log q(z|x) [K, B]; all in nats.
+    """
+    apply = network.bind({"params": params})
+    mean, log_variance = apply.encode(x)
+    kl = jnp.sum(gaussians.kl(mean, log_variance, 0.0, 0.0), axis=-1)
+    z = mean[None] + jnp.exp(0.5 * log_variance)[None] * eps
+    reconstruction = log_bernoulli(x[None], apply.decode(z))
+    log_ratio = 0.5 * jnp.sum(jnp.square(eps) + log_variance[None] - jnp.square(z), axis=-1)
+    return reconstruction, kl, log_ratio
+
+
+def make(config) -> Method:
+    """The Method of a config: reads its sections data and vae.
+
+    Raises:
+      ConfigError: a field that is unknown, of a wrong type or impossible.
+    """
+    image_shape, flip = tuple(config.data.image_shape), config.data.flip
+    network = config_lib.call("config.vae", make_network, config.vae, image_shape=image_shape)
+
+    def init(key):
+        return network.init(key, jnp.zeros((1, network.pixels)))["params"]
+
+    def loss(params, memory, key, batch):
+        del memory  # nothing here depends on it
+        keys = jax.vmap(jax.random.split)(fold_in_each(key, batch["index"]))
+        eps_keys, flip_keys = keys[:, 0], keys[:, 1]
+        images = mirror_at_random(flip_keys, batch["image"]) if flip else batch["image"]
+        eps = jax.vmap(lambda key: jax.random.normal(key, (network.latents,)))(eps_keys)
+        reconstruction, kl, _ = parts(network, params, grey(images), eps[None])
+        error = -reconstruction[0]
+        once = jnp.ones_like(kl)
+        return error + kl, {"reconstruction": (error, once), "kl": (kl, once)}, ()
+
+    def make_sample():
+        """Images are the probabilities y(z) of z ~ N(0, I), as in Kingma & Welling's figures; no options."""
+
+        def sample(params, key, index, label):
+            del label  # it looks at none
+            keys = fold_in_each(key, index)
+            z = jax.vmap(lambda key: jax.random.normal(key, (network.latents,)))(keys)
+            return decoded(network, params, z).reshape(-1, *image_shape)
+
+        return sample
+
+    return Method(
+        image_shape=image_shape,
+        num_classes=0,
+        init=init,
+        loss=loss,
+        metric_names=("reconstruction", "kl"),
+        make_sample=make_sample,
+    )
+
+
+def decoded(network: Network, params, z):
+    """y(z) as an image in [−1, 1]: [B, D] from z [B, J]."""
+    return jnp.tanh(0.5 * network.bind({"params": params}).decode(z))  # 2 sigmoid(a) − 1

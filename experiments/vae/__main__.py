@@ -1,0 +1,206 @@
+"""What a trained auto-encoder is worth: its ELBO, a tighter bound, and a picture of a plane of latents.
+
+    python -m experiments.vae --workdir=runs/vae_20
+    python -m experiments.vae --workdir=runs/vae_2 --num_images=1000
+
+Prints reconstruction, KL and ELBO in nats an image, with standard errors over images, and the bound
+log 1/K Σ_k p(x, z_k)/q(z_k|x) with K draws (Burda et al. 2016), which rises to log p(x) with K. The same
+stands in the .json, in workdir/eval. With two latents the plane of images comes too, in workdir/samples
+(Kingma & Welling, Figure 4). Image i depends on the seed and i.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+import jax
+import numpy as np
+from scipy import special
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import diffusion, parallel, runs, training, writers
+from ddpm_jax import main as command_line
+from ddpm_jax.ddpm import fold_in_each
+from ddpm_jax.evaluate import mean_and_error
+from experiments import vae
+
+PLANE = 20  # images along each side
+
+
+def make_bounds(network: vae.Network, num_draws: int):
+    """(params, key, images uint8 [B, H, W, C], index [B]) -> {name: [B]} in nats, from K draws of z for each.
+
+    reconstruction is −E log p(x|z) and kl the divergence from the prior, so elbo = −reconstruction − kl;
+    log_p is the importance-weighted bound.
+    """
+
+    def bounds(params, key, images, index):
+        keys, shape = fold_in_each(key, index), (num_draws, network.latents)
+        eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(keys)
+        log_p_x, kl, log_ratio = vae.parts(network, params, vae.grey(images), eps)
+        reconstruction = -log_p_x.mean(axis=0)
+        log_p = jax.nn.logsumexp(log_p_x + log_ratio, axis=0) - np.log(num_draws)
+        return {
+            "elbo": -reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "log_p": log_p,
+        }
+
+    return bounds
+
+
+def load(workdir: str, weights: str) -> tuple[runs.Run, vae.Network]:
+    """A run of this experiment.
+
+    Raises:
+      RunError: it is a run of another Method; or as `runs.load`.
+    """
+    run = runs.load(workdir, weights)
+    if run.config.method != vae.__name__:
+        raise runs.RunError(
+            f"{run.workdir} is a run of {run.config.method}, which this command does not know; it"
+            f" measures those of {vae.__name__}"
+        )
+    return run, vae.make_network(run.method.image_shape, **run.config.vae)
+
+
+def measure(
+    workdir: str,
+    *,
+    split: str = "test",
+    num_images: int | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    num_draws: int = 50,
+    batch_size: int | None = None,
+    data_dir: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Measures the first images of a split with a run's last checkpoint, prints the means, writes a .json.
+
+    Args:
+      num_images: how many; None for all of the split.
+      weights: "ema" or "raw".
+      seed: of the draws of z.
+      num_draws: K; the ELBO is averaged over them.
+      batch_size: images at a time; it changes memory and speed, and a result by rounding at most.
+      data_dir: where the data are, if not where the config says.
+
+    Returns:
+      elbo, reconstruction, kl and log_p, float64 [N] in nats.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
+    """
+    run, network = load(workdir, weights)
+    with config_lib.errors_at("--seed"):
+        key = training.make_keys(seed).evaluate
+    where = {"image_shape": run.method.image_shape} | ({"data_dir": data_dir} if data_dir else {})
+    dataset = runs.load_data(run.config, split=split, **where)
+    count = num_images or len(dataset)
+    if count > len(dataset):
+        raise runs.RunError(f"{count} images asked of the {len(dataset)} in {dataset.name}/{split}")
+
+    mapped = parallel.map_examples(make_bounds(network, num_draws))
+    params = parallel.place(run.params)
+    batch_size = min(batch_size or 128 * jax.local_device_count(), count)
+    progress = writers.Progress("image", count, 0, unit="images")
+    found, spoke = [], time.perf_counter()
+    for first in range(0, count, batch_size):
+        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        found.append(mapped(params, key, dataset.fetch(rows), rows))
+        progress.done = min(first + batch_size, count)
+        if time.perf_counter() - spoke > 10:
+            print(progress.line(), flush=True)
+            spoke = time.perf_counter()
+    values = {
+        name: np.concatenate([part[name] for part in found])[:count].astype(np.float64)
+        for name in found[0]
+    }
+
+    summary = {"num_images": count}
+    for name, each in values.items():
+        summary[name], summary[f"{name}_stderr"] = mean_and_error(each)
+    recipe = run.recipe() | {"data": dataset.name, "split": split, "seed": seed}
+    recipe |= {"num_draws": num_draws}
+    name = run.name("elbo", split, f"seed{seed}", draws=num_draws)
+    path = os.path.join(run.workdir, "eval", f"{name}.json")
+    writers.save_json(path, summary | {"recipe": recipe, "software": parallel.banner()})
+    said = {name: _pm(*mean_and_error(each)) for name, each in values.items()}
+    print(
+        f"ELBO {said['elbo']} nats, of which reconstruction {said['reconstruction']}, KL {said['kl']};"
+        f" log p at least {said['log_p']} by {num_draws} importance weights\n"
+        f"{os.path.basename(run.workdir)}, step {run.step:,}, {weights} weights, {network.latents}"
+        f" latents: {count:,} images of {dataset.name}/{split}; ± is the standard error over"
+        f" images\n{path}",
+        flush=True,
+    )
+    return values
+
+
+def _pm(mean: float, error: float | None) -> str:
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
+
+
+def plane(network: vae.Network, params) -> np.ndarray:
+    """y(z) for a grid of codes, evenly spaced in probability: z_1 to the right, z_2 upwards.
+
+    Kingma & Welling, Figure 4: the middles of even parts of the unit square through the inverse normal
+    distribution function. Returns uint8 [PLANE², D], row by row from the top left.
+    """
+    axis = special.ndtri((np.arange(PLANE) + 0.5) / PLANE).astype(np.float32)
+    z = np.stack(np.meshgrid(axis, -axis), axis=-1).reshape(-1, 2)
+    return np.asarray(diffusion.to_uint8(vae.decoded(network, params, z)))
+
+
+def draw_plane(workdir: str, *, weights: str = "ema") -> str | None:
+    """Writes the `plane` of a run with two latents.
+
+    Returns:
+      the path of the .png; None if it has another number.
+
+    Raises:
+      ConfigError, CheckpointError, RunError: as `measure`.
+    """
+    run, network = load(workdir, weights)
+    if network.latents != 2:
+        return None
+    images = plane(network, run.params).reshape(-1, *run.method.image_shape)
+    path = os.path.join(run.workdir, "samples", f"{run.name('plane')}.png")
+    writers.save_png(path, writers.grid(images, columns=PLANE, pad=0))
+    print(f"the plane of latents: {path}", flush=True)
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    first_line, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.vae",
+        description=f"{first_line}\n{rest}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="the run directory")
+    parser.add_argument("--split", default="test", help="of the data (default: test)")
+    parser.add_argument("--num_images", type=int, help="how many; else all")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: 0)")
+    parser.add_argument("--num_draws", type=int, default=50, help="K (default: 50)")
+    parser.add_argument("--batch_size", type=int, help="images at a time")
+    parser.add_argument("--data_dir", help="where the data are; else as the config says")
+    options = vars(parser.parse_args(argv))
+    for name in ("num_images", "num_draws", "batch_size"):
+        if options[name] is not None and options[name] < 1:
+            parser.error(f"--{name} must be at least 1")
+    parallel.enable_compilation_cache()
+    try:
+        measure(**options)
+        draw_plane(options["workdir"], weights=options["weights"])
+    except command_line.USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
