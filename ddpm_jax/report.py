@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import page, runs, schedules, writers
+from ddpm_jax.ddpm import make_method
 from ddpm_jax.page import Curve, Markup, join, number, tag
 
 PREVIEWS = 12  # pictures of training that are shown, spread over it
@@ -50,6 +51,7 @@ class Found(NamedTuple):
     workdir: str  # as it was given
     name: str
     config: ConfigDict
+    chain: schedules.Schedule | None  # None if the Method is no diffusion, or not to be had here
     rows: list[dict]  # of metrics.jsonl, at least one
     log: str
     previews: list[tuple[int, str]]  # (step, path), in order
@@ -60,6 +62,10 @@ class Found(NamedTuple):
         """The command line of another mode, for this run."""
         given = (f"--mode={mode}", f"--workdir={self.workdir}", *words)
         return f"python -m ddpm_jax.main {shlex.join(given)}"
+
+    def length(self) -> int:
+        """T."""
+        return 0 if self.chain is None else len(self.chain)
 
     def of(self, *kinds: str) -> list[Picture]:
         return [picture for picture in self.pictures if picture.kind in kinds]
@@ -153,7 +159,16 @@ def find(workdir: str) -> Found:
             if "curves" not in drawn and "rmse" not in drawn:  # those are drawn anew
                 pictures.append(Picture(os.path.join(folder, name), "other", {}, {}))
     name = os.path.basename(os.path.abspath(workdir))
-    return Found(workdir, name, config, rows, log, previews, pictures, results)
+    return Found(workdir, name, config, _chain(config), rows, log, previews, pictures, results)
+
+
+def _chain(config) -> schedules.Schedule | None:
+    """Of the Method, which may have made another than config.schedule says."""
+    try:
+        diffusion = make_method(config).diffusion
+    except (config_lib.ConfigError, ImportError):  # an experiment of another checkout
+        return None
+    return diffusion and diffusion.schedule
 
 
 def _names(folder: str) -> list[str]:
@@ -213,13 +228,6 @@ def _bounds(run: Found) -> list[dict]:
     return sorted(found, key=lambda r: (-len(r["curves"]["timesteps"]), -r["num_images"]))
 
 
-def _chain(run: Found) -> schedules.Schedule | None:
-    """The chain that it was trained on; None if it is no diffusion."""
-    if "schedule" not in run.config:
-        return None
-    return config_lib.call("config.schedule", schedules.make, run.config.schedule)
-
-
 def _lead(run: Found) -> str:
     data = run.config.get("data", {})
     shape = data.get("image_shape")
@@ -242,9 +250,9 @@ def _facts(run: Found) -> dict[str, str]:
     for result in _bounds(run)[:1]:
         facts["bits/dim"] = page.plus_minus(result["total"], result.get("total_stderr"))
     for name, cells in _measured(run).items():
-        if "fid" in name:
-            best = ", the best" if len(cells) > 1 else ""
-            facts[f"{name}{best}"] = number(min(entry["mean"] for _, _, entry in cells))
+        own = [entry["mean"] for _, steps, entry in cells if steps]  # not of images from elsewhere
+        if "fid" in name and own:
+            facts[f"{name}{', the best' if len(own) > 1 else ''}"] = number(min(own))
     return facts
 
 
@@ -324,7 +332,7 @@ def _spread(items: list, count: int) -> list:
 
 
 def _schedule(run: Found) -> Markup | None:
-    chain = _chain(run)
+    chain = run.chain
     if chain is None:
         return None
     charts = [
@@ -337,7 +345,7 @@ def _schedule(run: Found) -> Markup | None:
     ]
     health = schedules.health(chain)
     text = (
-        f"{run.config.schedule.name}, T = {len(chain):,}; ᾱ at the end {health.alpha_bar_T:.3g}, which"
+        f"T = {len(chain):,}; ᾱ at the end {health.alpha_bar_T:.3g}, which"
         f" leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
     )
     return join([tag("p", text), page.side_by_side(*charts, kind="charts")])
@@ -346,14 +354,11 @@ def _schedule(run: Found) -> Markup | None:
 # ---- likelihood ------------------------------------------------------------------------------------
 
 
-def _likelihood(run: Found) -> Markup | None:
-    chain, results = _chain(run), run.results.values()
-    if chain is None:
-        return None
-    bounds = _bounds(run)
+def _likelihood(run: Found) -> Markup:
+    bounds, results = _bounds(run), run.results.values()
     curves = [result for result in results if {"rate", "rmse", "num_images"} <= result.keys()]
     best = [result for result in results if "even_steps" in result]
-    steps = f"--steps={min(50, -(-len(chain) // 2))}"
+    steps = f"--steps={min(50, -(-run.length() // 2))}"
     nothing = {
         "The bound on −log p(x_0), term by term:": not bounds and run.command("nll"),
         "Rate and distortion:": not curves and run.command("rate_distortion"),
@@ -364,7 +369,7 @@ def _likelihood(run: Found) -> Markup | None:
             _bound(bounds) if bounds else None,
             _rate_distortion(curves) if curves else None,
             _best(best) if best else None,
-            *(page.missing(what, line) for what, line in nothing.items() if line),
+            *(page.missing(what, line) for what, line in nothing.items() if line and run.chain),
         ]
     )
 
@@ -448,9 +453,6 @@ def _drawn(run: Found) -> Markup:
         parts.append(_cards(drawn, "Samples"))
     else:
         parts.append(page.missing("Samples of the last checkpoint:", run.command("sample")))
-    chain = _chain(run)
-    if chain is None:
-        return join(parts)
     on_the_way, chains = [], []
     for one in run.of("progressive")[-PICTURES:]:
         t = ", ".join(str(v) for v in one.numbers.get("t", ()))
@@ -464,20 +466,21 @@ def _drawn(run: Found) -> Markup:
         if os.path.exists(f"{path}.gif"):
             alt = "The same chain, animated: x_t on the left, x̂_0 on the right"
             chains.append(page.fold("Animation", _strip(one._replace(path=f"{path}.gif"), alt)))
-    steps = f"--steps={min(50, len(chain))}"
+    steps = f"--steps={min(50, run.length())}"
     line = run.command("sample", "--sampler=ddim", steps, "--trajectory")
     wanted = {
         "x̂_0 as seen on the way": (on_the_way, run.command("progressive")),
         "The chain, as a strip and an animation": (chains, line),
     }
-    return join([*parts, _pairs(wanted)])
+    return join([*parts, _pairs(run, wanted)])
 
 
-def _pairs(wanted: dict[str, tuple[list, str]]) -> Markup:
-    """{title: (what is shown of it, the command for it)}: in columns, and below what is missing."""
+def _pairs(run: Found, wanted: dict[str, tuple[list, str]]) -> Markup:
+    """{title: (what is shown of it, its command)}: in columns, and below what a diffusion misses."""
     blocks = [tag("div", tag("h3", title), *shown) for title, (shown, _) in wanted.items() if shown]
     quiet = [page.missing(f"{k}:", line) for k, (shown, line) in wanted.items() if not shown]
-    return join([page.side_by_side(*blocks, kind="pairs") if blocks else None, *quiet])
+    blocks = [page.side_by_side(*blocks, kind="pairs")] if blocks else []
+    return join(blocks + (quiet if run.chain else []))
 
 
 def _cards(pictures: list[Picture], what: str) -> Markup:
@@ -501,7 +504,8 @@ def _order(picture: Picture):
 
 def _count(steps) -> float:
     """A number of steps to sort by; what is no plain number comes last."""
-    return int(steps) if str(steps).isdecimal() else float("inf")
+    first = str(steps).split(" ")[0]
+    return int(first) if first.isdecimal() else float("inf")
 
 
 def _strip(picture: Picture, alt: str, *about: str) -> Markup:
@@ -525,11 +529,8 @@ GIVEN = {
 }
 
 
-def _given(run: Found) -> Markup | None:
-    chain = _chain(run)
-    if chain is None:
-        return None
-    T, wanted = len(chain), {}
+def _given(run: Found) -> Markup:
+    T, wanted = run.length(), {}
     steps = ",".join(str(S) for S in (10, 20, 50, 100) if S <= T) or str(T)
     times = f"--from_t={','.join(str(t) for t in sorted({T // 4, T // 2}))}"
     needs = {"reconstruct": [f"--steps={steps}"], "denoise": [times], "inpaint": ["--mask=left"]}
@@ -538,7 +539,7 @@ def _given(run: Found) -> Markup | None:
         for one in run.of(kind)[-PICTURES:]:
             shown += [_strip(one, alt), _reconstruction(one) if kind == "reconstruct" else None]
         wanted[title] = shown, run.command(kind, *needs.get(kind, ()))
-    return _pairs(wanted)
+    return _pairs(run, wanted)
 
 
 def _reconstruction(picture: Picture) -> Markup | None:
@@ -666,7 +667,10 @@ def _labels(said: list[dict[str, str]]) -> tuple[str, list[str]]:
 
 
 def _measured(run: Found) -> dict[str, list[tuple[dict, object, dict]]]:
-    """{metric: [(settings but for the number of steps, steps, entry), …]} of all manifests in eval."""
+    """{metric: [(settings but for the steps, steps, entry), …]} of all manifests in eval.
+
+    The steps are None of images that were made elsewhere.
+    """
     measured = {}
     for result in run.results.values():
         entries = result.get("metrics")
@@ -675,9 +679,10 @@ def _measured(run: Found) -> dict[str, list[tuple[dict, object, dict]]]:
                 continue
             manifest = entry["manifest"]
             made = manifest.get("generated", manifest)
-            settings = _settings({**made, "seed": ", ".join(map(str, entry["seeds"]))})
+            seeds = [str(seed) for seed in entry["seeds"] if seed is not None]
+            settings = _settings(made | {"seed": ", ".join(seeds) or None})
             settings.pop("steps", None)
-            steps = _steps(made) or "–"
+            steps = _steps(made)
             count = manifest.get("num_generated", manifest.get("num_images"))
             settings["count"] = f"{count:,} images"
             if manifest.get("features"):
@@ -705,12 +710,12 @@ def _metrics(run: Found) -> Markup:
         return page.missing("FID, Inception Score, others, with their manifests:", _evaluate(run))
     parts, single = [], []
     for name, cells in measured.items():
-        if len(cells) == 1:
-            single.append((name, cells[0]))
-        else:
-            parts.append(_by_steps(name, cells))
+        of_steps = [cell for cell in cells if cell[1] is not None]
+        if len(of_steps) > 1:
+            parts.append(_by_steps(name, of_steps))
+        single += [(name, cell) for cell in cells if len(of_steps) < 2 or cell[1] is None]
     if single:
-        said = [settings | {"steps": f"{steps} steps"} for _, (settings, steps, _) in single]
+        said = [of | ({"steps": f"{S} steps"} if S else {}) for _, (of, S, _) in single]
         common, labels = _labels(said)
         alike = set(labels) == {"the same"}
         rows = [
@@ -846,7 +851,11 @@ def _differing(found: list[Found]) -> Markup:
 def _metrics_of(found: list[Found]) -> Markup:
     rows = {}  # (name, settings, steps): {which run: value}
     for n, run in enumerate(found):
-        cells = [(name, *cell) for name, cells in _measured(run).items() for cell in cells]
+        cells = [
+            (name, settings, steps and f"{steps} steps", entry)
+            for name, cells in _measured(run).items()
+            for settings, steps, entry in cells
+        ]
         for result in _bounds(run):
             mean, spread = result["total"], result.get("total_stderr")
             said = _said_of_bound(result)
@@ -854,12 +863,13 @@ def _metrics_of(found: list[Found]) -> Markup:
         for name, settings, steps, entry in cells:
             words = ", ".join(words for key, words in settings.items() if key != "step")
             rows.setdefault((name, words, steps), {})[n] = _value(entry)
-    rows = dict(sorted(rows.items(), key=lambda item: (*item[0][:2], _count(item[0][2]))))
+    rows = dict(sorted(rows.items(), key=lambda row: (*row[0][:2], _count(row[0][2]))))
 
     def table(caption, which):
         body = []
         for (name, words, steps), row in which.items():
-            about = tag("span", f"{words}, {steps} steps".replace(", – steps", ""), class_="quiet")
+            words = f"{words}, {steps}" if steps else words
+            about = tag("span", words, class_="quiet")
             cells = (row.get(n, "–") for n in range(len(found)))
             body.append((join([name, tag("br"), about]), *cells))
         return page.table(caption, ("", *(run.name for run in found)), body)

@@ -173,6 +173,21 @@ def list_of_pictures(workdir):
     return [name for name in names if name.endswith(".png")]
 
 
+def test_the_schedule_is_that_of_the_method(trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+    config = config_lib.load(f"{tmp_path}/config.json")
+    config.method = "experiments.log_linear"
+    config.log_linear = {"start": 9.2, "end": -10.1}
+    config.model.num_groups = 2
+    config_lib.save(config, f"{tmp_path}/config.json")
+    assert f"ᾱ at the end {1 / (1 + np.exp(10.1)):.3g}" in read(report.report(str(tmp_path))).text
+    config.method = "experiments.of_another_checkout"
+    config_lib.save(config, f"{tmp_path}/config.json")
+    text = read(report.report(str(tmp_path))).text
+    assert "ᾱ at the end" not in text and "--mode=inpaint" not in text
+    assert "Rate and distortion" in text and "Encoded and decoded" in text  # there all the same
+
+
 def test_text_of_files_stays_text(trained, tmp_path):
     folder = tmp_path / "a <u> & 'run'"
     shutil.copytree(trained[0], folder)
