@@ -278,6 +278,7 @@ def test_what_is_no_run_is_said_in_one_line(trained, tmp_path, keep, words):
 def test_a_run_is_looked_at_while_another_process_holds_the_device(trained, tmp_path):
     command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}"]
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # whoever asks for a device gets none
+    environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
     given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}
     out = str(tmp_path / "page.html")
     result = subprocess.run([*command, f"--out={out}"], **given)
