@@ -708,23 +708,15 @@ def _metrics(run: Found) -> Markup:
     measured = _measured(run)
     if not measured:
         return page.missing("FID, Inception Score, others, with their manifests:", _evaluate(run))
-    parts, single = [], []
+    parts, single, elsewhere = [], [], []
     for name, cells in measured.items():
-        of_steps = [cell for cell in cells if cell[1] is not None]
-        if len(of_steps) > 1:
-            parts.append(_by_steps(name, of_steps))
-        single += [(name, cell) for cell in cells if len(of_steps) < 2 or cell[1] is None]
-    if single:
-        said = [of | ({"steps": f"{S} steps"} if S else {}) for _, (of, S, _) in single]
-        common, labels = _labels(said)
-        alike = set(labels) == {"the same"}
-        rows = [
-            (name, _value(entry), *(() if alike else (label,)))
-            for (name, (_, _, entry)), label in zip(single, labels, strict=True)
-        ]
-        caption = f"Metrics of samples: {common}" if common else "Metrics of samples"
-        head = ("", "value") if alike else ("", "value", "of")
-        parts.append(page.table(caption, head, rows))
+        own = [(name, *cell) for cell in cells if cell[1] is not None]
+        elsewhere += [(name, *cell) for cell in cells if cell[1] is None]
+        if len(own) > 1:
+            parts.append(_by_steps(name, [cell for _, *cell in own]))
+        else:
+            single += own
+    parts += [_list("Metrics of samples", single), _list("Metrics of other images", elsewhere)]
     manifests = []
     for name, result in run.results.items():
         if isinstance(result.get("metrics"), dict):
@@ -733,6 +725,21 @@ def _metrics(run: Found) -> Markup:
             manifests.append(page.fold(f"{name}.json", tag("pre", text, tabindex="0")))
     parts.append(page.fold(f"Manifests ({len(manifests)})", *manifests))
     return join(parts)
+
+
+def _list(caption: str, cells) -> Markup | None:
+    """A metric in each row."""
+    if not cells:
+        return None
+    said = [of | ({"steps": f"{steps} steps"} if steps else {}) for _, of, steps, _ in cells]
+    common, labels = _labels(said)
+    alike = set(labels) == {"the same"}
+    rows = [
+        (name, _value(entry), *(() if alike else (label,)))
+        for (name, _, _, entry), label in zip(cells, labels, strict=True)
+    ]
+    head = ("", "value") if alike else ("", "value", "of")
+    return page.table(f"{caption}: {common}" if common else caption, head, rows)
 
 
 def _by_steps(name: str, cells) -> Markup:

@@ -249,11 +249,16 @@ def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
             entry = {"values": [1.0], "seeds": [0], "mean": scale * int(steps), "std": None}
             metrics = {"fid_300": entry | {"manifest": made}}
             (folder / f"eval/{steps}.json").write_text(json.dumps({"metrics": metrics}))
+    made = manifest | {"generated": {"images": "npz:mine.npz"}}  # better, but not of this run
+    entry = {"values": [1.0], "seeds": [None], "mean": 1.0, "std": None, "manifest": made}
+    (tmp_path / "b/eval/other.json").write_text(json.dumps({"metrics": {"fid_300": entry}}))
     reader = read(report.report(str(tmp_path / "b")))
+    assert "fid_300, the best10T" in reader.text  # T of the list of contents
+    assert ["fid_300", "1", "npz:mine.npz, 300 images"] in reader.rows
     assert reader.row("number of steps") == ["5", "10"] and reader.row("fid_300") == ["10", "20"]
     reader = read(report.report(f"{tmp_path}/a,{tmp_path}/b"))
     rows = [row[1:] for row in reader.rows if row[0].startswith("fid_300")]
-    assert rows == [["5", "10"], ["10", "20"]]
+    assert rows == [["5", "10"], ["10", "20"], ["–", "1"]]
 
 
 @pytest.mark.parametrize(
