@@ -6,7 +6,7 @@ python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of
 
 Other modes. Samples: progressive (x_0 as seen on the way), nearest (training images beside samples).
 Given images: encode, reconstruct, interpolate, denoise, inpaint. Metrics of samples: eval. Likelihood:
-rate_distortion, best_steps (of a shortened chain).
+rate_distortion, best_steps (of a shortened chain). All of a run on one page, or several side by side: report.
 """
 
 import os
@@ -24,6 +24,7 @@ from ddpm_jax import (
     edit,
     evaluate,
     parallel,
+    report,
     runs,
     sample,
     samplers,
@@ -41,6 +42,7 @@ _MODE = flags.DEFINE_enum(
     [
         *("train", "sample", "progressive", "nearest", "encode", "reconstruct", "interpolate"),
         *("denoise", "inpaint", "eval", "nll", "rate_distortion", "best_steps"),
+        "report",
     ],
     "What to do; all but train read a run directory.",
 )
@@ -132,7 +134,10 @@ _CLIP = flags.DEFINE_flag(
 )
 flags.FLAGS["clip"].parser = _OrWord(flags.BooleanParser(), "dynamic")
 _OUT = flags.DEFINE_string(
-    "out", None, "What to write, and a picture beside it: .npz of images, .json of measurements."
+    "out",
+    None,
+    "What to write, and a picture beside it: .npz of images, .json of measurements;"
+    " or the .html of a report.",
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time.", 1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)
@@ -167,6 +172,7 @@ _HEARD = {
     "nll": _NLL_FLAGS,
     "rate_distortion": _NLL_FLAGS,
     "best_steps": _NLL_FLAGS,
+    "report": ("out",),
 }
 _CALLED = {"clip": "clip_x0"}  # as the functions call them, where the flag is shorter
 
@@ -205,6 +211,9 @@ def main(argv) -> None:
         if CONFIG.value is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
         train.train(CONFIG.value, workdir)
+        return
+    if mode == "report":  # before a device is asked for: a run that trains may hold it
+        report.report(workdir, **options)
         return
     if jax.process_count() > 1:
         raise app.UsageError(f"--mode={mode} runs in one process; leave out --distributed")

@@ -154,7 +154,7 @@ def save_animation(path: str, pictures: Sequence[np.ndarray], *, seconds: float 
     _replace(path, lambda temporary: first.save(temporary, **given))
 
 
-def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Each value averaged with up to `window` − 1 before it."""
     total = np.cumsum(np.insert(values, 0, 0.0))
     end = np.arange(1, len(values) + 1)
@@ -182,7 +182,7 @@ def save_loss_curve(path: str, rows: Iterable[dict]) -> None:
         steps, values = np.array(points, np.float64).T
         label = f"quarter {name[-1]} of t" if name.startswith("loss_t") else name.replace("_", " ")
         axis = bottom if name == "grad_norm" else top
-        axis.plot(steps, _moving_average(values, max(1, len(values) // 50)), label=label, **style)
+        axis.plot(steps, moving_average(values, max(1, len(values) // 50)), label=label, **style)
     for axis in (top, bottom):
         axis.set_yscale("log")
         axis.grid(alpha=0.3)

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(["config", "data", "checkpoints", "writers"], -1),  # the I/O row
+    **dict.fromkeys(["config", "data", "checkpoints", "writers", "page"], -1),  # the I/O row
     **dict.fromkeys(["schedules", "gaussians", "metrics"], 0),
     **dict.fromkeys(["diffusion", "unet", "inception"], 1),
     **dict.fromkeys(["likelihood", "samplers"], 2),
@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["ddpm", "training", "parallel"], 4),
     "runs": 5,
     **dict.fromkeys(["train", "sample", "evaluate"], 6),
-    **dict.fromkeys(["edit", "score"], 7),
+    **dict.fromkeys(["edit", "score", "report"], 7),
     "main": 8,
     "benchmark": 9,
     "__init__": 10,

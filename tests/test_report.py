@@ -1,0 +1,353 @@
+"""A run on one page: whole HTML, the run's own numbers, nothing that runs, and what is missing said."""
+
+import html.parser
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_edit import make_config
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import edit, evaluate, page, report, runs, sample, train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VOID = {"br", "img", "meta", "wbr"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks that tags are closed in order; keeps elements, rows of tables, commands and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.rows, self.text = [], [], [], [], ""
+        self.commands = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        if tag == "code":
+            self.commands.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if self.rows and {"th", "td"} & set(self.open):
+            self.rows[-1][-1] += data
+        if "code" in self.open:
+            self.commands[-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.attributes if name == tag]
+
+    def row(self, name):
+        return next(cells for first, *cells in self.rows if first == name)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return Reader(file.read())
+
+
+def value(text):
+    return float(text.replace(",", "").replace("–", "nan"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run without its checkpoints, and one with what the other commands write."""
+    bare, full = (str(tmp_path_factory.mktemp(name)) for name in ("bare", "full"))
+    config = make_config()
+    config.training.log_every = 5
+    train.train(config, full)
+    shutil.copytree(full, bare, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    sample.sample(full, num_samples=4, sampler="ddim", steps="4", trajectory=True)
+    sample.progressive(full, num_samples=2, steps="4")
+    edit.reconstruct(full, num_images=4, steps="4,8")
+    edit.nearest(full, num_samples=2, neighbours=2, steps="4")
+    evaluate.rate_distortion(full, num_images=4)
+    return bare, full
+
+
+def test_a_page_holds_the_run_and_asks_nothing_of_the_network(trained, capsys):
+    reader = read(report.report(trained[0]))
+    assert capsys.readouterr().out.startswith(f"{trained[0]}/report.html")
+    with open(f"{trained[0]}/metrics.jsonl", encoding="utf-8") as file:
+        last = json.loads(file.readlines()[-1])
+    for name in last.keys() - {"step"}:
+        first, low, high, end = map(value, reader.row(name))
+        assert end == pytest.approx(last[name], rel=6e-4) and low <= first <= high
+    assert f"step{last['step']}" in reader.text.replace(",", "")
+    for _, attributes in reader.attributes:
+        for name in ("src", "href", "srcset", "data", "xlink:href"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:image/"))
+        assert not any(name.startswith("on") for name in attributes)
+    assert "script" not in reader.tags and "link" not in reader.tags
+    assert "url(" not in page.STYLE and "@import" not in page.STYLE
+    ids = [attributes["id"] for _, attributes in reader.attributes if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {f"#{name}" for name in ids} == {link["href"] for link in reader.all("a")}
+
+
+def test_it_can_be_heard_as_well_as_seen(trained):
+    reader = read(report.report(trained[1]))
+    assert all(len(image["alt"]) > 20 for image in reader.all("img"))
+    assert all(len(picture["aria-label"]) > 20 for picture in reader.all("svg"))
+    assert all(cell["scope"] in ("row", "col") for cell in reader.all("th"))
+    assert reader.tags.count("caption") == reader.tags.count("table")
+    levels = [int(tag[1]) for tag in reader.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels.count(1) == 1 and levels[0] == 1 and (np.diff(levels) <= 1).all()
+    assert reader.all("html")[0]["lang"] == "en" and reader.all("meta")[0] == {"charset": "utf-8"}
+
+
+def luminance(colour):
+    """Of #rrggbb or #rgb, as WCAG 2 defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    rgb = np.array([int(digits[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_contrast(theme):
+    colours = dict(re.findall(r"--(\w+):(#\w+)", page.STYLE.split(":root{")[theme + 1]))
+    for ink, least in {
+        "ink": 7,
+        "quiet": 4.5,
+        "accent": 4.5,
+        **{f"c{n}": 3 for n in range(6)},
+    }.items():
+        for ground in ("ground", "paper"):
+            low, high = sorted(luminance(colours[name]) for name in (ink, ground))
+            assert (high + 0.05) / (low + 0.05) >= least, (ink, ground)
+
+
+def test_what_is_missing_comes_with_its_command_and_what_is_there_does_not(trained):
+    bare, full = (read(report.report(path)).text for path in trained)
+    modes = {*report.GIVEN, "nll", "rate_distortion", "progressive", "nearest", "sample", "eval"}
+    modes |= {"best_steps"}
+    for mode in modes:
+        assert f"python -m ddpm_jax.main --mode={mode} --workdir={trained[0]}" in bare
+    there = {"nll", "rate_distortion", "progressive", "nearest", "sample", "reconstruct"}
+    for mode in modes:
+        assert (f"--mode={mode} --workdir=" in full) == (mode not in there)
+
+
+def test_results_are_those_of_their_files(trained):
+    reader = read(report.report(trained[1]))
+    result = evaluate.nll(trained[1], num_images=4)
+    total = next(row for row in reader.rows if len(row) == 4 and "40 steps" in row[0])[1]
+    mean, spread = (float(part) for part in total.split(" ± "))
+    values = result.scalars["total"]
+    assert mean == pytest.approx(values.mean(), abs=spread / 10)
+    assert spread == pytest.approx(values.std(ddof=1) / 2, rel=0.05)
+    errors = edit.reconstruct(trained[1], num_images=4, steps="4,8")
+    for cell, (mean, _) in zip(reader.row("error"), errors.values(), strict=True):
+        assert float(cell.split(" ± ")[0]) == pytest.approx(mean, rel=0.05)
+    kinds = [image["src"].split(";")[0] for image in reader.all("img")]
+    assert kinds.count("data:image/gif") == 1
+    # Two of training, the data, samples of two commands, the chain, x_0, reconstructions, neighbours.
+    assert kinds.count("data:image/png") == len(list_of_pictures(trained[1]))
+
+
+def list_of_pictures(workdir):
+    names = [*report._names(f"{workdir}/samples"), "data_preview.png"]
+    return [name for name in names if name.endswith(".png")]
+
+
+def test_the_schedule_is_that_of_the_method(trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
+    config = config_lib.load(f"{tmp_path}/config.json")
+    config.method = "experiments.log_linear"
+    config.log_linear = {"start": 9.2, "end": -10.1}
+    config.model.num_groups = 2
+    config_lib.save(config, f"{tmp_path}/config.json")
+    assert f"ᾱ at the end {1 / (1 + np.exp(10.1)):.3g}" in read(report.report(str(tmp_path))).text
+    config.method = "experiments.of_another_checkout"
+    config_lib.save(config, f"{tmp_path}/config.json")
+    text = read(report.report(str(tmp_path))).text
+    assert "ᾱ at the end" not in text and "--mode=inpaint" not in text
+    assert "Rate and distortion" in text and "Encoded and decoded" in text  # there all the same
+
+
+def test_text_of_files_stays_text(trained, tmp_path):
+    folder = tmp_path / "a <u> & 'run'"
+    shutil.copytree(trained[0], folder)
+    config = config_lib.load(f"{folder}/config.json")
+    config.data.name = "<script>alert(1)</script>"
+    config_lib.save(config, f"{folder}/config.json")
+    with open(folder / "log.txt", "a", encoding="utf-8") as file:
+        file.write("2026-01-01 00:00:00  WARNING: <img src=x onerror=y>\n")
+    (folder / "eval").mkdir()
+    (folder / "eval/x.json").write_text('{"<i>": 1.0, "<i>_stderr": 0.1, "recipe": {}}')
+    shutil.copy(folder / "data_preview.png", folder / 'samples/"><u>.png')
+    reader = read(report.report(str(folder)))
+    assert not {"script", "i", "u"} & set(reader.tags)
+    assert all("src" in image and image["src"] != "x" for image in reader.all("img"))
+    for text in ("<script>alert(1)</script>", "<img src=x onerror=y>", "<i>", '"><u>.png'):
+        assert text in reader.text
+    assert all(f"--workdir={folder}" in shlex.split(line) for line in reader.commands)
+    assert len(reader.commands) > 5
+
+
+def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_path):
+    workdirs = [str(tmp_path / name) for name in "abc"]
+    for n, path in enumerate(workdirs):
+        shutil.copytree(trained[0], path)
+        config = config_lib.load(f"{path}/config.json")
+        config.seed = 5 * (n == 2)
+        config.optimizer.learning_rate = 0.001 * (1 + n)
+        if n == 1:
+            config.model.extra = "<em>"
+        config_lib.save(config, f"{path}/config.json")
+    out = report.report(",".join(workdirs))
+    assert out == f"{workdirs[0]}/comparison.html"
+    reader = read(out)
+    fields = {row[0]: row[1:] for row in reader.rows if row[0].startswith("config.")}
+    assert fields == {
+        "config.seed": ["0", "0", "5"],
+        "config.optimizer.learning_rate": ["0.001", "0.002", "0.003"],
+        "config.model.extra": ["–", "<em>", "–"],
+    }
+    assert reader.row("field") == ["a", "b", "c"]
+    loss = next(
+        svg["aria-label"] for svg in reader.all("svg") if svg["aria-label"].startswith("loss ")
+    )
+    assert all(f"{name}: from" in loss for name in "abc")
+    assert len(reader.all("img")) == 3
+
+
+def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
+    manifest = {
+        "num_generated": 300,
+        "generated": {"sampler": "ddim", "eta": 0.0, "weights": "ema"},
+    }
+    for name, scale in (("a", 1.0), ("b", 2.0)):
+        folder = tmp_path / name
+        shutil.copytree(trained[0], folder)
+        (folder / "eval").mkdir()
+        for steps in ("10", "5"):
+            made = manifest | {"generated": manifest["generated"] | {"steps": steps}}
+            entry = {"values": [1.0], "seeds": [0], "mean": scale * int(steps), "std": None}
+            metrics = {"fid_300": entry | {"manifest": made}}
+            (folder / f"eval/{steps}.json").write_text(json.dumps({"metrics": metrics}))
+    made = manifest | {"generated": {"images": "npz:mine.npz"}}  # better, but not of this run
+    entry = {"values": [1.0], "seeds": [None], "mean": 1.0, "std": None, "manifest": made}
+    (tmp_path / "b/eval/other.json").write_text(json.dumps({"metrics": {"fid_300": entry}}))
+    reader = read(report.report(str(tmp_path / "b")))
+    assert "fid_300, the best10T" in reader.text  # T of the list of contents
+    assert ["fid_300", "1", "npz:mine.npz, 300 images"] in reader.rows
+    assert reader.row("number of steps") == ["5", "10"] and reader.row("fid_300") == ["10", "20"]
+    reader = read(report.report(f"{tmp_path}/a,{tmp_path}/b"))
+    rows = [row[1:] for row in reader.rows if row[0].startswith("fid_300")]
+    assert rows == [["5", "10"], ["10", "20"], ["–", "1"]]
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [
+        ((), "no config.json"),
+        (("config.json",), "nothing in metrics.jsonl"),
+        (None, "is given twice"),
+    ],
+)
+def test_what_is_no_run_is_said_in_one_line(trained, tmp_path, keep, words):
+    workdir = str(tmp_path)
+    for name in keep or ():
+        shutil.copy(f"{trained[0]}/{name}", tmp_path)
+    if keep is None:
+        workdir = f"{trained[0]},{trained[0]}/"
+    with pytest.raises(runs.RunError, match=words) as error:
+        report.report(workdir)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_is_looked_at_while_another_process_holds_the_device(trained, tmp_path):
+    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # whoever asks for a device gets none
+    environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
+    given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}
+    out = str(tmp_path / "page.html")
+    result = subprocess.run([*command, f"--out={out}"], **given)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    pages = [read(path).text for path in (out, report.report(trained[0]))]
+    assert pages[0].split("Written")[0] == pages[1].split("Written")[0]
+
+
+def test_nothing_else_is_overwritten(trained, tmp_path):
+    other = tmp_path / "page.html"
+    other.write_text("mine")
+    with pytest.raises(runs.RunError, match="no report"):
+        report.report(trained[0], out=str(other))
+    with pytest.raises(runs.RunError, match=r"end in \.html"):
+        report.report(trained[0], out=str(tmp_path / "page.png"))
+    fresh = str(tmp_path / "fresh.html")
+    assert report.report(trained[0], out=fresh) == report.report(trained[0], out=fresh) == fresh
+
+
+# ---- curves ----------------------------------------------------------------------------------------
+
+
+def points(text, which=0):
+    path = [attributes["d"] for attributes in Reader(text).all("path")][which]
+    return np.array([pair.split(",") for pair in path[1:].split(" ")], float)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_curve_lies_where_its_numbers_are(scale):
+    x, y = np.arange(1, 6), np.array([1.0, 10.0, 100.0, 10.0, 1.0])
+    text = page.chart("c", [page.Curve("a", x, y)], x_label="x", y_scale=scale)
+    drawn = points(text)
+    np.testing.assert_allclose(np.diff(drawn[:, 0]), np.diff(drawn[:, 0])[0], atol=0.11)
+    height = drawn[0, 1] - drawn[:, 1]  # up is less
+    expected = (np.log10(y) if scale == "log" else y - 1) / (2 if scale == "log" else 99)
+    np.testing.assert_allclose(height / height[2], expected, atol=1e-3)
+    marks = dict(re.findall(r'<text x="40" y="([\d.]+)"[^>]*>([\d.,]+)</text>', text))
+    marks = {float(label): float(at) for at, label in marks.items()}
+    assert len(marks) >= 3 and marks[100] == pytest.approx(drawn[2, 1], abs=0.1)
+    if scale == "log":
+        assert marks[10] == pytest.approx(drawn[1, 1], abs=0.1)
+
+
+def test_long_curves_become_as_fine_as_the_page():
+    x = np.arange(100_000)
+    text = page.chart("c", [page.Curve("a", x, np.sin(x / 1e4) + x % 2)], x_label="x")
+    drawn = points(text)
+    assert len(drawn) <= page.WIDTH and len(text) < 40_000
+    assert (np.diff(drawn[:, 0]) > 0).all() and np.abs(np.diff(drawn[:, 1])).max() < 8  # the means
+
+
+@pytest.mark.parametrize(
+    "y", [[np.nan, 1.0, np.inf], [3.0], [2.0, 2.0, 2.0], [0.0, 0.0], [1e-30, 1e30], [], [-1.0, 5.0]]
+)
+def test_odd_numbers_are_drawn_or_left_out(y):
+    for scale in ("linear", "log", None):
+        text = page.chart("c", [page.Curve("a", range(len(y)), y)], x_label="x", y_scale=scale)
+        assert "nan" not in text and "inf" not in text
+        Reader(text)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(4000, "4,000"), (0.0405046, "0.04050"), (1.79e-10, "1.79e-10"), (None, "–"), (0.0, "0")],
+)
+def test_numbers_in_words(number, text):
+    assert page.number(number) == text
