@@ -20,6 +20,27 @@ The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
 
 Expected: at few steps the less noise the better, and a second-order solver better than DDIM; on the full chain all
 are alike.
+
+Measured by the three commands above with --batch_size=100, on one core of an AMD EPYC server, jax 0.10.2, in 65
+minutes, half of them for the last cell: squared Fréchet distance between 64 features of 300 samples and of the
+60,000 training images (fashion_mnist_classifier_fid_300; the first 300 test images have 9.80, which is the bias of
+so few), EMA weights after 4000 steps, seed 0, x̂_0 clipped. S is spread uniformly unless said.
+
+    S                              5       10      20      50       T
+    DDIM η 0.0                  98.17   42.33   33.62   30.25
+    DDIM η 0.2                  96.95   35.76   27.57   31.42
+    DDIM η 0.5                  94.91   35.32   25.48   22.81
+    DDIM η 1.0                 128.86   54.98   33.66   25.35
+    DDIM σ̂                     250.58  135.64   78.03   35.84
+    DDIM η 0.0, quadratic      123.50   54.04   38.99   34.50
+    DPM-Solver++ 2, log-SNR     77.89   30.71   29.22   29.13
+    DPM-Solver++ 3, log-SNR     99.43   32.50   28.63   29.10
+    ancestral                                           35.84   15.82
+
+At 5 and 10 steps DPM-Solver++ of order 2 is best, and from 10 on it has what the ODE has: about 29. This model, far
+from trained out, gains from noise: η = 0.5 is better from 20 on, and the whole ancestral chain best by far. As in the
+paper σ̂ needs many steps; unlike there quadratic spacing does not pay, and the full chain is not like the others. One
+latent keeps its garment through S = 5, 10, 20, 50 and 1000, and gains detail.
 """
 
 import argparse
