@@ -115,7 +115,13 @@ class _OrWord(flags.ArgumentParser):
         self.syntactic_help = f"{parser.syntactic_help}, or {word}"
 
     def parse(self, argument):
-        return argument if argument == self._word else self._parser.parse(argument)
+        if argument == self._word:
+            return argument
+        try:
+            return self._parser.parse(argument)
+        except ValueError:
+            kind = {"bool": "true, false"}.get(self._parser.flag_type(), "a number")
+            raise ValueError(f"{argument!r} is neither {kind} nor {self._word!r}") from None
 
     def flag_type(self):
         return f"{self._parser.flag_type()} or {self._word}"
