@@ -101,7 +101,7 @@ def score(
     options = runs.given(options)
     for_nll = {name: options[name] for name in ("variance", "clip_x0") if name in options}
     if images is not None or not of_features:
-        told = options if of_features else {k: v for k, v in options.items() if k not in for_nll}
+        told = {k: v for k, v in options.items() if of_features or k not in for_nll}
         told |= {"num_samples": num_samples, "num_seeds": None if num_seeds == 1 else num_seeds}
         told |= {} if of_features else {"images": images}
         if runs.given(told):
