@@ -125,6 +125,22 @@ def ddim_moments(alpha_bar, eta=0.0):
     return mean, np.sqrt(var)
 
 
+def there_and_back(x_0, alpha_bar):
+    """x_0 encoded and decoded over the given ᾱ, ε̂ always asked at the noisier end of a step."""
+    previous = np.append(1.0, alpha_bar[:-1])
+
+    def move(x, a, start, end):
+        eps = (x - np.sqrt(a) * exact_x_0(x, a)) / np.sqrt(1 - a)
+        return np.sqrt(end / start) * (x - np.sqrt(1 - start) * eps) + np.sqrt(1 - end) * eps
+
+    x = x_0
+    for a, p in zip(alpha_bar, previous, strict=True):
+        x = move(x, a, p, a)
+    for a, p in zip(alpha_bar[::-1], previous[::-1], strict=True):
+        x = move(x, a, a, p)
+    return x
+
+
 def dpm_solver(alpha_bar, x, order):
     """DPM-Solver++ (multistep) for one number x, its integrals by quadrature; order 2 as Lu et al. write it."""
     level = 0.5 * np.log(alpha_bar / (1 - alpha_bar))

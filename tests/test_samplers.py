@@ -11,7 +11,7 @@ import pytest
 from ddpm_jax import diffusion, samplers, schedules
 
 FULL = schedules.make("linear")
-N = 32_768  # numbers drawn; the mean is known to s/√N = 0.003, the standard deviation to s/√(2N)
+N = 65_536  # numbers drawn; the mean is known to s/√N = 0.002, the standard deviation to s/√(2N)
 
 
 def chain(steps):

@@ -21,7 +21,7 @@ The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
 Expected: at few steps the less noise the better, and a second-order solver better than DDIM; on the full chain all
 are alike.
 
-Measured by the three commands above with --batch_size=100, on one core of an AMD EPYC server, jax 0.10.2, in 65
+Measured by the three commands above with --batch_size=100, on one core of an AMD EPYC server, jax 0.10.2, in 62
 minutes, half of them for the last cell: squared Fréchet distance between 64 features of 300 samples and of the
 60,000 training images (fashion_mnist_classifier_fid_300; the first 300 test images have 9.80, which is the bias of
 so few), EMA weights after 4000 steps, seed 0, x̂_0 clipped. S is spread uniformly unless said.
