@@ -202,7 +202,7 @@ def of_run(run: Found) -> str:
     sections = {
         "Training": _training(run),
         "Samples over training": _over_training(run),
-        "Schedule": _schedule(run),
+        "Schedule": _schedule([run]),
         "Likelihood": _likelihood(run),
         "Samples": _drawn(run),
         "Given images": _given(run),
@@ -331,24 +331,34 @@ def _spread(items: list, count: int) -> list:
     return [items[k] for k in np.round(np.linspace(0, len(items) - 1, count)).astype(int)]
 
 
-def _schedule(run: Found) -> Markup | None:
-    chain = run.chain
-    if chain is None:
+def _schedule(found: list[Found]) -> Markup | None:
+    """The chains of one run or of several, in one diagram each of β, ᾱ and SNR."""
+    found = [run for run in found if run.chain is not None]
+    if not found:
         return None
-    charts = [
-        page.chart(title, [Curve(title[:3], range(len(chain)), y)], x_label="t", y_scale=scale)
-        for title, y, scale in (
-            ("β", chain.beta, "linear"),
-            ("ᾱ", chain.alpha_bar, "linear"),
-            ("SNR = ᾱ / (1 − ᾱ)", chain.snr, "log"),
+    if all(np.array_equal(run.chain.beta, found[0].chain.beta) for run in found):
+        found = found[:1]
+    charts = []
+    for title, name, scale in (
+        ("β", "beta", "linear"),
+        ("ᾱ", "alpha_bar", "linear"),
+        ("SNR = ᾱ / (1 − ᾱ)", "snr", "log"),
+    ):
+        names = [run.name for run in found] if len(found) > 1 else [title[:3]]
+        curves = [
+            Curve(label, range(run.length()), getattr(run.chain, name))
+            for label, run in zip(names, found, strict=True)
+        ]
+        charts.append(page.chart(title, curves, x_label="t", y_scale=scale))
+    lines = []
+    for run in found:
+        health = schedules.health(run.chain)
+        text = (
+            f"T = {run.length():,}; ᾱ at the end {health.alpha_bar_T:.3g}, which"
+            f" leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
         )
-    ]
-    health = schedules.health(chain)
-    text = (
-        f"T = {len(chain):,}; ᾱ at the end {health.alpha_bar_T:.3g}, which"
-        f" leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
-    )
-    return join([tag("p", text), page.side_by_side(*charts, kind="charts")])
+        lines.append(tag("p", f"{run.name}: {text}" if len(found) > 1 else text))
+    return join([*lines, page.side_by_side(*charts, kind="charts")])
 
 
 # ---- likelihood ------------------------------------------------------------------------------------
@@ -385,9 +395,12 @@ def _best(results: list[dict]) -> Markup:
     return page.table("The best steps of a shortened chain, bits/dim", head, rows)
 
 
-def _bound(results: list[dict]) -> Markup:
-    """The bound of several chains or variances: a table, and its terms over t."""
-    common, labels = _labels([_said_of_bound(result) for result in results])
+def _bound(results: list[dict], names: list[str] | None = None) -> Markup:
+    """The bound of several chains or variances, or of runs with names: a table, and its terms over t."""
+    said = [_said_of_bound(result) for result in results]
+    if names:
+        said = [{"run": name} | words for name, words in zip(names, said, strict=True)]
+    common, labels = _labels(said)
     rows, curves = [], {"terms": [], "x_0_error": [], "eps_error": []}
     for label, result in zip(labels, results, strict=True):
         cells = [
@@ -807,10 +820,13 @@ def comparison(found: list[Found]) -> str:
     sections = {
         "Training": _losses(found),
         "Config": _differing(found),
+        "Schedule": _schedule(found),
+        "Likelihood": _best_bounds(found),
         "Metrics": _metrics_of(found),
         "Samples": _last_pictures(found),
         "Numbers": _last_rows(found),
     }
+    sections = {word: inside for word, inside in sections.items() if inside}
     foot = _foot(found[0]._replace(workdir=",".join(run.workdir for run in found)))
     names = [run.name for run in found]
     facts = page.tiles({run.name: f"step {run.rows[-1]['step']:,}" for run in found})
@@ -853,6 +869,12 @@ def _differing(found: list[Found]) -> Markup:
         return page.missing("The configs are the same.")
     rows = [(name, *map(_shown, row)) for name, row in values.items()]
     return page.table("Fields that differ", ("field", *(run.name for run in found)), rows)
+
+
+def _best_bounds(found: list[Found]) -> Markup | None:
+    """Of each run the bound of most steps and images."""
+    bounds = {run.name: _bounds(run)[0] for run in found if _bounds(run)}
+    return _bound(list(bounds.values()), list(bounds)) if bounds else None
 
 
 def _metrics_of(found: list[Found]) -> Markup:

@@ -4,14 +4,15 @@
     python -m experiments.sweep experiments/ho2020_table2 --size=cpu --run     runs them, one after another
     python -m experiments.sweep experiments/ho2020_table2 --size=cpu --table   a table of what is there
 
-An experiment is a folder with a config.py that has, for the sizes "" (full), "cpu" and "smoke",
+An experiment is a file, or a folder with a config.py, that has, for the sizes "" (full), "cpu" and "smoke",
 
     get_config(size)            the config that the rows have in common
-    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, what each changes in it
-    evaluations(size, row)      {column: ["--mode=nll", …]}, what is asked of it, with a "total" in its JSON
+    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, what each changes in it, or
+                                {"config": "configs/digits.py", …} in another
+    evaluations(size, row)      {column: ["--mode=nll", …]}, what is asked of it: --mode=nll or --mode=eval
 
-A row is the run runs/EXPERIMENT/SIZE/ROW, and a result the file COLUMN.json in it. Training and evaluations
-take up where they were stopped, so the same command continues.
+A row is the run runs/EXPERIMENT/SIZE/ROW, and a result the file eval/COLUMN.json in it, where --mode=report
+finds it too. Training and evaluations take up where they were stopped, so the same command continues.
 """
 
 import argparse
@@ -33,22 +34,29 @@ def fail(line: str):
 
 
 def tables() -> list[str]:
-    """The folders here whose config.py has rows."""
-    files = sorted(Path(__file__).parent.glob("*/config.py"))
-    return [str(file.parent) for file in files if "def rows(" in file.read_text(encoding="utf-8")]
+    """The experiments here that have rows: files, and folders with a config.py."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *here.glob("*/config.py")])
+    with_rows = [file for file in files if "\ndef rows(" in file.read_text(encoding="utf-8")]
+    return [str(file.parent if file.name == "config.py" else file) for file in with_rows]
 
 
-def load(folder: str):
-    """The module FOLDER/config.py."""
-    path = Path(folder, "config.py")
+def file_of(experiment: str) -> str:
+    """The file of an experiment that is a file, or a folder with a config.py."""
+    return experiment if experiment.endswith(".py") else os.path.join(experiment, "config.py")
+
+
+def load(experiment: str):
+    """The module of an experiment."""
+    path = Path(file_of(experiment))
     names = ", ".join(map(os.path.relpath, tables()))
     if not path.is_file():
-        fail(f"no experiment {folder!r}: there is no file {path} (choose from {names})")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.parent.name}", path)
+        fail(f"no experiment {experiment!r}: there is no file {path} (choose from {names})")
+    spec = importlib.util.spec_from_file_location(f"experiment_{Path(experiment).stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "rows"):
-        fail(f"{folder} is no table: its config.py has no rows(size) (choose from {names})")
+        fail(f"{experiment} is no table: it has no rows(size) (choose from {names})")
     return module
 
 
@@ -59,33 +67,37 @@ class Sweep:
       rows: {row: its overrides}.
     """
 
-    def __init__(self, folder: str, size: str, root: str = "runs", data_dir: str | None = None):
-        self.folder, self.variant, self.data_dir = os.path.normpath(folder), SIZES[size], data_dir
-        self.experiment = load(self.folder)
+    def __init__(self, path: str, size: str, root: str = "runs", data_dir: str | None = None):
+        self.path, self.variant, self.data_dir = os.path.normpath(path), SIZES[size], data_dir
+        self.experiment = load(self.path)
         self.rows = self.experiment.rows(self.variant)
-        self.place = os.path.join(root, os.path.basename(os.path.abspath(folder)), size)
+        self.place = os.path.join(root, Path(self.path).absolute().stem, size)
 
     def workdir(self, row: str) -> str:
         return os.path.join(self.place, row)
 
     def train(self, row: str) -> list[str]:
         """The command that trains a row."""
-        config = ":".join(filter(None, [os.path.join(self.folder, "config.py"), self.variant]))
         overrides = dict(self.rows[row])
+        file = overrides.pop("config", file_of(self.path))
         if self.data_dir:
             overrides["config.data.data_dir"] = self.data_dir
+        config = ":".join(filter(None, [file, self.variant]))
         where = [f"--config={config}", f"--workdir={self.workdir(row)}"]
         changes = [f"--{field}={value}" for field, value in overrides.items()]
         return ["python", "-m", "ddpm_jax.main", *where, *changes]
 
     def evaluations(self, row: str) -> dict[str, list[str]]:
-        """The commands that evaluate a row, by the file that each writes."""
+        """The commands that evaluate a row, by the column that each fills."""
         commands = {}
         for column, arguments in self.experiment.evaluations(self.variant, row).items():
-            out = os.path.join(self.workdir(row), f"{column}.json")
-            where = [f"--workdir={self.workdir(row)}", *arguments, f"--out={out}"]
-            commands[out] = ["python", "-m", "ddpm_jax.main", *where]
+            where = [f"--workdir={self.workdir(row)}", *arguments, f"--out={self.out(row, column)}"]
+            commands[column] = ["python", "-m", "ddpm_jax.main", *where]
         return commands
+
+    def out(self, row: str, column: str) -> str:
+        """The file of a result."""
+        return os.path.join(self.workdir(row), "eval", f"{column}.json")
 
 
 def run(commands: list[list[str]]) -> None:
@@ -117,26 +129,43 @@ def run(commands: list[list[str]]) -> None:
             signal.signal(number, handler)
 
 
-def cell(path: str) -> str:
-    """ "mean ± standard error (images)" of a result, or a dash where there is none."""
+def numbers(path: str) -> dict[str, str]:
+    """{"": mean ± standard error (images)} of a bound, or of metrics {name: mean ± deviation over seeds}.
+
+    Nothing where there is no file.
+    """
     if not os.path.exists(path):
-        return "—"
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
+        if "metrics" in result:
+            return {name: cell(of["mean"], of["std"]) for name, of in result["metrics"].items()}
         mean, error, count = (result[key] for key in ("total", "total_stderr", "num_images"))
-        spread = "" if error is None else f" ± {error:.3f}"  # of a single image there is none
-        return f"{mean:.3f}{spread} ({count})"
-    except (ValueError, KeyError, TypeError) as problem:
+        return {"": f"{cell(mean, error)} ({count})"}
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         fail(f"{path} is no result ({problem!r}); delete it and evaluate again")
 
 
+def cell(mean: float, spread: float | None) -> str:
+    """A number with its spread, which a single image or seed has none of."""
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
 def table(sweep: Sweep, rows: list[str]) -> str:
-    """Markdown: a line for each row, a column for each evaluation that any of them has."""
-    cells = {row: {Path(path).stem: cell(path) for path in sweep.evaluations(row)} for row in rows}
-    columns = list(dict.fromkeys(column for row in rows for column in cells[row]))
-    lines = [["row", *columns], ["---"] * (1 + len(columns))]
-    lines += [[row, *(cells[row].get(column, "—") for column in columns)] for row in rows]
+    """Markdown: a line for each row, a column for each number that any of its evaluations gives."""
+    found = {
+        row: {column: numbers(sweep.out(row, column)) for column in sweep.evaluations(row)}
+        for row in rows
+    }
+    columns = dict.fromkeys(column for of in found.values() for column in of)
+    heads = {}  # (column, name of the number): what stands above it
+    for column in columns:
+        names = dict.fromkeys(name for of in found.values() for name in of.get(column, ()))
+        heads |= {(column, name): f"{column} {name}".strip() for name in names or ("",)}
+    lines = [["row", *heads.values()], ["---"] * (1 + len(heads))]
+    for row, of in found.items():
+        lines.append([row, *(of.get(column, {}).get(name, "—") for column, name in heads)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -153,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", help="the experiment, such as experiments/ho2020_table2")
+    parser.add_argument("experiment", help="a folder or file, such as experiments/ho2020_table2")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--row", action="append", default=[], help="only these: ROW or ROW,ROW")
     parser.add_argument("--run", action="store_true", help="run instead of print")
@@ -162,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="config.data.data_dir of every training")
     args = parser.parse_args(argv)
 
-    sweep = Sweep(args.folder, args.size, args.root, args.data_dir)
+    sweep = Sweep(args.experiment, args.size, args.root, args.data_dir)
     rows = [row for names in args.row for row in names.split(",")] or list(sweep.rows)
     for row in rows:
         if row not in sweep.rows:

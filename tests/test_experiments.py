@@ -22,11 +22,9 @@ from ddpm_jax.ddpm import make_method
 from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = [f"experiments/{Path(folder).name}" for folder in sweep.tables()]
-NAME = re.compile(
-    r"(?!config$|metrics$)[a-z0-9_]+"
-)  # of a row or a column: a file among a run's own
-EVERY = [(folder, size) for folder in FOLDERS for size in sweep.SIZES]
+TABLES = [f"experiments/{Path(table).name}" for table in sweep.tables()]
+NAME = re.compile(r"[a-z0-9_]+")  # of a row or a column: a folder and a file
+EVERY = [(table, size) for table in TABLES for size in sweep.SIZES]
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +51,27 @@ def parsed(command):
     return config.value, workdir.value
 
 
-@pytest.mark.parametrize("folder, size", EVERY)
-def test_printed_commands_parse_back_to_the_rows_and_build(folder, size, capsys):
-    experiment, variant = sweep.load(folder), sweep.SIZES[size]
+def config_of(file: str):
+    return importlib.import_module(file.removesuffix(".py").replace("/", "."))
+
+
+def is_training(command) -> bool:
+    return any(argument.startswith("--config=") for argument in command)
+
+
+@pytest.mark.parametrize("table, size", EVERY)
+def test_printed_commands_parse_back_to_the_rows_and_build(table, size, capsys):
+    experiment, variant = sweep.load(table), sweep.SIZES[size]
     rows = experiment.rows(variant)
-    commands = printed(capsys, folder, f"--size={size}", "--root=my runs", "--data_dir=a b")
-    trainings = [command for command in commands if "--mode=nll" not in command]
-    assert len(rows) == len(trainings) >= 2
+    commands = printed(capsys, table, f"--size={size}", "--root=my runs", "--data_dir=a b")
+    trainings = list(filter(is_training, commands))
+    assert len(rows) == len(trainings) >= 1
     for (row, overrides), command in zip(rows.items(), trainings, strict=True):
         config, workdir = parsed(command)
-        assert workdir == f"my runs/{os.path.basename(folder)}/{size}/{row}"
-        expected = experiment.get_config(variant)
+        assert workdir == f"my runs/{Path(table).stem}/{size}/{row}"
         overrides = overrides | {"config.data.data_dir": "a b"}
+        base = overrides.pop("config", None)
+        expected = (config_of(base) if base else experiment).get_config(variant)
         for field, value in overrides.items():
             *sections, name = field.split(".")[1:]
             section = expected
@@ -78,37 +85,41 @@ def test_printed_commands_parse_back_to_the_rows_and_build(folder, size, capsys)
         assert config.preview.every >= 1 and NAME.fullmatch(row)
 
 
-@pytest.mark.parametrize("folder, size", EVERY)
-def test_evaluations_follow_their_training_and_use_flags_that_exist(folder, size, capsys):
-    experiment, variant = sweep.load(folder), sweep.SIZES[size]
-    commands = iter(printed(capsys, folder, f"--size={size}"))
+@pytest.mark.parametrize("table, size", EVERY)
+def test_evaluations_follow_their_training_and_use_flags_that_exist(table, size, capsys):
+    experiment, variant = sweep.load(table), sweep.SIZES[size]
+    commands = iter(printed(capsys, table, f"--size={size}"))
     for row in experiment.rows(variant):
         config, workdir = parsed(next(commands))
+        method = make_method(config)
         evaluations = experiment.evaluations(variant, row)
         assert evaluations
         for column, arguments in evaluations.items():
-            out = f"{workdir}/{column}.json"
+            out = f"{workdir}/eval/{column}.json"
             expected = ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}", *arguments]
             assert next(commands) == [*expected, f"--out={out}"] and NAME.fullmatch(column)
-            given = dict(argument[2:].split("=", 1) for argument in [*arguments, f"--out={out}"])
-            for name, value in given.items():
-                main.flags.FLAGS[name].parser.parse(
-                    value
-                )  # KeyError or ValueError: no such flag, no such value
-            fixed = config.diffusion.variance.startswith("fixed")
-            assert given.get("variance") in (None, config.diffusion.variance, fixed and "analytic")
+            given = dict(argument[2:].split("=", 1) for argument in arguments if "=" in argument)
+            for name, value in given.items():  # KeyError, ValueError: no such flag, no such value
+                main.flags.FLAGS[name].parser.parse(value)
+            options = {k: given[k] for k in ("sampler", "steps", "variance") if k in given}
+            if given["mode"] == "eval":
+                method.make_sample(**options, clip_x0="--noclip" not in arguments)
+            else:
+                length = int(options.get("steps", config.schedule.num_timesteps))
+                analytic = options.get("variance") == "analytic"
+                method.make_bound(**options, x_0_error=np.ones(length) if analytic else None)
     assert next(commands, None) is None
 
 
-SMOKE = [(folder, row) for folder in FOLDERS for row in sweep.load(ROOT / folder).rows("smoke")]
+SMOKE = [(table, row) for table in TABLES for row in sweep.load(str(ROOT / table)).rows("smoke")]
 
 
-@pytest.mark.parametrize("folder, row", SMOKE)
-def test_the_loss_of_every_row(folder, row, capsys):
-    (command, *_) = printed(capsys, folder, "--size=smoke", f"--row={row}")
+@pytest.mark.parametrize("table, row", SMOKE)
+def test_the_loss_of_every_row(table, row, capsys):
+    (command, *_) = printed(capsys, table, "--size=smoke", f"--row={row}")
     config, _ = parsed(command)
     config.model.channel_mults = (1, 2)  # a shallower network is traced in half the time
-    config.model.attention_resolutions = (16,)
+    config.model.attention_resolutions = (min(config.data.image_shape[:2]) // 2,)
     method = make_method(config)
     params = jax.eval_shape(method.init, jax.random.key(0))
     b, shape = 2, jax.ShapeDtypeStruct
@@ -123,29 +134,28 @@ def test_the_loss_of_every_row(folder, row, capsys):
 
 
 def test_the_papers_rows(capsys):
-    def config_of(folder, row):
+    def of(folder, row):
         return parsed(printed(capsys, f"experiments/{folder}", f"--row={row}")[0])[0]
 
-    one = config_of("iddpm_table2", "linear_simple_1k")
-    four = config_of("iddpm_table2", "linear_hybrid")
-    vlb = config_of("iddpm_table2", "cosine_vlb")
+    one = of("iddpm_table2", "linear_simple_1k")
+    four = of("iddpm_table2", "linear_hybrid")
+    vlb = of("iddpm_table2", "cosine_vlb")
     assert (one.schedule.num_timesteps, one.schedule.start, one.schedule.end) == (1000, None, None)
     assert (four.schedule.num_timesteps, four.schedule.start) == (4000, 2.5e-5)
     assert four.schedule.end == 0.005 and four.model.dropout == 0.1 and vlb.model.dropout == 0.3
     assert (vlb.schedule.name, vlb.diffusion.t_sampling) == ("cosine", "importance")
-    simple = config_of("ho2020_table2", "eps_simple")
+    simple = of("ho2020_table2", "eps_simple")
     base = sweep.load("experiments/ho2020_table2").get_config()
     assert simple.to_dict() == base.to_dict()  # the paper's best row is configs/cifar10.py
 
 
 def test_a_table_of_what_is_there(tmp_path, capsys):
-    folder = tmp_path / "mine"
+    file = tmp_path / "mine.py"
     place = tmp_path / "runs" / "mine" / "cpu"
-    folder.mkdir()
-    (folder / "config.py").write_text(
+    file.write_text(
         "def rows(size):\n    return {'a': {}, 'b': {}, 'c': {}}\n"
         "def evaluations(size, row):\n"
-        "    return {'p': ['--mode=nll'], ('q' if row == 'b' else 'r'): ['--mode=nll']}\n"
+        "    return {'p': ['--mode=nll'], ('q' if row == 'b' else 'r'): ['--mode=eval']}\n"
     )
 
     def write(name, **result):
@@ -153,24 +163,38 @@ def test_a_table_of_what_is_there(tmp_path, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
 
-    write("a/p.json", total=3.14159, total_stderr=0.0125, num_images=64, L_T=0.0)
-    write("a/r.json", total=2.0, total_stderr=0.5, num_images=10_000)
-    write("b/q.json", total=1.0, total_stderr=None, num_images=1)
-    arguments = [str(folder), "--size=cpu", f"--root={tmp_path}/runs", "--table"]
+    def metric(mean, std):
+        return {"mean": mean, "std": std, "values": [mean], "manifest": {}}
+
+    write("a/eval/p.json", total=3.14159, total_stderr=0.0125, num_images=64, L_T=0.0)
+    write("a/eval/r.json", metrics={"fid_300": metric(20, None), "kid": metric(0.5, 0.25)})
+    write("b/eval/q.json", metrics={"fid_300": metric(1.0, 0.125)})
+    write("c/eval/p.json", total=1.0, total_stderr=None, num_images=1)
+    arguments = [str(file), "--size=cpu", f"--root={tmp_path}/runs", "--table"]
     sweep.main(arguments)
     assert capsys.readouterr().out.splitlines() == [
-        "| row | p | r | q |",
-        "| --- | --- | --- | --- |",
-        "| a | 3.142 ± 0.013 (64) | 2.000 ± 0.500 (10000) | — |",
-        "| b | — | — | 1.000 (1) |",
-        "| c | — | — | — |",
+        "| row | p | r fid_300 | r kid | q fid_300 |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 3.142 ± 0.013 (64) | 20.000 | 0.500 ± 0.250 | — |",
+        "| b | — | — | — | 1.000 ± 0.125 |",
+        "| c | 1.000 (1) | — | — | — |",
     ]
     sweep.main([*arguments, "--row=b"])
-    assert capsys.readouterr().out.splitlines()[2:] == ["| b | — | 1.000 (1) |"]
-    write("c/p.json", something="else")
-    assert refused(capsys, *arguments) == (
-        f"error: {place}/c/p.json is no result (KeyError('total')); delete it and evaluate again"
-    )
+    assert capsys.readouterr().out.splitlines() == [
+        "| row | p | q fid_300 |",
+        "| --- | --- | --- |",
+        "| b | — | 1.000 ± 0.125 |",
+    ]
+    for text, problem in (
+        ('{"something": "else"}', "KeyError('total')"),
+        ('{"metrics": {"fid": 3}}', "TypeError(\"'int' object is not subscriptable\")"),
+        ('["metrics"]', "TypeError("),
+        ("{", "JSONDecodeError("),
+    ):
+        (place / "c/eval/p.json").write_text(text)
+        line = refused(capsys, *arguments)
+        assert line.startswith(f"error: {place}/c/eval/p.json is no result ({problem}")
+        assert line.endswith("delete it and evaluate again")
 
 
 def refused(capsys, *arguments) -> str:
@@ -185,12 +209,14 @@ def refused(capsys, *arguments) -> str:
     "arguments, said",
     [
         (["experiments/ho2020"], "experiments/ho2020_table2, experiments/iddpm_table2"),
-        (["experiments/vae"], "no rows(size) (choose from experiments/ho2020_table2"),
+        (["experiments/log_lin.py"], "experiments/log_linear.py, experiments/schedules"),
+        (["experiments/sweep.py"], "no rows(size) (choose from experiments/fashion_mnist_ddpm"),
+        (["experiments/vae"], "no rows(size) (choose from experiments/fashion_mnist_ddpm"),
         (["experiments/iddpm_table2", "--size=tiny"], "'full', 'cpu', 'smoke'"),
         (["experiments/iddpm_table2", "--row=cosine"], "cosine_simple, cosine_hybrid, cosine_vlb"),
         (["experiments/iddpm_table2", "--row=cosine_vlb,"], "no row ''"),
         (["experiments/iddpm_table2", "--rows=cosine_vlb"], "--rows=cosine_vlb"),
-        ([], "folder"),
+        ([], "required: experiment"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
@@ -199,7 +225,7 @@ def test_mistakes_are_one_line(arguments, said, capsys):
 
 def test_rows_can_be_chosen(capsys):
     given = ["experiments/ho2020_table2", "--row=eps_simple,mean_fixed", "--row=eps_fixed"]
-    trainings = [c for c in printed(capsys, *given) if "--mode=nll" not in c]
+    trainings = list(filter(is_training, printed(capsys, *given)))
     names = [os.path.basename(parsed(command)[1]) for command in trainings]
     assert names == ["eps_simple", "mean_fixed", "eps_fixed"]
 
@@ -238,13 +264,13 @@ def test_a_signal_waits_for_the_command_and_runs_no_other(number, tmp_path, capf
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_each_docstring_says_what_to_run_and_what_came_of_it(folder):
-    text = sweep.load(folder).__doc__
-    assert f"python -m experiments.sweep {folder} --size=cpu --run" in text
+@pytest.mark.parametrize("table", TABLES)
+def test_each_docstring_says_what_to_run_and_what_came_of_it(table):
+    text = sweep.load(table).__doc__
+    assert f"python -m experiments.sweep {table} --size=cpu --run" in text
     assert "Expected" in text and "Measured" in text
     for size in sweep.SIZES.values():
-        assert all(f"\n    {row} " in text for row in sweep.load(folder).rows(size))
+        assert all(f"\n    {row} " in text for row in sweep.load(table).rows(size))
 
 
 # ---- ddim_table1 -----------------------------------------------------------------------------------

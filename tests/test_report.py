@@ -14,7 +14,7 @@ import pytest
 from test_edit import make_config
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import edit, evaluate, page, report, runs, sample, train
+from ddpm_jax import edit, evaluate, page, report, runs, sample, schedules, train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOID = {"br", "img", "meta", "wbr"}
@@ -233,6 +233,31 @@ def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_pa
     )
     assert all(f"{name}: from" in loss for name in "abc")
     assert len(reader.all("img")) == 3
+
+
+def test_a_comparison_of_two_schedules(trained, tmp_path):
+    """Chains and bounds stand beside one another; what is the same in both is drawn once."""
+    for name in ("linear", "cosine"):
+        shutil.copytree(trained[1], tmp_path / name)
+    workdirs = f"{tmp_path}/linear,{tmp_path}/cosine"
+    alike = read(report.report(workdirs))
+    assert alike.text.count("ᾱ at the end") == 1 and "linear: T = 40" not in alike.text
+    config = config_lib.load(f"{tmp_path}/cosine/config.json")
+    config.schedule.update(name="cosine", start=None, end=None)
+    config_lib.save(config, f"{tmp_path}/cosine/config.json")
+    (bound,) = (tmp_path / "cosine/eval").glob("*_nll_test_seed0.json")
+    result = json.loads(bound.read_text()) | {"total": 1.25, "total_stderr": None}
+    bound.write_text(json.dumps(result))
+    reader = read(report.report(workdirs))
+    for name in ("linear", "cosine"):
+        run = report.find(str(tmp_path / name))
+        health = schedules.health(run.chain)
+        assert f"{name}: T = 40; ᾱ at the end {health.alpha_bar_T:.3g}" in reader.text
+    assert reader.row("cosine")[0] == "1.250" != reader.row("linear")[0]
+    labels = [svg["aria-label"] for svg in reader.all("svg")]
+    for title in ("β", "ᾱ", "SNR", "L_t"):
+        (label,) = (label for label in labels if label.startswith(title))
+        assert "linear: from" in label and "cosine: from" in label
 
 
 def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
