@@ -5,7 +5,8 @@
 Prints the time to start, training and sampling speed, operations, memory, and three ratios: the training
 step over the bare forward and backward pass of its network and loss, one network call of each sampler over
 a bare forward pass, and the textbook form of the network over the one that is used. Times are medians
-after a warm-up; what is compared runs in turns. Images are made up.
+after a warm-up; what is compared runs in turns. Images are made up; data are loaded only for a shape or classes
+that the config leaves to them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, main, parallel, training
+from ddpm_jax import ddpm, main, parallel, runs, training
 
 CHAIN_STEPS = 10  # of the reverse chains that are timed; they all cost the same
 SAMPLERS = {
@@ -62,6 +63,8 @@ def benchmark(config, *, batch_size: int | None = None, plain: bool = True) -> d
     Returns:
       numbers by name; their units end the names.
     """
+    config = config.copy_and_resolve_references()
+    runs.fill_in(config)
     batch_size = batch_size or config.training.batch_size
     with config_lib.errors_at("config.training"):
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)

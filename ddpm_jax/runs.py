@@ -22,6 +22,7 @@ from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, make_method
 
+CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
 
@@ -107,6 +108,31 @@ def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
     return config_lib.call("config.data", data.load, section | changes, split=split)
+
+
+def fill_in(config) -> data.Dataset | None:
+    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`.
+
+    Returns:
+      the training split, if it had to be loaded.
+
+    Raises:
+      ConfigError: the data have no labels.
+      DataError: as `data.load`.
+    """
+    classes = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
+    if config.data.image_shape is not None and not classes:
+        return None
+    dataset = load_data(config)
+    config.data.image_shape = dataset.image_shape
+    if classes:
+        if not dataset.num_classes:
+            raise config_lib.ConfigError(
+                f"config.model.num_classes is {CLASSES_OF_DATA}, for those of the data, but {dataset.name}"
+                " has no labels; set it to 0"
+            )
+        config.model.num_classes = dataset.num_classes
+    return dataset
 
 
 def map_images(run: Run, function: Callable, key, *examples, batch_size: int | None = None):

@@ -27,7 +27,7 @@ from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method
 from ddpm_jax.diffusion import to_uint8
-from ddpm_jax.runs import check_classes, load_data
+from ddpm_jax.runs import CLASSES_OF_DATA, check_classes, fill_in, load_data
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
@@ -41,7 +41,6 @@ FREE_TO_CHANGE = (
     "config.step.accumulate",
     "config.preview.",
 )
-CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
 
@@ -101,18 +100,7 @@ def _train(
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
     with config_lib.errors_at("config.seed"):
         keys = training.make_keys(config.seed)
-    dataset = None
-    classes_of_data = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
-    if config.data.image_shape is None or classes_of_data:
-        dataset = load_data(config)
-        config.data.image_shape = dataset.image_shape
-    if classes_of_data:
-        if not dataset.num_classes:
-            raise config_lib.ConfigError(
-                f"config.model.num_classes is {CLASSES_OF_DATA}, for those of the data, but {dataset.name}"
-                " has no labels; set it to 0"
-            )
-        config.model.num_classes = dataset.num_classes
+    dataset = fill_in(config)
     method = make_method(config)
     tx, learning_rate = training.optimizer_of(config)
     given = {"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS}
