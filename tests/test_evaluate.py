@@ -140,6 +140,9 @@ def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir,
     with np.load(sample.sample(workdir, num_samples=2, variance="analytic", steps="5")) as file:
         recipe = json.loads(str(file["recipe"]))
     assert recipe["x_0_error"] == origin
+    for other in ({"clip_x0": "dynamic"}, {"guidance": 2.0}):  # errors of another model
+        with pytest.raises(runs.RunError, match="leave out --guidance and --clip=dynamic"):
+            sample.sample(workdir, num_samples=2, variance="analytic", steps="5", **other)
 
 
 def test_rate_and_distortion_of_the_measured_curves(workdir, tmp_path, capsys):

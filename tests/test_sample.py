@@ -104,3 +104,23 @@ def test_a_run_without_a_checkpoint(tmp_path):
     config_lib.save(make_config(), tmp_path / "config.json")
     with pytest.raises(runs.RunError, match="no checkpoint"):
         sample.sample(str(tmp_path))
+
+
+def test_file_names_are_short_and_tell_every_option_apart():
+    run = runs.Run("run", None, None, None, 7, "ema")
+    times = list(range(0, 1000, 3))
+    options = [
+        {"steps": times},
+        {"steps": times[:-1]},
+        {"steps": times, "seed": 1},
+        {"steps": 50},
+        {"images": "a/" * 200},
+        {f"option_{n}": "x" * 20 for n in range(20)},
+        {f"option_{n}": "x" * (20 - (n == 19)) for n in range(20)},
+        {"images": "../../tmp"},
+    ]
+    names = [run.name("metrics", **one) for one in options]
+    assert len(set(names)) == len(names) and max(map(len, names)) < 200
+    assert all(name.startswith("step_00000007_ema_metrics") and "/" not in name for name in names)
+    assert run.name(steps="[0, 3]") == run.name(steps=[0, 3]) == run.name(steps=np.array([0, 3]))
+    assert run.name(steps=50, eta=None) == "step_00000007_ema_steps_50"
