@@ -43,6 +43,7 @@ CHOICE = 2**32 - 1  # stream of the permutation in `choose`; epochs of training 
 # Formats that Pillow recognises by their ending and does not decode by itself.
 NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 NO_LABEL = -1
+WITH_PATH = ("image_folder", "npz")  # kinds of data sets whose name holds where they lie
 BACKOFF = 1.0  # seconds before the second try of a download, doubled for the third
 
 
@@ -917,7 +918,8 @@ def _existing(kind, path):
     place = Path(path).expanduser()
     if not (place.is_dir() if kind == "image_folder" else place.is_file()):
         raise DataError(
-            f"{kind}: there is no {'folder' if kind == 'image_folder' else 'file'} {place}"
+            f"{kind}: there is no {'folder' if kind == 'image_folder' else 'file'} {place}; if it has moved,"
+            f" say where to: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train on"
         )
     return place
 

@@ -18,6 +18,7 @@ from PIL import Image
 from configs import digits
 from ddpm_jax import checkpoints, runs, train
 from ddpm_jax import config as config_lib
+from ddpm_jax.data import DataError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -211,7 +212,7 @@ def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
     ],
 )
 def test_bad_configs_are_one_line_and_leave_no_run(tmp_path, changes, words):
-    with pytest.raises((config_lib.ConfigError, ValueError), match=words) as error:
+    with pytest.raises((config_lib.ConfigError, ValueError, DataError), match=words) as error:
         train.train(make_config(**changes), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
