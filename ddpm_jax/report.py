@@ -558,7 +558,7 @@ def _given(run: Found) -> Markup:
 def _reconstruction(picture: Picture) -> Markup | None:
     """Song et al. 2021, Table 2: the error of encoding and decoding in S steps."""
     errors = {
-        int(name[6:]): values.astype(np.float64)
+        name.removeprefix("error_"): values.astype(np.float64)
         for name, values in picture.numbers.items()
         if name.startswith("error_")
     }
@@ -570,7 +570,7 @@ def _reconstruction(picture: Picture) -> Markup | None:
         cells.append(page.plus_minus(float(values.mean()), spread))
     count = len(next(iter(errors.values())))
     caption = f"Mean squared error of a pixel on 0 … 1, ± the standard error over {count} images"
-    return page.table(caption, ("S", *(f"{S:,}" for S in errors)), [("error", *cells)])
+    return page.table(caption, ("S", *errors), [("error", *cells)])
 
 
 def _nearest(run: Found) -> Markup:

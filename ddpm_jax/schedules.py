@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -202,7 +203,8 @@ def subsequence(
     Args:
       steps: one of
         50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4);
-        "10,15,20": that many from each of three equal parts of the chain (their code's notation);
+        "10,15,20": so many from each of three equal parts of the chain, the first T mod 3 of which are
+          longer by one; `space_timesteps` of their code, and rounded as there;
         "ddim50": every k-th time from 0 where some k gives exactly S of them, else ⌊iT/S⌋
           (Song et al. App. D.2, linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved
@@ -276,13 +278,15 @@ def subsequence(
         middles = (log_snr[1:] + log_snr[:-1]) / 2
         nearest = np.searchsorted(middles, np.linspace(log_snr[0], log_snr[-1], S))
         return distinct(T - 1 - nearest[::-1])
+    check(sum(counts))
     tau, first = [], 0
     for part, count in enumerate(counts):
         size = T // len(counts) + (part < T % len(counts))
-        check(count, size)
-        tau.extend(
-            first + np.round(np.arange(count) * ((size - 1) / max(count - 1, 1))).astype(int)
-        )
+        if count:  # a part may have none
+            check(count, size)
+        # Added up one by one, as their code does: i * stride can round the other way at a half.
+        stride = [0.0, *(count - 1) * [(size - 1) / max(count - 1, 1)]]
+        tau.extend(first + round(at) for at in itertools.accumulate(stride[:count]))
         first += size
     return np.asarray(tau)
 
@@ -312,7 +316,8 @@ def shorten(
 
     Args:
       steps: as `subsequence`; None for all of them.
-      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50".
+      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50". The steps
+        of parts, "10,15,20", are "uniform" in each part and nothing else.
       last: the time t of `schedule` where a chain begins that does not come from pure noise: of the steps
         those below it are kept, and it is the last.
 
@@ -327,7 +332,8 @@ def shorten(
             raise ValueError(
                 f"unknown spacing {spacing!r}; {hint}choose from {', '.join(SPACINGS)}"
             )
-        if not str(steps).isdecimal():
+        of_parts = spacing == "uniform" and "," in str(steps) and isinstance(steps, str)
+        if not (str(steps).isdecimal() or of_parts):
             raise ValueError(
                 f"spacing={spacing!r} spreads a number of steps, such as steps=50; got steps={steps!r}"
             )

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
 import signal
@@ -25,9 +26,10 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method
+from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method, make_schedule
 from ddpm_jax.diffusion import to_uint8
 from ddpm_jax.runs import CLASSES_OF_DATA, check_classes, fill_in, load_data
+from ddpm_jax.unet import UNet
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
@@ -142,13 +144,13 @@ def _train(
                 "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
             )
     state = parallel.place(state)
+    if step >= num_steps:
+        say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
+        return state
     if leader:
         config_lib.save(config, path("config.json"))
         writers.save_png(path("data_preview.png"), writers.grid(first))
         writers.rewind_metrics(path("metrics.jsonl"), step)
-    if step >= num_steps:
-        say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
-        return state
 
     # The step, compiled.
     clock = time.perf_counter()
@@ -234,7 +236,7 @@ def _train(
 
 def describe_schedule(config, second_moment: float) -> str:
     """One line on the health of config.schedule, and a warning if it has one."""
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+    schedule = make_schedule(config)
     health = schedules.health(schedule, second_moment=float(second_moment))
     line = (
         f"schedule {config.schedule.name}: {len(schedule)} steps, alpha_bar_T = {health.alpha_bar_T:.3g},"
@@ -270,18 +272,21 @@ def refuse_another_config(config, path: str) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
 
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is
-    saved. A field of config.diffusion that the run is too old to have stands for its default.
+    saved, as does the num_timesteps of a list of betas. A field that one of the two lacks, because it is
+    older than the field, stands for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
     """
+    of_betas = config.get("schedule", {}).get("name") == "betas"
     changed = [
         f"{field} is {saved!r} there and {given!r} here"
         for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
         if not field.startswith(FREE_TO_CHANGE)
         and not (field == "config.data.image_shape" and given is None)
         and not (field == "config.model.num_classes" and given == CLASSES_OF_DATA)
-        and not (saved == config_lib.MISSING and given == _default(field))
+        and not (field == "config.schedule.num_timesteps" and of_betas)
+        and _or_default(field, saved) != _or_default(field, given)
     ]
     if changed:
         raise config_lib.ConfigError(
@@ -290,12 +295,24 @@ def refuse_another_config(config, path: str) -> None:
         )
 
 
-def _default(field: str):
-    """Of a field of config.diffusion, what the run had before there was such a field."""
-    parameters = inspect.signature(diffusion_method).parameters
-    section, _, name = field.rpartition(".")
-    known = section == "config.diffusion" and name in parameters
-    return parameters[name].default if known else inspect.Parameter.empty
+def _or_default(field: str, value):
+    """The value of a config's field or, where it is missing, the default in the signature that reads the section."""
+    readers = {
+        "data": data.load,
+        "model": UNet,
+        "schedule": schedules.make,
+        "diffusion": diffusion_method,
+        "optimizer": training.make_optimizer,
+        "step": training.make_update,
+        "training": _train,
+    }
+    section, _, name = field.removeprefix("config.").rpartition(".")
+    if value != config_lib.MISSING or section not in readers:
+        return value
+    parameter = inspect.signature(readers[section]).parameters.get(name)
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return value
+    return json.loads(json.dumps(parameter.default))  # as a saved config has it: lists for tuples
 
 
 def check_finite(state: training.TrainState, directory: str) -> None:

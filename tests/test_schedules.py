@@ -134,6 +134,60 @@ def test_subsequence_tables(steps, T, count, head, tail):
     assert tau[-len(tail) :].tolist() == tail
 
 
+def space_timesteps(T, counts):
+    """Nichol & Dhariwal's rule, written from its description: parts, strides added up, Python's round."""
+    times, start = [], 0
+    for part, count in enumerate(counts):
+        size = T // len(counts) + (1 if part < T % len(counts) else 0)
+        position, stride = 0.0, 1.0 if count <= 1 else (size - 1) / (count - 1)
+        for _ in range(count):
+            times.append(start + round(position))
+            position = position + stride
+        start += size
+    return times
+
+
+@pytest.mark.parametrize(
+    "T, counts",
+    [
+        (300, [10, 15, 20]),
+        (301, [10, 15, 20]),  # parts of 101, 100, 100
+        (302, [101, 101, 100]),  # every step of every part
+        (300, [1, 1, 1]),
+        (7, [3, 1, 0]),
+        (1000, [29, 31, 43, 59]),  # halves that adding up rounds the other way
+        (24, [23]),
+        (1000, [21]),
+        (4000, [95, 1, 333]),
+    ],
+)
+def test_parts_are_those_of_improved_ddpm(T, counts):
+    steps = ",".join(map(str, counts))
+    assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts)
+    chain = schedules.shorten(make("cosine", num_timesteps=T), steps)
+    assert chain.timesteps.tolist() == space_timesteps(T, counts)
+
+
+def test_parts_of_any_length_and_number():
+    words = np.random.default_rng(0)
+    for _ in range(2000):
+        T = int(words.integers(2, 1200))
+        n = int(words.integers(1, min(T, 8) + 1))
+        counts = [int(words.integers(0, T // n + (i < T % n) + 1)) for i in range(n)]
+        if sum(counts) > 1:
+            steps = ",".join(map(str, counts))
+            assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts), (T, steps)
+
+
+def test_parts_are_spaced_uniformly_and_not_otherwise():
+    full = make("linear", num_timesteps=301)
+    chain = schedules.shorten(full, "10,15,20", spacing="uniform")
+    assert chain.timesteps.tolist() == space_timesteps(301, [10, 15, 20])
+    for spacing in ("linear", "quadratic", "log_snr"):
+        with pytest.raises(ValueError, match="such as steps=50; got steps='10,15,20'"):
+            schedules.shorten(full, "10,15,20", spacing=spacing)
+
+
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
 @pytest.mark.parametrize("notation", ["{}", "ddim{}", "quad{}", "logsnr{}"])
 def test_every_length_without_repeats(notation, T):
@@ -152,6 +206,9 @@ def test_every_length_without_repeats(notation, T):
         ("ddim0", "1 to 1000"),
         ("quad2000", "1 to 1000"),
         ("10,600", "600 of 500"),
+        ("10,-1", "-1 of 500"),
+        ("0,0", "0 of 1000"),
+        ("10,,20", "cannot read"),
         ("fifty", "cannot read"),
         ("quad5,6", "cannot read"),
         ("logsnr5", "SNR stays above 0"),

@@ -198,6 +198,77 @@ def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "section, name, other",
+    [
+        ("data", "memory_limit_gb", 1.0),
+        ("model", "head_channels", 8),
+        ("model", "attention_resolutions", (8,)),
+        ("schedule", "end", 0.5),
+        ("diffusion", "label_dropout", 0.1),
+        ("optimizer", "weight_decay", 0.1),
+        ("step", "ema_warmup", True),
+    ],
+)
+def test_a_field_that_a_run_lacks_stands_for_its_default(tmp_path, section, name, other):
+    defaults = {
+        "memory_limit_gb": 4.0,
+        "attention_resolutions": (16,),
+        "ema_warmup": False,
+    }
+    new = make_config()
+    with new.ignore_type(), new.unlocked():
+        for key, value in defaults.items():
+            home = "data" if key == "memory_limit_gb" else "step" if "ema" in key else "model"
+            new[home][key] = value
+    old = new.copy_and_resolve_references()
+    with old.unlocked():
+        del old[section][name]
+    path = tmp_path / "config.json"
+    config_lib.save(old, path)
+    train.refuse_another_config(new, path)
+    config_lib.save(new, path)
+    train.refuse_another_config(old, path)  # and the other way round: a config file of one's own
+    config_lib.save(old, path)
+    with new.ignore_type():
+        new[section][name] = other
+    with pytest.raises(config_lib.ConfigError, match=f"{name} is '.no such field.' there"):
+        train.refuse_another_config(new, path)
+
+
+def test_a_field_without_a_default_is_missed(tmp_path):
+    config = make_config()
+    config_lib.save(config, tmp_path / "config.json")
+    del config.affine["scale"]
+    with pytest.raises(config_lib.ConfigError, match="affine.scale is 1.0 there and '.no such"):
+        train.refuse_another_config(config, tmp_path / "config.json")
+
+
+def test_a_run_of_own_betas_needs_no_number_of_steps(tmp_path):
+    betas = {"schedule__name": "betas", "schedule__betas": (0.1, 0.5, 0.9)}
+    train.train(make_config(num_steps=3, **betas), tmp_path)  # the base config says 1000
+    assert config_lib.load(tmp_path / "config.json").schedule.num_timesteps == 3
+    for length in (1000, 3, None):  # how such a run was begun before, too
+        again = make_config(num_steps=3, **betas, schedule__num_timesteps=length)
+        train.train(again, tmp_path)
+        saved = again.copy_and_resolve_references()
+        config_lib.save(saved, tmp_path / "other.json")
+        train.refuse_another_config(make_config(**betas), tmp_path / "other.json")
+    betas["schedule__betas"] = (0.1, 0.5, 0.8)
+    with pytest.raises(config_lib.ConfigError, match=r"0\.9\] there and \[0\.1, 0\.5, 0\.8\] here"):
+        train.train(make_config(num_steps=3, **betas), tmp_path)
+
+
+def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
+    train.train(make_config(num_steps=3), tmp_path)
+    config = config_lib.load(tmp_path / "config.json")
+    del config.model["head_channels"]  # from before there was this field: recipes digest the config
+    config_lib.save(config, tmp_path / "config.json")
+    before = (tmp_path / "config.json").read_bytes()
+    train.train(make_config(num_steps=3), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
     "changes, words",
     [
         ({"training__batch_size": 6}, "use 4 or 8"),
