@@ -92,20 +92,15 @@ def mirror_at_random(keys, images):
     return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
 
 
-def make_schedule(config) -> schedules.Schedule:
-    """The Schedule of a config. "betas" has the length of its list, whatever num_timesteps the base config has."""
-    section = dict(config.schedule)
-    if section.get("name") == "betas":
-        section["num_timesteps"] = None
-    return config_lib.call("config.schedule", schedules.make, section)
-
-
 def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     """The Schedule and the network of a config, checked against its data.image_shape."""
     if config.data.image_shape is None:
         raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
     image_shape = tuple(config.data.image_shape)
-    schedule = make_schedule(config)
+    section = dict(config.schedule)
+    if section.get("name") == "betas":  # as many as there are, whatever the base config says
+        section["num_timesteps"] = None
+    schedule = config_lib.call("config.schedule", schedules.make, section)
     section = config.diffusion if "diffusion" in config else {}
     learned = section.get("variance") in diffusion.LEARNED
     given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}

@@ -66,6 +66,18 @@ def q_sample(schedule: Schedule, x_0, t, eps):
     )
 
 
+def q_path(schedule: Schedule, x_0, keys):
+    """One path x_1 … x_S of the forward process: [B, S, H, W, C], by `q_step` from x_0 [B, H, W, C] and keys [B]."""
+
+    def body(x, i):
+        t = jnp.asarray(schedule.timesteps)[i]
+        x = q_step(schedule, x, i, noise(keys, t, x.shape[1:]))
+        return x, x
+
+    _, path = jax.lax.scan(body, x_0, jnp.arange(len(schedule)))
+    return jnp.moveaxis(path, 0, 1)
+
+
 def noise(keys, t, image_shape):
     """N(0, I) from each example's key and the time t, which is the same for all: [B, H, W, C]."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), image_shape))(keys)

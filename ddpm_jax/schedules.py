@@ -356,16 +356,23 @@ class Health:
     Attributes:
       alpha_bar_T: the share of the data's variance that is left at the end.
       prior_bits_per_dim: L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension.
+      sum_beta: Σβ_t, which for longer and longer chains must grow without end (Tang, Proposition 1.1).
+      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds.
       warning: empty, or one line that says why sampling from N(0, I) starts at the wrong place.
     """
 
     alpha_bar_T: float
     prior_bits_per_dim: float
+    sum_beta: float
+    alpha_bar_bound: float
     warning: str
 
 
 def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
-    """Judges the end of a chain; Σβ_t must be large enough that ∏(1 − β_t) is nearly 0 (Tang, Cor. 1).
+    """Judges the end of a chain: Σβ_t must be large enough that ∏(1 − β_t) is nearly 0.
+
+    For an endless chain ∏(1 − β_t) = 0 exactly if Σβ_t diverges, and then x_t tends to N(0, I) from any x_0
+    (Tang, Propositions 1.1 and 1.2). Of a finite one −ln(1 − β) ≥ β leaves ᾱ_T ≤ e^−Σβ.
 
     Args:
       second_moment: E[x_0²] of the data scaled to [−1, 1]; the default is an upper bound.
@@ -376,10 +383,11 @@ def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
     alpha_bar_T = float(schedule.alpha_bar[-1])
     nats = 0.5 * (alpha_bar_T * (second_moment - 1.0) - np.log1p(-alpha_bar_T))
     bits = float(nats / np.log(2.0))
+    sum_beta = float(np.sum(schedule.beta))
     warning = ""
     if bits > 1e-3:
         warning = (
             f"the chain does not reach N(0, I): alpha_bar_T = {alpha_bar_T:.3g} leaves a prior term of"
             f" {bits:.3g} bits/dim; use more steps or larger betas"
         )
-    return Health(alpha_bar_T, bits, warning)
+    return Health(alpha_bar_T, bits, sum_beta, float(np.exp(-sum_beta)), warning)

@@ -4,7 +4,8 @@
     train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt,
-metrics.jsonl, loss.png, data_preview.png, checkpoints/ and samples/step_XXXXXXXX.png.
+metrics.jsonl, loss.png, data_preview.png, forward.png (the forward process, of a diffusion),
+checkpoints/ and samples/step_XXXXXXXX.png.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method, make_schedule
-from ddpm_jax.diffusion import to_uint8
+from ddpm_jax.ddpm import Method, diffusion_method, fold_in_each, labels_of, make_method
+from ddpm_jax.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.runs import CLASSES_OF_DATA, check_classes, fill_in, load_data
 from ddpm_jax.unet import UNet
 
@@ -45,6 +46,7 @@ FREE_TO_CHANGE = (
 )
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
+FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
 
 
 class TrainingError(RuntimeError):
@@ -117,8 +119,9 @@ def _train(
     say(dataset.describe())
     check_classes(method, dataset)
     first = dataset.fetch(np.arange(min(len(dataset), 64)))
-    if "schedule" in config:
-        say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
+    if method.diffusion is not None:
+        moment = np.mean(np.square(first / 127.5 - 1.0))
+        say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
         data.batches,
         dataset,
@@ -150,6 +153,8 @@ def _train(
     if leader:
         config_lib.save(config, path("config.json"))
         writers.save_png(path("data_preview.png"), writers.grid(first))
+        if method.diffusion is not None:
+            save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
         writers.rewind_metrics(path("metrics.jsonl"), step)
 
     # The step, compiled.
@@ -234,15 +239,28 @@ def _train(
 # ---- the parts of a run ----------------------------------------------------------------------------
 
 
-def describe_schedule(config, second_moment: float) -> str:
-    """One line on the health of config.schedule, and a warning if it has one."""
-    schedule = make_schedule(config)
+def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
+    """One line on the health of a chain, and a warning if it has one."""
     health = schedules.health(schedule, second_moment=float(second_moment))
     line = (
-        f"schedule {config.schedule.name}: {len(schedule)} steps, alpha_bar_T = {health.alpha_bar_T:.3g},"
+        f"schedule: {len(schedule)} steps, sum of beta {health.sum_beta:.4g}, alpha_bar_T ="
+        f" {health.alpha_bar_T:.3g} (at most {health.alpha_bar_bound:.3g}),"
         f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
     )
     return f"{line}\nWARNING: {health.warning}" if health.warning else line
+
+
+def save_forward(path: str, schedule: schedules.Schedule, images: np.ndarray, key) -> None:
+    """Draws how the forward process turns images into noise: a row for each, from x_0 on the left to x_T."""
+    images = images[:FORWARD_ROWS]
+    last = len(schedule) - 1
+    tau = np.unique(np.round(np.linspace(0, last, FORWARD_TIMES)).astype(int))
+    chain = schedules.respace(schedule, tau)
+    keys = fold_in_each(key, np.arange(len(images)))
+    rows = to_uint8(q_path(chain, from_uint8(images), keys))
+    rows = np.concatenate([images[:, None], rows], axis=1)
+    title = f"data, then x_t at t = {', '.join(map(str, tau))}"
+    writers.save_grids(path, [(title, rows.reshape(-1, *images.shape[1:]))], columns=len(tau) + 1)
 
 
 def make_preview(config, method: Method, key) -> tuple[int, Callable]:

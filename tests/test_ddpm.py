@@ -57,7 +57,7 @@ def test_own_betas_have_the_length_of_their_list():
     config.schedule.name, config.schedule.betas = "betas", betas
     np.testing.assert_array_equal(ddpm.make_method(config).diffusion.schedule.beta, betas)
     config.schedule.betas = ()
-    with pytest.raises(config_lib.ConfigError, match="config.schedule: .*needs the list"):
+    with pytest.raises(config_lib.ConfigError, match=r"config.schedule: .*needs the list"):
         ddpm.make_method(config)
 
 

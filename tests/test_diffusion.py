@@ -55,6 +55,19 @@ def test_q_step_is_the_kernel():
     np.testing.assert_allclose(diffusion.q_step(schedule, x, t, eps), expected, rtol=1e-6)
 
 
+def test_a_path_is_one_step_after_another():
+    schedule = SCHEDULES[2]
+    x, keys = images(0, 3, 2, 2, 1), jax.random.split(jax.random.key(0), 3)
+    path = diffusion.q_path(schedule, x, keys)
+    assert path.shape == (3, 10, 2, 2, 1)
+    for i, t in enumerate(schedule.timesteps):
+        x = diffusion.q_step(schedule, x, i, diffusion.noise(keys, t, (2, 2, 1)))
+        np.testing.assert_allclose(path[:, i], x, rtol=1e-5, atol=1e-6)
+    # Its noise is that of the samplers and the bound at the same time, one example at a time.
+    alone = diffusion.q_path(schedule, images(0, 3, 2, 2, 1)[1:2], keys[1:2])
+    np.testing.assert_allclose(alone[0], path[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_posterior_is_a_product_of_gaussians(schedule):
     # q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0): precisions add, means add by precision.

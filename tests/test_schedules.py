@@ -110,6 +110,51 @@ def test_a_chain_that_stops_short_is_reported():
     assert "does not reach" in health.warning
 
 
+def sequences(n):
+    """β_1 … β_n of series whose sum is known to grow without end, or to stay finite."""
+    k = np.arange(2.0, n + 2)
+    return {
+        True: [np.full(n, 3e-5), 1 / k, 0.5 / k, 0.9 / (k * np.log(k))],
+        False: [1 / k**2, 0.3 / k**1.5],
+    }
+
+
+def test_the_product_goes_to_0_exactly_if_the_sum_diverges():
+    """Tang, Proposition 1.1, and 1.2 for the divergence of q(x_t | x_0 = 1) from N(0, 1)."""
+    lengths = (10**2, 10**4, 10**6)
+    ends = [sequences(n) for n in lengths]
+    for diverges in (True, False):
+        for betas in zip(*(end[diverges] for end in ends), strict=True):
+            health = [schedules.health(schedules.from_betas(beta)) for beta in betas]
+            left = np.array([h.alpha_bar_T for h in health])
+            sums = np.array([h.sum_beta for h in health])
+            bits = np.array([h.prior_bits_per_dim for h in health])
+            # Between two bounds by the sum, as −ln(1 − β) is convex: one goes to 0 with the other or not.
+            largest = betas[0].max()
+            assert (left <= [h.alpha_bar_bound for h in health]).all()
+            assert (left >= 0.999 * np.exp(sums * np.log1p(-largest) / largest)).all()
+            if diverges:
+                assert (sums[1:] > sums[:-1] + 0.1).all() and (left[1:] < 0.9 * left[:-1]).all()
+                assert (bits[1:] < 0.9 * bits[:-1]).all()
+            else:
+                assert sums[-1] - sums[-2] < 0.01 and left[-1] > 0.99 * left[-2] > 0.1
+                assert bits[-1] > 0.97 * bits[-2] > 1e-2 and health[-1].warning
+    # ∏(1 − 1/k²) over k = 2, 3 … is ½, and ∏(1 − 1/k) up to n + 1 is 1/(n + 1).
+    telescopes = schedules.from_betas(1 / np.arange(2.0, 1002) ** 2)
+    np.testing.assert_allclose(telescopes.alpha_bar[-1], 0.5 * 1002 / 1001, rtol=1e-12)
+    harmonic = schedules.from_betas(1 / np.arange(2.0, 1002))
+    np.testing.assert_allclose(harmonic.alpha_bar[-1], 1 / 1001, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*schedules.NAMED])
+def test_the_sum_of_beta_bounds_what_is_left(name):
+    schedule = make(name, num_timesteps=300)
+    health = schedules.health(schedule)
+    np.testing.assert_allclose(health.sum_beta, sum(schedule.beta.tolist()), rtol=1e-12)
+    assert health.alpha_bar_T <= health.alpha_bar_bound == np.exp(-health.sum_beta)
+    assert (health.alpha_bar_T > 0) == (name != "jsd")
+
+
 # ---- shortened chains ------------------------------------------------------------------------------
 
 
@@ -176,7 +221,10 @@ def test_parts_of_any_length_and_number():
         counts = [int(words.integers(0, T // n + (i < T % n) + 1)) for i in range(n)]
         if sum(counts) > 1:
             steps = ",".join(map(str, counts))
-            assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts), (T, steps)
+            assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts), (
+                T,
+                steps,
+            )
 
 
 def test_parts_are_spaced_uniformly_and_not_otherwise():
