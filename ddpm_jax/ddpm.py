@@ -343,7 +343,7 @@ def diffusion_method(
         Args:
           sampler: one of `samplers.SAMPLERS`.
           steps, spacing: see `schedules.shorten`; None for all T.
-          eta: of "ddim", 0 (the default) to 1 or "hat"; see `samplers.ddim_std`.
+          eta: of "ddim", 0 (the default) to 1 or "hat"; see `diffusion.ddim_std`.
           order, singlestep: of "dpm_solver", 2 and False unless told; see `samplers.dpm_solver_weights`.
           variance: of "ancestral", one of `diffusion.VARIANCES` that the network has the outputs for.
           clip_x0: True, False or "dynamic"; see `samplers.clip`.
