@@ -9,7 +9,19 @@ and measures the ELBO of the 10,000 test images. Then the variance of the gradie
 D + Z/K for K draws, D between images and Z between draws, so K draws divide the variance of a batch by at most
 (D + Z)/D.
 
-MEASURED
+Expected: D above Z, and nothing to be gained by more draws.
+Measured on one core of an AMD EPYC server beside other work, jax 0.10.2, ten minutes in all; nats an image, EMA
+weights; ± is the standard error over three seeds, of a difference seed by seed; the shortest of three times:
+
+    draws   steps   ELBO              more than the first   seconds
+    1       3000    -108.60 ± 0.06                          31
+    5       3000    -107.61 ± 0.02    0.99 ± 0.08           63
+    1       7000    -104.96 ± 0.06    3.64 ± 0.01           79
+
+Five draws are not wasted: they gain a nat in as many steps. But time is better spent on steps of one draw, which gain
+3.6: in this sense one is sufficient. The expectation about variances was wrong. Of 1000 training images D = 2.0e4 and
+Z = 12.5e4 before training, 1.8e4 and 6.4e4 after 3000 steps: most of the gradient's noise is that of z, and five draws
+divide the variance of a batch by 3.2 and 2.6. It is a batch of a hundred that makes it small, as Kingma & Welling say.
 """
 
 import argparse
