@@ -37,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (16,)
     config.model.num_heads = 1
+    config.model.head_channels = 0  # above 0: channels of each head, in place of num_heads
     config.model.dropout = 0.1
     config.model.scale_shift = False
     config.model.num_classes = 0  # 0: labels are not used; -1: as many as the data have
@@ -46,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.schedule = ConfigDict()
     config.schedule.name = "linear"  # see ddpm_jax.schedules: quad, cosine, betas, …
-    config.schedule.num_timesteps = 1000
+    config.schedule.num_timesteps = 1000  # of "betas": as many as there are
     config.schedule.start = placeholder(float)  # None: the schedule's own, 1e-4 …
     config.schedule.end = placeholder(float)  # … and 0.02
     config.schedule.betas = placeholder(tuple)  # your own list, with name "betas"

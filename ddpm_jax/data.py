@@ -369,6 +369,7 @@ def _npz(path, split):
 
 # The official archives: mirrors, then file, bytes and SHA-256 sum as tensorflow-datasets registers
 # them (tensorflow_datasets/url_checksums/<name>.txt). The sums make any mirror safe, http included.
+# CIFAR-10's second is the one of MindSpore's tutorials.
 
 _ARCHIVES = {
     "mnist": """
@@ -389,6 +390,7 @@ t10k-labels-idx1-ubyte.gz 5148 67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35df
 """,
     "cifar10": """
 https://www.cs.toronto.edu/~kriz/
+https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/
 cifar-10-binary.tar.gz 170052171 c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
 """,
 }

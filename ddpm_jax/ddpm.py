@@ -100,7 +100,10 @@ def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     if config.data.image_shape is None:
         raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
     image_shape = tuple(config.data.image_shape)
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+    section = dict(config.schedule)
+    if section.get("name") == "betas":  # as many as there are, whatever the base config says
+        section["num_timesteps"] = None
+    schedule = config_lib.call("config.schedule", schedules.make, section)
     section = config.diffusion if "diffusion" in config else {}
     learned = section.get("variance") in diffusion.LEARNED
     given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}
@@ -349,7 +352,7 @@ def diffusion_method(
         Args:
           sampler: one of `samplers.SAMPLERS`.
           steps, spacing: see `schedules.shorten`; None for all T.
-          eta: of "ddim", 0 (the default) to 1 or "hat"; see `samplers.ddim_std`.
+          eta: of "ddim", 0 (the default) to 1 or "hat"; see `diffusion.ddim_std`.
           order, singlestep: of "dpm_solver", 2 and False unless told; see `samplers.dpm_solver_weights`.
           variance: of "ancestral", one of `diffusion.VARIANCES` that the network has the outputs for.
           clip_x0: True, False or "dynamic"; see `samplers.clip`.

@@ -60,7 +60,7 @@ _STEPS = flags.DEFINE_string(
     "steps",
     None,
     "Of the chain: 50, ddim50, quad50, logsnr50, 10,15,20 or [0,20,41]; best_steps: how many;"
-    " reconstruct: several numbers, as 10,20,50.",
+    " reconstruct: several numbers, as 10,20,50, or chains with semicolons, as '10,15,20;45'.",
 )
 _SPACING = flags.DEFINE_enum(
     "spacing",

@@ -288,7 +288,8 @@ def class_numbers(run: Run, labels: str) -> str:
 
 
 def fill_in(config) -> data.Dataset | None:
-    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`.
+    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`; and
+    the length of a list of betas.
 
     Returns:
       the training split, if it had to be loaded.
@@ -297,6 +298,8 @@ def fill_in(config) -> data.Dataset | None:
       ConfigError: the data have no labels.
       DataError: as `data.load`.
     """
+    if config.get("schedule", {}).get("name") == "betas" and config.schedule.get("betas"):
+        config.schedule.num_timesteps = len(config.schedule.betas)
     classes = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
     if config.data.image_shape is not None and not classes:
         return None

@@ -4,7 +4,8 @@
     train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt,
-metrics.jsonl, loss.png, data_preview.png, checkpoints/ and samples/step_XXXXXXXX.png.
+metrics.jsonl, loss.png, data_preview.png, forward.png (the forward process, of a diffusion),
+checkpoints/ and samples/step_XXXXXXXX.png.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
 import signal
@@ -25,8 +27,8 @@ import numpy as np
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method
-from ddpm_jax.diffusion import to_uint8
+from ddpm_jax.ddpm import Method, diffusion_method, fold_in_each, labels_of, make_method
+from ddpm_jax.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.runs import (
     CLASSES_OF_DATA,
     check_classes,
@@ -40,6 +42,7 @@ from ddpm_jax.runs import (
     saved_data,
     with_absolute_paths,
 )
+from ddpm_jax.unet import UNet
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
@@ -56,6 +59,7 @@ FREE_TO_CHANGE = (
 CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
+FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
 
 
 class TrainingError(RuntimeError):
@@ -144,9 +148,10 @@ def _train(
     if os.path.isdir(directory):
         for line in check_data(workdir, dataset, may_change="data" in change):
             say(f"WARNING: {line}")
-    if "schedule" in config:
-        chosen = dataset.fetch(data.choose(len(dataset), 1024))
-        say(describe_schedule(config, second_moment=np.mean(np.square(chosen / 127.5 - 1.0))))
+    first = dataset.fetch(data.choose(len(dataset), 1024))
+    if method.diffusion is not None:
+        moment = np.mean(np.square(first / 127.5 - 1.0))
+        say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
         data.batches,
         dataset,
@@ -172,15 +177,17 @@ def _train(
                 "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
             )
     state = parallel.place(state)
+    if step >= num_steps:
+        say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
+        return state
     if leader:
         config_lib.save(config, path("config.json"))
         save_data(workdir, dataset)
         shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
         writers.save_png(path("data_preview.png"), writers.grid(shown))
+        if method.diffusion is not None:
+            save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
         writers.rewind_metrics(path("metrics.jsonl"), step)
-    if step >= num_steps:
-        say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
-        return state
 
     # The step, compiled.
     clock = time.perf_counter()
@@ -266,12 +273,12 @@ def _train(
 # ---- the parts of a run ----------------------------------------------------------------------------
 
 
-def describe_schedule(config, second_moment: float) -> str:
-    """One line on the health of config.schedule, and a warning if it has one."""
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
+    """One line on the health of a chain, and a warning if it has one."""
     health = schedules.health(schedule, second_moment=float(second_moment))
     line = (
-        f"schedule {config.schedule.name}: {len(schedule)} steps, alpha_bar_T = {health.alpha_bar_T:.3g},"
+        f"schedule: {len(schedule)} steps, sum of beta {health.sum_beta:.4g}, alpha_bar_T ="
+        f" {health.alpha_bar_T:.3g} (at most {health.alpha_bar_bound:.3g}),"
         f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
     )
     return f"{line}\nWARNING: {health.warning}" if health.warning else line
@@ -288,6 +295,19 @@ def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np
         else:
             images.append(to_uint8(method.shown(jax.random.fold_in(key, step), batch)))
     return np.concatenate(images)[:count]
+
+
+def save_forward(path: str, schedule: schedules.Schedule, images: np.ndarray, key) -> None:
+    """Draws how the forward process turns images into noise: a row for each, from x_0 on the left to x_T."""
+    images = images[:FORWARD_ROWS]
+    last = len(schedule) - 1
+    tau = np.unique(np.round(np.linspace(0, last, FORWARD_TIMES)).astype(int))
+    chain = schedules.respace(schedule, tau)
+    keys = fold_in_each(key, np.arange(len(images)))
+    rows = to_uint8(q_path(chain, from_uint8(images), keys))
+    rows = np.concatenate([images[:, None], rows], axis=1)
+    title = f"data, then x_t at t = {', '.join(map(str, tau))}"
+    writers.save_grids(path, [(title, rows.reshape(-1, *images.shape[1:]))], columns=len(tau) + 1)
 
 
 def make_preview(config, method: Method, key) -> tuple[int, Callable]:
@@ -321,7 +341,8 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
       moved: the data may have another name or place: they are compared themselves, by `runs.check_data`.
 
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is
-    saved. A field of config.diffusion that the run is too old to have stands for its default.
+    saved, as does the num_timesteps of a list of betas. A field that one of the two lacks, because it is
+    older than the field, stands for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
@@ -330,13 +351,15 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     free = FREE_TO_CHANGE
     if moved and saved_data(os.path.dirname(path)) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
+    of_betas = config.get("schedule", {}).get("name") == "betas"
     changed = [
         f"{field} is {saved!r} there and {given!r} here"
         for field, (saved, given) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
         and not (field == "config.data.image_shape" and given is None)
         and not (field == "config.model.num_classes" and given == CLASSES_OF_DATA)
-        and not (saved == config_lib.MISSING and given == _default(field))
+        and not (field == "config.schedule.num_timesteps" and of_betas)
+        and _or_default(field, saved) != _or_default(field, given)
     ]
     if changed:
         raise config_lib.ConfigError(
@@ -345,12 +368,24 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
         )
 
 
-def _default(field: str):
-    """Of a field of config.diffusion, what the run had before there was such a field."""
-    parameters = inspect.signature(diffusion_method).parameters
-    section, _, name = field.rpartition(".")
-    known = section == "config.diffusion" and name in parameters
-    return parameters[name].default if known else inspect.Parameter.empty
+def _or_default(field: str, value):
+    """The value of a config's field or, where it is missing, the default in the signature that reads the section."""
+    readers = {
+        "data": data.load,
+        "model": UNet,
+        "schedule": schedules.make,
+        "diffusion": diffusion_method,
+        "optimizer": training.make_optimizer,
+        "step": training.make_update,
+        "training": _train,
+    }
+    section, _, name = field.removeprefix("config.").rpartition(".")
+    if value != config_lib.MISSING or section not in readers:
+        return value
+    parameter = inspect.signature(readers[section]).parameters.get(name)
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return value
+    return json.loads(json.dumps(parameter.default))  # as a saved config has it: lists for tuples
 
 
 def check_finite(state: training.TrainState, directory: str) -> None:

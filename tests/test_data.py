@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -446,6 +447,21 @@ def test_the_next_mirror_is_tried(server, cifar, tmp_path, monkeypatch):
     replies += [(200, archive, len(archive))]
     assert len(data.load("cifar10", data_dir=tmp_path)) == 10
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(url, path, size):
+        asked.append(url)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "_copy", refuse)
+    message = error(name, data_dir=tmp_path)
+    hosts = {urllib.parse.urlsplit(url).hostname for url in asked}
+    assert len(hosts) >= 2 and len(asked) == 3 * len(set(asked))
+    assert all(f"{url} (OSError: no route to host)" in message for url in asked)
 
 
 def test_without_a_network(cifar, tmp_path, monkeypatch):
