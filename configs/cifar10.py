@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.data_dir = "data"  # where archives are looked for, and downloaded to
     config.data.image_shape = (32, 32, 3)  # None in your own config: whatever the data have
     config.data.flip = True  # mirror training images at random
+    config.data.memory_limit_gb = 4.0  # larger data sets are decoded on demand
 
     config.model = ConfigDict()
     config.model.channels = 128
