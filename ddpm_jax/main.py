@@ -555,10 +555,9 @@ def run(main, usage: Callable[[], str] = help_text) -> None:
         try:
             main(argv)
         except KeyboardInterrupt as error:
-            line, status = (
-                str(error) or "stopped by Ctrl-C; the same command begins or goes on",
-                130,
-            )
+            print(str(error) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)  # an orderly exit would wait for what the device is doing
         except USER_ERRORS as error:
             line = f"error: {error}"
             status = 2 if isinstance(error, (config.ConfigError, app.UsageError)) else 1

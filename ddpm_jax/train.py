@@ -101,6 +101,8 @@ def train(config, workdir: str) -> training.TrainState:
                 undo()
                 if isinstance(error, SystemExit):
                     say(leave("stopped by SIGTERM"))
+                    # As if it had not been caught: an orderly exit would wait for a step that is running.
+                    signal.raise_signal(signal.SIGTERM)
             raise
 
 

@@ -288,6 +288,7 @@ def test_ctrl_c_is_said_as_it_is(command, monkeypatch):
         raise KeyboardInterrupt("stopped by Ctrl-C; step 469 is saved")
 
     monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     assert command(DIGITS) == (130, "", ["stopped by Ctrl-C; step 469 is saved"])
 
 
