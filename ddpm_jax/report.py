@@ -860,7 +860,9 @@ def _losses(found: list[Found]) -> Markup:
         title = f"loss, quarter {column[-1]} of t" if column.startswith("loss_t") else column
         charts.append(page.chart(TITLES.get(column, title), curves, x_label="step"))
     moved = [name for name in differing(found) if name.startswith(KIND_OF_LOSS)]
-    moved = [name for name in moved if not name.endswith(("data_dir", "clip_x0"))]
+    moved = [
+        name for name in moved if not name.endswith(("data_dir", "memory_limit_gb", "clip_x0"))
+    ]
     names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} others" if len(moved) > 3 else "")
     text = f"The losses need not mean the same: the runs differ in {names}."
     note = tag("p", text, class_="warning") if moved else None

@@ -141,7 +141,7 @@ def test_the_papers_rows(capsys):
     assert simple.to_dict() == base.to_dict()  # the paper's best row is configs/cifar10.py
 
 
-def test_a_table_of_what_is_there(tmp_path, capsys):
+def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.py"
     place = tmp_path / "runs" / "mine" / "cpu"
     file.write_text(
@@ -171,7 +171,9 @@ def test_a_table_of_what_is_there(tmp_path, capsys):
         "| b | — | — | — | 1.000 ± 0.125 |",
         "| c | 1.000 (1) | — | — | — |",
     ]
-    sweep.main([*arguments, "--row=b"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = f"~/{file.relative_to(tmp_path)}"
+    sweep.main([file, "--size=cpu", "--root=~/runs", "--table", "--row=b"])
     assert capsys.readouterr().out.splitlines() == [
         "| row | p | q fid_300 |",
         "| --- | --- | --- |",
