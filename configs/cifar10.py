@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.flatten = False  # image_folder: True takes pictures at any depth, without classes
     config.data.skip_broken = False  # image_folder: True leaves out what cannot be decoded
     config.data.background = "white"  # under transparent pictures; or "black", "#808080"
+    config.data.memory_limit_gb = 4.0  # larger data sets are decoded on demand
 
     config.model = ConfigDict()
     config.model.channels = 128

@@ -191,15 +191,22 @@ def show(result: dict) -> str:
 
 
 def _main(argv) -> None:
+    options = main.given_options("the benchmark", ("batch_size",))
     parallel.enable_compilation_cache()
-    if main.CONFIG.value is None:
+    config = main.given_config()
+    if config is None:
         raise app.UsageError("the benchmark needs --config=configs/NAME.py")
     print(parallel.banner(), flush=True)
-    result = benchmark(main.CONFIG.value, batch_size=main.BATCH_SIZE.value, plain=_PLAIN.value)
+    result = benchmark(config, plain=_PLAIN.value, **options)
     print(show(result))
     print(json.dumps({"device": parallel.banner(), **result}))
 
 
 if __name__ == "__main__":
-    _PLAIN = flags.DEFINE_bool("plain", True, "Also time the textbook form of the network.")
-    main.run(_main)
+    _PLAIN = flags.DEFINE_bool("plain", True, "Also times the textbook form of the network.")
+    main.run(
+        _main,
+        lambda: (
+            f"{__doc__}\n{main.help_on(('config', 'batch_size', 'plain'), benchmark, 'benchmark')}"
+        ),
+    )

@@ -65,7 +65,8 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _remove(directory.glob("[0-9]*.tmp"))  # of saves and deletions that were killed
-        if path.exists() and not _set_aside(path, leaves):
+        fault = _fault(path, leaves) if path.exists() else None
+        if path.exists() and fault is None:
             return
         _check_space(directory, sum(array.nbytes for array in arrays.values()))
         with _checkpointer() as checkpointer:
@@ -75,9 +76,13 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             meta = {"leaves": leaves, "files": _sha256_files(temporary)}
             meta["sha256"] = _sha256_json(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            if fault is not None:  # only now: whatever ends a save before spares what was there
+                _set_aside(path, *fault)
             temporary.rename(path)
-    except Exception as error:  # OSError, and whatever orbax makes of one
+    except BaseException as error:  # OSError, and whatever orbax makes of one
         _remove([temporary])
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise CheckpointError(
             f"{path}: not saved ({_line(error)}); earlier checkpoints are untouched: "
             "free space or mend the permissions, then run the same command again"
@@ -120,6 +125,8 @@ def restore(
             return jax.tree.unflatten(structure, [arrays[name] for name in expected]), newest
         except (CheckpointError, MemoryError):
             raise
+        except PermissionError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # a damaged file can raise anything
             if path.exists():
                 damaged[newest] = _line(error)
@@ -287,20 +294,22 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _set_aside(path: Path, leaves: dict[str, list]) -> bool:
-    """Frees `path` for a new checkpoint, deleting nothing; False if it holds `leaves` already."""
+def _fault(path: Path, leaves: dict[str, list]) -> tuple[str, str] | None:
+    """Why `path` does not hold exactly `leaves`, and the suffix that it gets for it; None if it does."""
     try:
         meta = _read_meta(path)
         if meta["leaves"] == leaves and _read_arrays(path, meta):
-            return False
-        reason, suffix = "it holds other values", "replaced"
+            return None
+        return "it holds other values", "replaced"
     except Exception as error:
-        reason, suffix = _line(error), "damaged"
-    if jax.process_index() == 0:
-        free = (Path(f"{path}.{suffix}{n}") for n in ("", *range(2, 1000)))
-        aside = path.rename(next(name for name in free if not name.exists()))
-        logging.warning("%s is saved anew (%s); the old one is now %s", path, reason, aside)
-    return True
+        return _line(error), "damaged"
+
+
+def _set_aside(path: Path, reason: str, suffix: str) -> None:
+    """Frees `path` for a new checkpoint, deleting nothing."""
+    free = (Path(f"{path}.{suffix}{n}") for n in ("", *range(2, 1000)))
+    aside = path.rename(next(name for name in free if not name.exists()))
+    logging.warning("%s is saved anew (%s); the old one is now %s", path, reason, aside)
 
 
 def _remove(paths: Iterable[Path]) -> None:

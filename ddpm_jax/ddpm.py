@@ -107,9 +107,10 @@ def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     section = config.diffusion if "diffusion" in config else {}
     learned = section.get("variance") in diffusion.LEARNED
     given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}
-    unet = config_lib.call("config.model", UNet, config.model, **given)
+    values = config_lib.arguments("config.model", UNet, config.model, given)
+    unet = config_lib.call("config.model", UNet, values, **given)
     with config_lib.errors_at("config.model"):
-        check(image_shape, **config.model)
+        check(image_shape, **values)
     if unet.num_classes and section.get("label_dropout"):
         unet = unet.clone(num_classes=unet.num_classes + 1)  # the last one stands for no label
     if unet.num_groups >= unet.channels and not unet.scale_shift:

@@ -544,8 +544,8 @@ def load_mask(mask: str, image_shape: tuple[int, int, int]) -> np.ndarray:
             "top": y < height // 2,
             "bottom": y >= height - height // 2,
         }[mask]
-    elif os.path.exists(mask):
-        hole = data.picture(mask, (height, width, 1))[:, :, 0] >= 128
+    elif os.path.exists(config_lib.path(mask)):
+        hole = data.picture(config_lib.path(mask), (height, width, 1))[:, :, 0] >= 128
     else:
         raise runs.RunError(
             f"there is no mask {mask!r}{config_lib.nearest(mask, MASKS)} (a picture whose white is to be"
@@ -592,6 +592,8 @@ def nearest(
     Raises: as `encode`.
     """
     run, _ = _load(workdir, weights, of_diffusion=False)
+    if out is not None:  # what can be refused is, before samples are drawn
+        runs.out_path(out, ".npz", run.workdir)
     if images is not None and runs.given(options):
         raise runs.RunError(
             f"--{sorted(runs.given(options))[0]} is for samples, and --images={images} is given instead"
@@ -719,9 +721,7 @@ def _write(run, mode, recipe, make, out, *parts, **options):
         options = {name: value for name, value in options.items() if name != "data_dir"}
         name = run.name(mode, *parts, **options)
         out = os.path.join(run.workdir, "samples", f"{name}.npz")
-    if not out.endswith(".npz"):
-        raise runs.RunError(f"--out must end in .npz, got {out}")
-    out, recipe = os.path.abspath(out), run.recipe() | {"mode": mode} | recipe
+    out, recipe = runs.out_path(out, ".npz", run.workdir), run.recipe() | {"mode": mode} | recipe
     with runs.in_progress(out, recipe, named=named) as (_, finished):
         if finished:
             print("nothing new to compute: it is there with the same recipe", flush=True)

@@ -88,7 +88,7 @@ def nll(
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
-    check_out(out)
+    out = check_out(out, workdir)
     run = runs.load(workdir, weights)
     given = {"batch_size": batch_size, "data_dir": data_dir}
     return _report(_nll(run, split, num_images, seed, options, path=out, **given))
@@ -148,7 +148,7 @@ def best_steps(
 
     Raises: as `nll`.
     """
-    check_out(out)
+    out = check_out(out, workdir)
     run = runs.load(workdir, weights)
     chosen, measured = runs.given(options), {"batch_size": batch_size, "data_dir": data_dir}
     without = {name: value for name, value in chosen.items() if name != "variance"}
@@ -205,12 +205,11 @@ def best_steps(
 # ---- the loop --------------------------------------------------------------------------------------
 
 
-def check_out(out: str | None) -> None:
-    """Refuses to write a result over what is none."""
+def check_out(out: str | None, workdir: str) -> str | None:
+    """The path of a result, which is not written over what is none; see `runs.out_path`."""
     if out is None:
-        return
-    if not out.endswith(".json"):
-        raise runs.RunError(f"--out must end in .json, got {out}")
+        return None
+    out = runs.out_path(out, ".json", workdir)
     if os.path.exists(out):
         try:
             with open(out, encoding="utf-8") as file:
@@ -219,6 +218,7 @@ def check_out(out: str | None) -> None:
             ours = False
         if not ours:
             raise runs.RunError(f"{out} is no result of an evaluation; choose another --out")
+    return out
 
 
 def _make_bound(run, options):

@@ -20,6 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import config as config_lib
+
 AXIS = "batch"
 
 
@@ -95,6 +97,57 @@ def memory(compiled) -> float:
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes
     )
+
+
+def free_memory(root: str = "/") -> float:
+    """Bytes that one device can still give to a step; inf where nobody says.
+
+    A CPU has what the system calls available, with swap, within the limits of the process's control groups,
+    and its devices share it.
+
+    Args:
+      root: of the file system in which the system says so.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
+
+    def numbers(*names: str) -> dict[str, int]:
+        """{word: number} of a file's lines of both, {"": number} of a lone number; {} without the file."""
+        found = {}
+        with (
+            contextlib.suppress(OSError),
+            open(os.path.join(root, *names), encoding="utf-8") as file,
+        ):
+            for line in file:
+                *word, value = line.removesuffix("kB\n").split() or [""]
+                if value.isdecimal():
+                    found[" ".join(word)] = int(value)
+        return found
+
+    system = numbers("proc", "meminfo")  # in kB
+    swap = 1024 * system.get("SwapFree:", 0)
+    free = [1024 * system["MemAvailable:"] + swap] if "MemAvailable:" in system else []
+    groups = []
+    with contextlib.suppress(OSError), open(os.path.join(root, "proc/self/cgroup")) as file:
+        groups = [line.strip().split(":", 2)[1:] for line in file]
+    names = {"": ("memory.max", "memory.current")}  # version 2, whose controllers go unnamed
+    names["memory"] = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # version 1
+    for controllers, group in groups:
+        limit, usage = names.get(controllers, (None, None))
+        folders = ["sys/fs/cgroup", controllers, *group.strip("/").split("/")]
+        for depth in (
+            range(2, len(folders) + 1) if limit else ()
+        ):  # a limit of any group above holds too
+            place = folders[:depth]
+            most, used = (numbers(*place, name).get("") for name in (limit, usage))
+            if most is not None and used is not None:
+                cache = numbers(*place, "memory.stat").get(
+                    "inactive_file", 0
+                )  # given back if needed
+                free.append(most - used + cache + swap)
+    return min(free, default=float("inf")) / jax.local_device_count()
 
 
 def flops(compiled) -> float:
@@ -181,6 +234,6 @@ def enable_compilation_cache() -> None:
         )
     kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
     folder = f"jaxlib-{importlib.metadata.version('jaxlib')}-{kind}"
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = config_lib.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(root, "ddpm_jax", folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -3,9 +3,9 @@
     python -m ddpm_jax.main --mode=report --workdir=runs/digits
     python -m ddpm_jax.main --mode=report --workdir=runs/digits,runs/mine
 
-The first writes report.html into the run directory, the second comparison.html into the first of them. Either
-opens from disk, without a network. What is there is shown; for what is not, the command that makes it.
-No checkpoint is read and no device asked for, so a run can be looked at while it trains.
+The first writes report.html into the run directory, the second comparison.html into the current directory;
+--out names another file. Either opens from disk, without a network. What is there is shown; for what is not, the
+command that makes it. No checkpoint is read and no device asked for, so a run can be looked at while it trains.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def report(workdir: str, *, out: str | None = None) -> str:
 
     Args:
       workdir: a run directory, or several with commas.
-      out: the .html to write; None for report.html in the directory, comparison.html in the first.
+      out: the .html to write; None for report.html in the run directory, or for comparison.html of several
+        in the current one.
 
     Returns:
       the path of the page.
@@ -84,14 +85,19 @@ def report(workdir: str, *, out: str | None = None) -> str:
     Raises:
       ConfigError, RunError: no run there, nothing logged yet, or `out` is something else; one line.
     """
+    workdir = config_lib.path(workdir)
     one = os.path.isdir(workdir) or "," not in workdir
     parts = [workdir] if one else [part.strip() for part in workdir.split(",")]
-    workdirs = [part for part in parts if part] or [workdir]
+    workdirs = [config_lib.path(part) for part in parts if part] or [workdir]
     for n, path in enumerate(workdirs):
         if os.path.realpath(path) in map(os.path.realpath, workdirs[:n]):
             raise runs.RunError(f"{path} is given twice; give each run once")
-    file = "report.html" if len(workdirs) == 1 else "comparison.html"
-    out = os.path.abspath(out or os.path.join(workdirs[0], file))
+    if out is not None:
+        out = runs.out_path(out, ".html")
+    elif len(workdirs) == 1:
+        out = os.path.abspath(os.path.join(workdirs[0], "report.html"))
+    else:
+        out = os.path.abspath("comparison.html")
     check_out(out)
     found = [find(path) for path in workdirs]
     text = of_run(found[0]) if len(found) == 1 else comparison(distinct(found))
@@ -102,8 +108,6 @@ def report(workdir: str, *, out: str | None = None) -> str:
 
 def check_out(out: str) -> None:
     """Refuses to write a page over what is none of ours."""
-    if not out.endswith(".html"):
-        raise runs.RunError(f"--out must end in .html, got {out}")
     if os.path.exists(out):
         with open(out, encoding="utf-8", errors="replace") as file:
             if page.GENERATOR not in file.read(1000):
@@ -861,7 +865,9 @@ def _losses(found: list[Found]) -> Markup:
         title = f"loss, quarter {column[-1]} of t" if column.startswith("loss_t") else column
         charts.append(page.chart(TITLES.get(column, title), curves, x_label="step"))
     moved = [name for name in differing(found) if name.startswith(KIND_OF_LOSS)]
-    moved = [name for name in moved if not name.endswith(("data_dir", "clip_x0"))]
+    moved = [
+        name for name in moved if not name.endswith(("data_dir", "memory_limit_gb", "clip_x0"))
+    ]
     names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} others" if len(moved) > 3 else "")
     text = f"The losses need not mean the same: the runs differ in {names}."
     note = tag("p", text, class_="warning") if moved else None

@@ -28,6 +28,7 @@ CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 EMA_SHARE = (
     0.02  # share of the random initial weights in the average, above which it is worth a word
 )
+RESULTS = ("eval", "samples")  # folders in a run directory that commands write to
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
 
@@ -106,7 +107,7 @@ def load(workdir: str, weights: str = "ema") -> Run:
     Raises:
       ConfigError, CheckpointError, RunError: no run there, no checkpoint yet, or none to be read.
     """
-    workdir = os.path.abspath(workdir)
+    workdir = os.path.abspath(config_lib.path(workdir))
     config = config_lib.load(os.path.join(workdir, "config.json"))
     method = make_method(config)
     tx, _ = training.optimizer_of(config)
@@ -425,15 +426,41 @@ def check_classes(method: Method, dataset: data.Dataset) -> None:
         )
 
 
+def out_path(out: str, extension: str, workdir: str | None = None) -> str:
+    """The absolute path of a file that is to be written.
+
+    Args:
+      out: as a user writes it.
+      workdir: a run directory, whose folders of results are made when they are needed.
+
+    Raises:
+      RunError: another extension, or a folder that does not exist.
+    """
+    path = os.path.abspath(config_lib.path(out))
+    if not path.endswith(extension):
+        raise RunError(f"--out must end in {extension}, got {out}")
+    folder = os.path.dirname(path)
+    made = [os.path.join(os.path.abspath(config_lib.path(workdir or "")), name) for name in RESULTS]
+    if not os.path.isdir(folder) and not (workdir and folder in made):
+        raise RunError(
+            f"there is no folder {folder} to write {path} in; make it first, or choose another --out"
+        )
+    return path
+
+
 def read_npz(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz that this program wrote.
 
     Raises:
-      RunError: it cannot be read.
+      RunError: there is none, or it cannot be opened or read.
     """
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
             return dict(arrays)
+    except FileNotFoundError:
+        raise RunError(f"there is no file {path}") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise RunError(f"{path} cannot be opened: {error.strerror}") from None
     except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
         line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
         raise RunError(line) from None

@@ -68,6 +68,7 @@ def sample(
     """
     start, name, about = None, (), {}
     if latents is not None:
+        latents = config_lib.path(latents)
         if labels != "cycle":
             raise runs.RunError(f"the labels are those of --latents={latents}; leave out --labels")
         start, of_latents, about = _read_latents(latents)
@@ -244,6 +245,4 @@ def _prepare(workdir, weights, seed, labels, out, options, *name):
     if out is None:
         file = run.name(*name, f"seed{seed}", **chosen)
         out = os.path.join(run.workdir, "samples", f"{file}.npz")
-    if not out.endswith(".npz"):
-        raise runs.RunError(f"--out must end in .npz, got {out}")
-    return run, draw, recipe, os.path.abspath(out), labels
+    return run, draw, recipe, runs.out_path(out, ".npz", run.workdir), labels

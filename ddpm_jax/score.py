@@ -2,7 +2,7 @@
 
     python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid,is --num_samples=50000
     python -m ddpm_jax.main --mode=eval --workdir=runs/fashion_mnist --metrics=fid,prdc --num_samples=10000 \\
-        --features=experiments.feature_classifier:runs/feature_classifier/fashion_mnist.npz
+        --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz
     python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid --images=made_elsewhere.npz
 
 Each writes a .json of the numbers and their manifest to eval/, and prints both, a line for each number.
@@ -51,7 +51,7 @@ def load_extractor(spec: str) -> metrics.Extractor:
             f"--features={spec!r}: no module {module!r} with a load(path) -> Extractor ({error});"
             " write inception, or MODULE:PATH such as experiments.feature_classifier:FILE.npz"
         ) from None
-    return load(path)
+    return load(config_lib.path(path))
 
 
 def score(
@@ -96,7 +96,7 @@ def score(
     for name in names:
         with config_lib.errors_at("--metrics"):
             config_lib.check_choice("metric", name, METRICS)
-    evaluate.check_out(out)
+    out = evaluate.check_out(out, workdir)
     of_features = [name for name in names if name != "nll"]
     options = runs.given(options)
     for_nll = {name: options[name] for name in ("variance", "clip_x0") if name in options}

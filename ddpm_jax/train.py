@@ -17,7 +17,10 @@ import inspect
 import json
 import math
 import os
+import select
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +50,7 @@ from ddpm_jax.unet import UNet
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
     "config.data.data_dir",
+    "config.data.memory_limit_gb",
     "config.training.num_steps",
     "config.training.log_every",
     "config.training.checkpoint_every",
@@ -60,6 +64,12 @@ CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
+GRACE_SECONDS = 2.0  # for the main thread to leave by itself
+LESS_MEMORY = (
+    "Try, in this order: --config.step.accumulate=2, --config.model.remat=True, which a run may change as it"
+    " continues; for a new run also --config.model.dtype=bfloat16, or a smaller"
+    " --config.training.batch_size, --config.model.channels or --config.data.image_shape"
+)
 
 
 class TrainingError(RuntimeError):
@@ -70,7 +80,8 @@ def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.Train
     """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with
-    128 + the signal's number.
+    128 + the signal's number. So is a good state when anything else ends the run, such as a picture that
+    cannot be read. A start that fails leaves the directory as it was, or none.
 
     Args:
       change: what may differ from the run that is continued: "data" for other images at the same or at
@@ -81,30 +92,49 @@ def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.Train
 
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
+      KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
     """
-    given = ("config", "workdir", "say", "change")
+    given = ("config", "workdir", "say", "signals", "change")
     with config_lib.errors_at("--change"):
         for what in change:
             config_lib.check_choice("change", what, CHANGES)
     loop = config_lib.arguments("config.training", _train, config.training, given)
     config = with_absolute_paths(config)  # a copy: the caller's own is left as it is
-    workdir = os.path.abspath(workdir)
-    os.makedirs(workdir, exist_ok=True)
-    if jax.process_index() > 0:
-        return _train(config, workdir, lambda line: None, change=change, **loop)
-    with checkpoints.lock(workdir), out_of_memory_advice():
-        say = writers.Log(os.path.join(workdir, "log.txt"))
-        say(f"run directory: {workdir}")
+    workdir = os.path.abspath(config_lib.path(workdir))
+    leader = jax.process_index() == 0
+    say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
+    with run_directory(workdir) if leader else contextlib.nullcontext(lambda: None) as undo:
+
+        def leave(words: str) -> str:
+            """Undoes a start that came to nothing, and adds to the words what is saved."""
+            if not signals.begun:
+                undo()
+            return f"{words}; {what_is_saved(os.path.join(workdir, 'checkpoints'))}"
+
+        signals = Signals(say, leave)
         try:
-            return _train(config, workdir, say, change=change, **loop)
-        finally:
-            say(f"run directory: {workdir}")
+            with signals, out_of_memory_advice():
+                say(f"run directory: {workdir}")
+                state = _train(config, workdir, say, signals, change=change, **loop)
+                say(f"run directory: {workdir}")
+                return state
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(leave("stopped by Ctrl-C")) from None
+        except BaseException as error:
+            if not signals.begun:
+                undo()
+                if isinstance(error, SystemExit):
+                    say(leave("stopped by SIGTERM"))
+                    # As if it had not been caught: an orderly exit would wait for a step that is running.
+                    signal.raise_signal(signal.SIGTERM)
+            raise
 
 
 def _train(
     config,
     workdir: str,
-    say: Callable[[str], None],
+    say: writers.Log,
+    signals: Signals,
     *,
     change: Sequence[str],
     num_steps: int,
@@ -125,13 +155,16 @@ def _train(
         parallel.check_batch_size("batch_size", batch_size, config.step.accumulate)
     with config_lib.errors_at("config.seed"):
         keys = training.make_keys(config.seed)
+    directory = path("checkpoints")
+    own_shape = config.data.image_shape is None
+    if own_shape and os.path.isdir(directory):  # what a run began with holds
+        config.data.image_shape = config_lib.load(path("config.json")).data.image_shape
     dataset = fill_in(config)
     method = make_method(config)
     tx, learning_rate = training.optimizer_of(config)
     given = {"method": method, "tx": tx, "key": keys.train, "axis_name": parallel.AXIS}
     update = config_lib.call("config.step", training.make_update, config.step, **given)
     preview_every, preview = make_preview(config, method, keys.preview)
-    directory = path("checkpoints")
     if os.path.isdir(directory):
         refuse_another_config(config, path("config.json"), moved=True)
 
@@ -144,6 +177,9 @@ def _train(
         say(f"classes: {class_list(dataset)}")
     if config.data.get("flip"):
         say("training images are mirrored left to right with probability 1/2 (config.data.flip)")
+    if own_shape:
+        shape = ",".join(map(str, dataset.image_shape))
+        say(f"images as large as the data have them: --config.data.image_shape={shape}")
     check_classes(method, dataset)
     if os.path.isdir(directory):
         for line in check_data(workdir, dataset, may_change="data" in change):
@@ -177,17 +213,23 @@ def _train(
                 "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
             )
     state = parallel.place(state)
+
+    def begin():
+        """Writes the first files of the run, once nothing is left to be refused."""
+        if leader:
+            say.begin()
+            config_lib.save(config, path("config.json"))
+            save_data(workdir, dataset)
+            shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
+            writers.save_png(path("data_preview.png"), writers.grid(shown))
+            if method.diffusion is not None:
+                save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
+            writers.rewind_metrics(path("metrics.jsonl"), step)
+
     if step >= num_steps:
+        begin()
         say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
         return state
-    if leader:
-        config_lib.save(config, path("config.json"))
-        save_data(workdir, dataset)
-        shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
-        writers.save_png(path("data_preview.png"), writers.grid(shown))
-        if method.diffusion is not None:
-            save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
-        writers.rewind_metrics(path("metrics.jsonl"), step)
 
     # The step, compiled.
     clock = time.perf_counter()
@@ -198,6 +240,8 @@ def _train(
         f" {writers.duration(time.perf_counter() - clock)}; a step needs"
         f" {writers.memory(parallel.memory(train_step))} on each device"
     )
+    check_memory(parallel.memory(train_step), state)
+    begin()
 
     def log(state):
         """Ends a span of steps: a line of metrics.jsonl, and none of them counted twice."""
@@ -208,15 +252,22 @@ def _train(
         progress.begin()
         if leader:
             row = {"step": step, **values, "learning_rate": float(learning_rate(step - 1))}
-            writers.append_metrics(path("metrics.jsonl"), {**row, "images_per_second": rate})
+            with not_worth_a_run(say):
+                writers.append_metrics(path("metrics.jsonl"), {**row, "images_per_second": rate})
         return state.replace(metrics=parallel.place(training.clear(state.metrics)))
 
-    def look(state):
+    def look(state, early):
         """Pictures of where the model is."""
         check_finite(state, directory)
         if leader:
-            writers.save_grids(path("samples", f"step_{step:08d}.png"), *preview(state, step))
-            writers.save_loss_curve(path("loss.png"), writers.read_metrics(path("metrics.jsonl")))
+            picture, rows = path("samples", f"step_{step:08d}.png"), preview(state, step)
+            with not_worth_a_run(say):
+                writers.save_grids(picture, *rows)
+                if early:
+                    say(f"an early look: {picture}; the others come every {preview_every:,} steps")
+            with not_worth_a_run(say):
+                rows = writers.read_metrics(path("metrics.jsonl"))
+                writers.save_loss_curve(path("loss.png"), rows)
 
     # The loop. It waits for the step before the last, never for the one just sent: the device always
     # has work, and the clock still tells the truth.
@@ -225,15 +276,16 @@ def _train(
     started = saved = spoke = time.perf_counter()
     looked = step > 0
     with (
-        stop_signals() as caught,
         contextlib.closing(source(start=step, stop=num_steps)) as batches,
+        save_on_error(lambda: state, directory, keep, signals, say),
     ):
         for batch in batches:
             state, loss = train_step(state, parallel.shard(batch))
             step += 1
             sent.append(loss)
-            if len(sent) > 2:
+            if len(sent) > 2 or not signals.begun:
                 jax.block_until_ready(sent.popleft())
+            signals.begun = True
             progress.done = step
             end = step == num_steps
             if step % log_every == 0 or end:
@@ -246,7 +298,7 @@ def _train(
                 spoke = time.perf_counter()
 
             now = time.perf_counter()
-            stop = bool(caught)
+            stop = bool(signals.caught)
             due = stop or now - saved > 60 * checkpoint_minutes
             if jax.process_count() > 1:
                 # They must save together, so they ask each other, at steps that all of them know.
@@ -258,12 +310,18 @@ def _train(
                     checkpoints.save(directory, state, step=step, keep=keep)
                     saved = time.perf_counter()
                 early = not looked and now - started > FIRST_PREVIEW_SECONDS
+                early = early and step % preview_every != 0 and not end
                 if not stop and (early or step % preview_every == 0 or end):
-                    look(state)
+                    look(state, early)
                     looked = True
             if stop:
-                number = caught[0] if caught else signal.SIGTERM  # caught by another process
-                say(f"stopped by {number.name} after step {step:,}; the same command continues")
+                number = (
+                    signals.caught[0] if signals.caught else signal.SIGTERM
+                )  # of another process
+                say(
+                    f"stopped by {number.name} after step {step:,}, which is saved; the same command continues"
+                    f"\nrun directory: {workdir}"
+                )
                 raise SystemExit(128 + number)
     if warning := ema_warning(config, step):
         say(f"WARNING: {warning}")
@@ -414,33 +472,210 @@ def out_of_memory_advice():
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            "the device is out of memory. Try, in this order: --config.step.accumulate=2,"
-            " --config.model.remat=True, which a run may change as it continues; for a new run also"
-            " --config.model.dtype=bfloat16 or a smaller --config.training.batch_size"
-            f" ({str(error).splitlines()[0][:200]})"
+            f"the device is out of memory. {LESS_MEMORY} ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """Collects SIGTERM and SIGINT in a list; a second Ctrl-C ends the program at once.
+def check_memory(needed: float, state: training.TrainState) -> None:
+    """Refuses a step that cannot fit, before the system kills the program for it.
 
-    Only a main thread can; elsewhere, as in some notebooks, nothing is caught.
+    Args:
+      needed: bytes on each device, of which the state has its part already.
+
+    Raises:
+      TrainingError: names the settings to change.
     """
-    caught = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = parallel.free_memory()
+    if needed - held > free:
+        raise TrainingError(
+            f"a step needs {writers.memory(needed)} on each device, {writers.memory(held)} of it for the"
+            f" state, which is there already, and only {writers.memory(free)} are free. {LESS_MEMORY}"
+        )
 
-    def handle(number, frame):
-        if number == signal.SIGINT and signal.SIGINT in caught:
-            signal.default_int_handler(number, frame)
-        caught.append(signal.Signals(number))
 
-    # jax.distributed takes SIGTERM for itself when it starts: handlers are set after it, here.
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+# ---- what a run keeps, whatever ends it --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_directory(workdir: str):
+    """Makes and locks a run directory.
+
+    Yields:
+      a function that takes back what was made in it since, and the directory itself if it was made here.
+
+    Raises:
+      CheckpointError: another process trains there.
+    """
+    made, folder = [], workdir
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    before = () if made else os.listdir(workdir)
+
+    def undo():
+        for name in os.listdir(workdir):
+            path = os.path.join(workdir, name)
+            if name not in before and os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name not in before:
+                os.remove(path)
+        for folder in made:
+            os.rmdir(folder)
+
+    def undo_quietly():
+        with contextlib.suppress(OSError):  # there is an error to be told already
+            undo()
+
+    with checkpoints.lock(workdir):
+        yield undo_quietly
+
+
+def what_is_saved(directory: str) -> str:
+    """What a run continues from, in words."""
+    step = checkpoints.latest_step(directory)
+    if step is None:
+        return "nothing is saved: the same command begins at step 0"
+    return f"step {step:,} is saved, and the same command continues there"
+
+
+@contextlib.contextmanager
+def save_on_error(current: Callable, directory: str, keep: int, signals: Signals, say: Callable):
+    """Saves the state that `current` returns if an error ends the loop that is not the state's own.
+
+    Not one that is not finite, that went into a step which failed, or that could not be saved already; nor in a
+    job of several processes, which can only save together.
+    """
     try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield
+    except (TrainingError, checkpoints.CheckpointError):
+        raise
+    except Exception:
+        if signals.begun and jax.process_count() == 1:
+            with contextlib.suppress(
+                Exception
+            ):  # the error that is being handled is the one to tell
+                state = current()
+                check_finite(state, directory)
+                checkpoints.save(directory, state, step=int(state.step), keep=keep)
+            say(f"stopped by an error; {what_is_saved(directory)}")
+        raise
+
+
+@contextlib.contextmanager
+def not_worth_a_run(say: Callable[[str], None]):
+    """Turns an OSError into a warning: training needs no picture and no line of numbers."""
+    try:
+        yield
+    except OSError as error:
+        say(f"WARNING: not written, and training goes on: {error}")
+
+
+class Signals:
+    """SIGTERM and Ctrl-C while a run trains, as a context.
+
+    Until a step is done there is nothing to save, and a signal raises SystemExit or KeyboardInterrupt at once.
+    From then on the first asks the loop to save and leave; a second Ctrl-C raises KeyboardInterrupt.
+
+    Python runs no handler while the main thread waits inside a compilation or a step, which may never end. So a
+    thread of its own hears of each signal too. It tells the user what happens now; and after SIGTERM before the
+    first step, or a second Ctrl-C, it ends the process if the main thread does not leave by itself.
+
+    Only a main thread can catch signals; elsewhere, as in some notebooks, nothing is caught.
+
+    Args:
+      say: for what happens now.
+      leave: what to do before the process ends; takes and returns the last words.
+
+    Attributes:
+      begun: to be set when a step is done.
+      caught: the signals so far.
+    """
+
+    def __init__(self, say: Callable[[str], None], leave: Callable[[str], str]):
+        self.begun = False
+        self.caught: list[signal.Signals] = []
+        self._say, self._leave = say, leave
+        self._lines: list[str] = []  # to be said
+        self._leaving = False
+        self._awaited: threading.Event | None = None  # or the process ends
+        self._raised, self._done = threading.Event(), threading.Event()
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._ear, self._mouth = socket.socketpair()
+            self._ear.setblocking(False)
+            self._mouth.setblocking(False)
+            # Python writes the number of each signal there at once, whatever the main thread does.
+            self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+            # jax.distributed takes SIGTERM for itself when it starts: handlers are set after it, here.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._fd)
+            self._done.set()
+            self._mouth.close()
+            self._thread.join()
+            self._ear.close()
+
+    def _hear(self) -> bool:
+        """Takes in signals that have arrived, in either thread; False once there can be no more."""
+        with self._lock:
+            try:
+                numbers = self._ear.recv(100)
+            except BlockingIOError:  # the other thread has taken them
+                return True
+            for number in numbers:
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                number = signal.Signals(number)
+                again = number == signal.SIGINT and bool(self.caught)
+                self._leaving |= again or not self.begun
+                if again or (number == signal.SIGTERM and self._leaving):
+                    self._awaited = self._done if self._raised.is_set() else self._raised
+                if again:
+                    self._lines.append("Ctrl-C again: leaving without saving")
+                elif self._leaving:
+                    self._lines.append(
+                        f"{number.name}: leaving; Ctrl-C again ends the program at once"
+                    )
+                elif not self.caught:
+                    self._lines.append(
+                        f"{number.name}: saving after the running step; Ctrl-C"
+                        f"{' once more' if number == signal.SIGINT else ''} aborts without saving"
+                    )
+                self.caught.append(number)
+            return bool(numbers)
+
+    def _handle(self, number, frame) -> None:
+        """In the main thread, as soon as it is back in Python."""
+        self._hear()
+        self._mouth.send(b"\0")  # the other thread has something to say
+        if self._leaving and not self._raised.is_set():
+            self._raised.set()
+            if self.caught[-1] == signal.SIGTERM:
+                raise SystemExit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        """In a thread of its own."""
+        while True:
+            select.select([self._ear], [], [])
+            if not self._hear():
+                return
+            while self._lines:
+                self._say(self._lines.pop(0))
+            awaited, self._awaited = self._awaited, None
+            if awaited is not None and not awaited.wait(GRACE_SECONDS):
+                number = self.caught[-1]
+                self._say(self._leave(f"stopped by {number.name}"))
+                os._exit(128 + number)

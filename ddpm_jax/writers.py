@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -43,9 +44,21 @@ def read_metrics(path: str) -> list[dict]:
 
 
 def append_metrics(path: str, row: dict) -> None:
-    """One JSON object, one line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """One JSON object, one line; on a full disk none, and not half a line.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    line = (json.dumps(row) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        size, written = file.tell(), 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            if written:
+                file.truncate(size)
+            raise
 
 
 def rewind_metrics(path: str, step: int) -> None:
@@ -231,16 +244,76 @@ def save_panels(path: str, title: str, panels: Sequence[Panel]) -> None:
 # ---- lines for people ------------------------------------------------------------------------------
 
 
-class Log:
-    """log("line") prints a line and appends it to a file."""
+class Heedless:
+    """A stream whose reader may leave, as in `… | head`: what is written after that is dropped."""
 
-    def __init__(self, path: str):
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._heedless():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._heedless():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _heedless(self):
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+class Log:
+    """log("line") prints a line and appends it to a file, from the call of `begin` on.
+
+    Neither a reader of the output that has left nor a full disk stops the program that logs.
+
+    Args:
+      path: of the file; None for a log that says nothing, of a process other than the first.
+    """
+
+    def __init__(self, path: str | None):
         self._path = path
+        self._waiting: list[str] | None = []  # lines for the file, until it is begun
+        self._complained = False
+
+    def begin(self) -> None:
+        """Writes the lines so far to the file, and every line from now on."""
+        lines, self._waiting = self._waiting, None
+        self._append("".join(lines or ()))
 
     def __call__(self, line: str) -> None:
-        print(line, flush=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n")
+        if self._path is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            print(line, flush=True)
+        line = time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n"
+        if self._waiting is None:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, text: str) -> None:
+        if self._path is None:
+            return
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except FileNotFoundError:  # the run directory is gone, as after a start that failed
+            pass
+        except OSError as error:
+            if not self._complained:
+                print(f"WARNING: {self._path} cannot be written: {error}", file=sys.stderr)
+            self._complained = True
 
 
 SHOW_SECONDS = 5.0  # least time between two lines of progress

@@ -1,8 +1,8 @@
 """Features of small images: a classifier whose penultimate layer serves metrics where Inception's is no judge.
 
-    python -m experiments.feature_classifier --data=fashion_mnist --data_dir=data --out=runs/feature_classifier/fashion_mnist.npz
+    python -m experiments.feature_classifier --data=fashion_mnist --data_dir=data --out=runs/fashion_mnist_classifier.npz
 
-What it writes is then named as --features=experiments.feature_classifier:runs/feature_classifier/fashion_mnist.npz.
+What it writes is then named as --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz.
 
 Two convolutions with stride, a layer of 64 units, which are the features, and the logits; no image sees another
 of its batch. A Fréchet distance of these features is not FID: it goes by the name of the Extractor, and compares
@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import data, diffusion, metrics, parallel, runs, writers
 
 COMMAND = "python -m experiments.feature_classifier"
@@ -77,12 +78,10 @@ def train(
     Raises:
       DataError, RunError: one line.
     """
-    if not out.endswith(".npz"):
-        raise runs.RunError(f"--out must be a file .npz, got {out}")
+    out = runs.out_path(out, ".npz")  # or fail before training
     train_set, test_set = (data.load(name, split=s, data_dir=data_dir) for s in ("train", "test"))
     if not train_set.num_classes:
         raise data.DataError(f"{name} has no labels, and a classifier needs them")
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)  # or fail before training
     print(f"{train_set.describe()}\n{parallel.banner()}", flush=True)
 
     network, shape = Classifier(train_set.num_classes), train_set.image_shape
@@ -176,6 +175,7 @@ def load(path: str) -> metrics.Extractor:
     Raises:
       RunError: the file is missing, damaged, or of something else.
     """
+    path = config_lib.path(path)
     if not os.path.isfile(path):
         raise runs.RunError(
             f"there is no classifier {path}; make one with {COMMAND} --data=NAME --out={path}"

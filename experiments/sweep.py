@@ -32,6 +32,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from ddpm_jax import config as config_lib
+
 SIZES = {"full": "", "cpu": "cpu", "smoke": "smoke"}  # on the command line: in the config
 
 
@@ -55,7 +57,7 @@ def file_of(experiment: str) -> str:
 
 def load(experiment: str):
     """The module of an experiment."""
-    path = Path(file_of(experiment))
+    path = Path(file_of(config_lib.path(experiment)))
     names = ", ".join(map(os.path.relpath, tables()))
     if not path.is_file():
         fail(f"no experiment {experiment!r}: there is no file {path} (choose from {names})")
@@ -82,7 +84,8 @@ class Sweep:
         data_dir: str | None = None,
         seeds: int = 1,
     ):
-        self.path, self.variant, self.data_dir = os.path.normpath(path), SIZES[size], data_dir
+        self.path, self.variant = os.path.normpath(config_lib.path(path)), SIZES[size]
+        self.data_dir, root = data_dir, config_lib.path(root)
         self.seeds = range(seeds)
         self.experiment = load(self.path)
         self.rows = self.experiment.rows(self.variant)

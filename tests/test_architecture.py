@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(["train", "sample", "evaluate"], 6),
     **dict.fromkeys(["edit", "score", "report"], 7),
     "main": 8,
-    "benchmark": 9,
+    **dict.fromkeys(["benchmark", "__main__"], 9),
     "__init__": 10,
 }
 FILES = sorted((ROOT / "ddpm_jax").glob("**/*.py"))

@@ -439,3 +439,35 @@ def test_lock_without_support_warns(tmp_path, monkeypatch, warned):
     monkeypatch.setattr("fcntl.flock", flock)
     with lock(tmp_path / "run"):
         assert len(warned) == 1 and "cannot be locked (Operation not supported)" in warned[0]
+
+
+def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):
+    """Even a checkpoint of the same step, which the new one would have replaced."""
+    save(tmp_path, make_state(1), step=1)
+    save(tmp_path, make_state(2), step=2)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_sha256_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, make_state(7), step=2)
+    assert names(tmp_path) == ["1", "2"]
+    assert_restores(tmp_path, 2)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Passing over it for an older one would train its steps again."""
+    save(tmp_path, make_state(1), step=1)
+    save(tmp_path, make_state(2), step=2)
+    read = Path.read_text
+
+    def refused(path, *arguments, **given):
+        if path.parent.name == "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *arguments, **given)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(CheckpointError, match=r"2 cannot be read: .*Permission denied"):
+        restore(tmp_path, TEMPLATE)

@@ -103,7 +103,7 @@ def test_reconstruction_in_chains_of_several_parts(workdir, capsys):
     assert list(errors) == ["3,9,2", 40] and "| S | 3,9,2 | 40 |" in capsys.readouterr().out
     out = edit.encode(workdir, num_images=10, steps="3,9,2")
     back = read(sample.sample(workdir, latents=out))[0]["images"]
-    error = np.mean((back.astype(float) - DIGITS.images[:10]) ** 2) / 255**2
+    error = np.mean((back.astype(float) - chosen(DIGITS.images, 10)) ** 2) / 255**2
     assert errors["3,9,2"][0] == pytest.approx(error, rel=0.05) and error > 1.5 * errors[40][0]
     with pytest.raises(config_lib.ConfigError, match="cannot read steps='3,x'"):
         edit.reconstruct(workdir, num_images=10, steps="3,x;40")
@@ -114,8 +114,13 @@ def test_latents_are_refused_where_they_do_not_fit(workdir, tmp_path):
     np.savez(other, images=DIGITS.images)
     with pytest.raises(runs.RunError, match="--mode=encode"):
         sample.sample(workdir, latents=str(other))
-    with pytest.raises(runs.RunError, match="cannot be read"):
+    with pytest.raises(runs.RunError, match=r"^there is no file .*none\.npz$"):
         sample.sample(workdir, latents=str(tmp_path / "none.npz"))
+    with pytest.raises(runs.RunError, match="cannot be opened: Is a directory"):
+        sample.sample(workdir, latents=str(tmp_path))
+    other.write_bytes(other.read_bytes()[:-30])
+    with pytest.raises(runs.RunError, match="cannot be read"):
+        sample.sample(workdir, latents=str(other))
     wrong = {"latents": np.zeros((2, 4, 4, 1), np.float32), "labels": np.zeros(2), "recipe": "{}"}
     np.savez(other, **wrong)
     with pytest.raises(runs.RunError, match=r"\(8, 8, 1\)"):
@@ -313,3 +318,41 @@ def test_a_method_that_is_no_diffusion(tmp_path):
     train.train(make_affine(num_steps=3), tmp_path)
     with pytest.raises(runs.RunError, match="no diffusion"):
         edit.encode(str(tmp_path))
+
+
+def test_nearest_of_data_without_a_test_split(tmp_path):
+    """Its DataError became a ConfigError on the way, which nobody awaited, after all the work."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n, pixels in enumerate(DIGITS.images[:20]):
+        Image.fromarray(pixels[:, :, 0]).save(pictures / f"{n:02}.png")
+    config = make_config()
+    config.data.name, config.training.num_steps = f"image_folder:{pictures}", 1
+    train.train(config, tmp_path / "run")
+    arrays, _ = read(edit.nearest(str(tmp_path / "run"), num_samples=2, steps="2", neighbours=3))
+    assert arrays["neighbours"].shape == (2, 3, 8, 8, 1) and "distance_of_test" not in arrays
+    with pytest.raises(data.DataError, match="no split"):
+        edit.encode(str(tmp_path / "run"), num_images=2)
+
+
+def test_a_tilde_is_the_home_directory(workdir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(workdir)
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:4] = 255
+    Image.fromarray(hole).save(tmp_path / "mask.png")
+    np.savez(tmp_path / "mine.npz", images=DIGITS.images[:3])
+    given = {"images": "~/mine.npz", "num_images": 2, "steps": "4"}
+    assert edit.encode("~/run", out="~/x.npz", **given) == f"{tmp_path}/x.npz"
+    drawn = sample.sample("~/run", latents="~/x.npz", out="~/y.npz")
+    assert drawn == f"{tmp_path}/y.npz" and len(read(drawn)[0]["images"]) == 2
+    filled, _ = read(edit.inpaint("~/run", mask="~/mask.png", out="~/z.npz", resample=1, **given))
+    np.testing.assert_array_equal(filled["mask"], hole)
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(workdir, monkeypatch):
+    monkeypatch.setattr(sample, "sample", None)
+    with pytest.raises(runs.RunError, match="there is no folder /not/there"):
+        edit.nearest(workdir, num_samples=2, out="/not/there/x.npz")

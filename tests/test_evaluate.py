@@ -206,6 +206,7 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
         ({"split": "validation"}, "it has train, test"),
         ({"num_images": 298}, "of the 297"),
         ({"out": "x.npz"}, "must end in .json"),
+        ({"out": "/not/there/x.json"}, "there is no folder /not/there"),
         ({"seed": -1}, "seed must lie in"),
     ],
 )

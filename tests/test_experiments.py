@@ -6,15 +6,12 @@ import os
 import re
 import shlex
 import signal
-import warnings
 from pathlib import Path
-from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from absl.testing import flagsaver
 
 from configs import digits
 from ddpm_jax import main, training
@@ -41,14 +38,9 @@ def printed(capsys, *arguments) -> list[list[str]]:
 def parsed(command):
     """The config and the work directory of a training command, as the main program reads them."""
     assert command[:3] == ["python", "-m", "ddpm_jax.main"]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
-    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
-    with mock.patch("sys.argv", command[2:]), warnings.catch_warnings():
-        # ml_collections looks for fields in sys.argv, and loads the file by an old method.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        assert values(command[2:]) == ["ddpm_jax.main"]
-    return config.value, workdir.value
+    with flagsaver.flagsaver():
+        assert main.parse_flags(command[2:]) == ["ddpm_jax.main"]
+        return main.given_config(), main.flags.FLAGS.workdir
 
 
 def config_of(file: str):
@@ -149,7 +141,7 @@ def test_the_papers_rows(capsys):
     assert simple.to_dict() == base.to_dict()  # the paper's best row is configs/cifar10.py
 
 
-def test_a_table_of_what_is_there(tmp_path, capsys):
+def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.py"
     place = tmp_path / "runs" / "mine" / "cpu"
     file.write_text(
@@ -179,7 +171,9 @@ def test_a_table_of_what_is_there(tmp_path, capsys):
         "| b | — | — | — | 1.000 ± 0.125 |",
         "| c | 1.000 (1) | — | — | — |",
     ]
-    sweep.main([*arguments, "--row=b"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = f"~/{file.relative_to(tmp_path)}"
+    sweep.main([file, "--size=cpu", "--root=~/runs", "--table", "--row=b"])
     assert capsys.readouterr().out.splitlines() == [
         "| row | p | q fid_300 |",
         "| --- | --- | --- |",

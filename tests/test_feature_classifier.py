@@ -1,12 +1,13 @@
 """A classifier that learns, its file, and features that belong to one image each."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, runs
+from ddpm_jax import data, metrics, runs, score
 from experiments import feature_classifier
 
 DIGITS = data.load("digits", split="test").images
@@ -15,7 +16,7 @@ DIGITS = data.load("digits", split="test").images
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What 60 steps on digits leave: the file, the accuracy and the lines that were printed."""
-    path = str(tmp_path_factory.mktemp("classifier") / "new" / "digits.npz")
+    path = str(tmp_path_factory.mktemp("classifier") / "digits.npz")
     accuracy = feature_classifier.train("digits", out=path, num_steps=60, batch_size=64)
     return path, accuracy
 
@@ -145,12 +146,19 @@ def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
     assert line.endswith(f"--data=NAME --out={tmp_path}/no.npz")
 
 
+def test_a_tilde_is_the_home_directory(trained, monkeypatch):
+    monkeypatch.setenv("HOME", os.path.dirname(trained[0]))
+    of = score.load_extractor("experiments.feature_classifier:~/digits.npz")
+    assert of.sha256 == feature_classifier.load("~/digits.npz").sha256
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["--data=cifar10", "--out=x.npz"], "cifar10"),
         (["--data=digits"], "--out"),
-        (["--data=digits", "--out=x.txt"], "must be a file .npz, got x.txt"),
+        (["--data=digits", "--out=x.txt"], "must end in .npz, got x.txt"),
+        (["--data=digits", "--out=not/there/x.npz"], "there is no folder"),
         (["--data=digits", "--out=x.npz", "--steps=0"], "--steps 0"),
         (["--data=digits", "--out=x.npz", "--seed=-1"], "--seed -1"),
         (["--data=digits", "--out=x.npz", "--step=5"], "--step=5"),

@@ -208,7 +208,7 @@ def test_text_of_files_stays_text(trained, tmp_path):
     assert len(reader.commands) > 5
 
 
-def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_path):
+def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_path, monkeypatch):
     workdirs = [str(tmp_path / name) for name in "abc"]
     for n, path in enumerate(workdirs):
         shutil.copytree(trained[0], path)
@@ -218,8 +218,12 @@ def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_pa
         if n == 1:
             config.model.extra = "<em>"
         config_lib.save(config, f"{path}/config.json")
-    out = report.report(",".join(workdirs))
-    assert out == f"{workdirs[0]}/comparison.html"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = report.report("~/a, ~/b," + workdirs[2])
+    assert out == f"{tmp_path}/here/comparison.html"
+    assert not any((tmp_path / name / "comparison.html").exists() for name in "abc")
     reader = read(out)
     fields = {row[0]: row[1:] for row in reader.rows if row[0].startswith("config.")}
     assert fields == {
@@ -235,10 +239,11 @@ def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_pa
     assert len(reader.all("img")) == 3
 
 
-def test_a_comparison_of_two_schedules(trained, tmp_path):
+def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     """Chains and bounds stand beside one another; what is the same in both is drawn once."""
     for name in ("linear", "cosine"):
         shutil.copytree(trained[1], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     workdirs = f"{tmp_path}/linear,{tmp_path}/cosine"
     alike = read(report.report(workdirs))
     assert alike.text.count("ᾱ at the end") == 1 and "linear: T = 40" not in alike.text

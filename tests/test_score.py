@@ -120,6 +120,7 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
         ({"num_samples": 3, "metrics": "prdc"}, config_lib.ConfigError, "needs at least"),
         ({"images": "nowhere.npz"}, data.DataError, "nowhere.npz"),
         ({"out": "x.txt"}, runs.RunError, "must end in .json"),
+        ({"out": "/not/there/x.json"}, runs.RunError, "there is no folder /not/there"),
         ({"sampler": "ddim"}, config_lib.ConfigError, "no field 'sampler'"),
         ({"images": "x.npz", "spread": 0.2}, runs.RunError, "--spread is for samples"),
         ({"metrics": "nll", "num_seeds": 2}, runs.RunError, "num_samples|num_seeds"),

@@ -3,11 +3,14 @@
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -17,9 +20,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from ddpm_jax import checkpoints, runs, schedules, train
+from ddpm_jax import checkpoints, data, parallel, runs, schedules, train, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.data import DataError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -324,7 +326,401 @@ def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
     ],
 )
 def test_bad_configs_are_one_line_and_leave_no_run(tmp_path, changes, words):
-    with pytest.raises((config_lib.ConfigError, ValueError, DataError), match=words) as error:
+    with pytest.raises((config_lib.ConfigError, data.DataError), match=words) as error:
         train.train(make_config(**changes), tmp_path)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what a run keeps, whatever ends it --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder with a file", "a run"])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data__name": "npz:nowhere.npz"}, "nowhere.npz"),
+        ({"data__image_shape": (9, 9, 1)}, "8, ?8, ?1"),
+        ({"optimizer__name": "adma"}, "adam"),
+        ({}, "accumulate=2"),  # a step that does not fit into the memory
+    ],
+)
+def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, there, changes, words):
+    workdir = tmp_path / "runs" / "mine"
+    if there == "a run":
+        train.train(make_config(num_steps=3), workdir)
+    elif there != "nothing":
+        workdir.mkdir(parents=True)
+    if there == "a folder with a file":
+        (workdir / "notes.txt").write_text("mine")
+
+    def files():
+        return {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+
+    before = files()
+    monkeypatch.setattr(parallel, "free_memory", lambda: 0.0 if not changes else float("inf"))
+    with pytest.raises((ValueError, RuntimeError), match=words) as error:
+        train.train(make_config(**changes), workdir)
+    assert "\n" not in str(error.value)
+    assert files() == before
+
+
+def test_the_run_directory_is_printed_once_before_an_error(tmp_path, capsys):
+    with pytest.raises(config_lib.ConfigError):
+        train.train(make_config(optimizer__name="adma"), tmp_path)
+    assert capsys.readouterr().out.count("run directory:") == 1
+
+
+def stop_reading(monkeypatch, error, step):
+    """The data come to an end with an error, as a picture does that cannot be decoded."""
+    batches = data.batches
+
+    def until(dataset, *, start, stop, **given):
+        for number, batch in enumerate(batches(dataset, start=start, stop=stop, **given), start):
+            if number == step:
+                raise error
+            yield batch
+
+    monkeypatch.setattr(data, "batches", until)
+
+
+@pytest.mark.parametrize("error", [data.DataError("7.png is cut short"), OSError(5, "I/O error")])
+def test_an_error_that_is_not_the_states_own_saves_the_state(tmp_path, monkeypatch, capsys, error):
+    straight = train.train(make_config(num_steps=9), tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_reading(patch, error, 5)
+        with pytest.raises(type(error)) as raised:
+            train.train(make_config(num_steps=9, training__checkpoint_every=100), tmp_path / "run")
+    assert raised.value is error
+    said = "stopped by an error; step 5 is saved, and the same command continues there"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 5
+    same(train.train(make_config(num_steps=9), tmp_path / "run"), straight)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+def test_a_truncated_picture_met_on_the_way(tmp_path, capsys):
+    """One of three hundred, decoded on demand; which step meets it is the permutation's to say."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(300):
+        pixels = np.random.default_rng(n).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{n:03}.png")
+    fifth = data.batch_indices(300, seed=0, step=4, batch_size=8)
+    broken = pictures / f"{fifth.max():03}.png"  # not among the first, which are looked at before
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    changes = {"data__name": f"image_folder:{pictures}", "data__memory_limit_gb": 0.0}
+    config = make_config(num_steps=8, training__checkpoint_every=100, **changes)
+    with pytest.raises(Exception, match=broken.name):
+        train.train(config, tmp_path / "run")
+    assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 4
+    broken.write_bytes(content)
+    state = train.train(config, tmp_path / "run")
+    assert int(state.step) == 8 and "resuming at step 4" in capsys.readouterr().out
+
+
+def test_a_state_that_is_not_finite_is_not_saved_on_an_error(tmp_path, monkeypatch, capsys):
+    rare = {"training__log_every": 100, "training__checkpoint_every": 100}
+    config = make_config(num_steps=9, affine__scale=float("inf"), **rare)
+    stop_reading(monkeypatch, OSError(5, "I/O error"), 5)
+    with pytest.raises(OSError, match="I/O error"):
+        train.train(config, tmp_path)
+    assert "nothing is saved: the same command begins at step 0" in capsys.readouterr().out
+    assert checkpoints.latest_step(tmp_path / "checkpoints") is None
+
+
+def test_a_state_that_went_into_a_failing_step_is_not_saved(tmp_path, monkeypatch, capsys):
+    compile_step, calls = parallel.compile_step, []
+
+    def failing(*arguments):
+        step = compile_step(*arguments)
+
+        def call(state, batch):
+            calls.append(state)
+            if len(calls) == 5:
+                jax.tree.map(lambda leaf: leaf.delete(), state)  # it was donated
+                raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+            return step(state, batch)
+
+        return call
+
+    monkeypatch.setattr(parallel, "memory", lambda step: float("nan"))
+    monkeypatch.setattr(parallel, "compile_step", failing)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone"):
+        train.train(make_config(), tmp_path)
+    assert "step 3 is saved, and the same command continues there" in capsys.readouterr().out
+    assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
+
+
+def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, capsys):
+    """A log and metrics on a full disk, and a file where the folder of previews belongs."""
+    full = tmp_path / "full"
+    full.mkdir()
+    os.symlink("/dev/full", full / "log.txt")
+    os.symlink("/dev/full", full / "loss.tmp.png")
+    (full / "samples").write_text("in the way")
+    state = train.train(make_config(preview__every=2), full)
+    out, err = capsys.readouterr()
+    assert int(state.step) == 6 and checkpoints.latest_step(full / "checkpoints") == 6
+    assert out.count("WARNING: not written, and training goes on: ") == 4, out
+    assert "samples" in out and "loss" in out
+    assert err.count("log.txt cannot be written: [Errno 28] No space left on device") == 1
+    same(state, train.train(make_config(), tmp_path / "straight"))
+
+
+def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = str(tmp_path / "metrics.jsonl")
+    writers.append_metrics(path, {"step": 1})
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a disk that is full in the middle of a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 5, limits[1]))
+        with pytest.raises(OSError):
+            writers.append_metrics(path, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    writers.append_metrics(path, {"step": 3})
+    assert [row["step"] for row in writers.read_metrics(path)] == [1, 3]
+
+
+def test_an_early_preview_says_that_it_is_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "FIRST_PREVIEW_SECONDS", 0.0)
+    train.train(make_config(preview__every=4), tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early look" in line]
+    assert "step_00000001.png" in line and "every 4 steps" in line
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step_00000001.png", "step_00000004.png", "step_00000006.png"]
+
+
+def test_a_field_of_the_data_that_an_old_run_lacks(tmp_path):
+    train.train(make_config(num_steps=3), tmp_path)
+    config = config_lib.load(tmp_path / "config.json")
+    del config.data["memory_limit_gb"]
+    config_lib.save(config, tmp_path / "config.json")
+    state = train.train(make_config(num_steps=4, data__memory_limit_gb=0.1), tmp_path)
+    assert int(state.step) == 4
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch):
+    found = {}
+    check = train.check_memory
+    monkeypatch.setattr(
+        train, "check_memory", lambda needed, state: found.update(needed=needed, state=state)
+    )
+    train.train(make_config(num_steps=1), tmp_path)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(found["state"]))
+    assert found["needed"] > held > 0
+    monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held)
+    check(**found)  # just fits
+    check(float("nan"), found["state"])  # of several processes: unknown
+    monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held - 1)
+    names = "accumulate=2.*model.remat.*training.batch_size.*model.channels.*data.image_shape"
+    with pytest.raises(train.TrainingError, match=names):
+        check(**found)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    "groups, files, free",
+    [
+        ("", {}, 800),
+        ("0::/\n", {"sys/fs/cgroup/memory.max": "max"}, 800),
+        ("0::/\n", {"sys/fs/cgroup/memory.max": 500, "sys/fs/cgroup/memory.current": 100}, 500),
+        (
+            "0::/user/me\n",  # the limit of a group above
+            {
+                "sys/fs/cgroup/user/memory.max": 300,
+                "sys/fs/cgroup/user/memory.current": 200,
+                "sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 52428800\n",
+                "sys/fs/cgroup/user/me/memory.max": "max",
+            },
+            300 - 200 + 50 + 100,
+        ),
+        (
+            "4:memory:/docker/0123\n0::/\n",  # version 1, as seen from inside the container
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": 64,
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": 60,
+            },
+            4 + 100,
+        ),
+        ("4:memory:/\n", {"sys/fs/cgroup/memory/memory.limit_in_bytes": 2**43}, 800),
+        ("3:cpu:/\n", {"sys/fs/cgroup/cpu/memory.max": 1}, 800),
+    ],
+)
+def test_the_memory_that_is_there(tmp_path, groups, files, free):
+    info = "MemTotal: 999999 kB\nMemAvailable: 716800 kB\nSwapFree: 102400 kB\nHugePages_Total: 0\n"
+    files = {"proc/meminfo": info, "proc/self/cgroup": groups} | files
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else f"{content * MIB}\n")
+    assert parallel.free_memory(str(tmp_path)) == free * MIB / jax.local_device_count()
+
+
+def test_where_nobody_says_what_memory_there_is(tmp_path, monkeypatch):
+    assert parallel.free_memory(str(tmp_path)) == float("inf")
+    assert 0 < parallel.free_memory() < float("inf")  # this machine does
+
+    class Accelerator:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return self.stats
+
+    device = Accelerator()
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    for device.stats, free in (
+        ({"bytes_limit": 100, "bytes_in_use": 30}, 70),
+        ({}, float("inf")),
+        (None, float("inf")),
+    ):
+        assert parallel.free_memory() == free
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+
+def interrupt_when(monkeypatch, *, saving):
+    """Ctrl-C at step 4, and again in the middle of the save that follows."""
+    append, sha256 = writers.append_metrics, checkpoints._sha256_files
+
+    def at_step_4(path, row):
+        append(path, row)
+        if row["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def in_the_save(path):
+        if path.name == "4.tmp" and saving:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)  # which Ctrl-C ends
+        return sha256(path)
+
+    monkeypatch.setattr(writers, "append_metrics", at_step_4)
+    monkeypatch.setattr(checkpoints, "_sha256_files", in_the_save)
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_a_second_ctrl_c_leaves_what_there_was_and_says_so(tmp_path, monkeypatch, capsys, every):
+    assert threading.current_thread() is threading.main_thread()
+    config = make_config(training__checkpoint_every=every)
+    with monkeypatch.context() as patch:
+        interrupt_when(patch, saving=True)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            train.train(config, tmp_path)
+    out = capsys.readouterr().out
+    assert "SIGINT: saving after the running step; Ctrl-C once more aborts without saving" in out
+    assert "leaving without saving" in out
+    earlier = 3 if every == 3 else 0
+    saved = "step 3 is saved, and the same command continues there"
+    saved = saved if earlier else "nothing is saved: the same command begins at step 0"
+    assert str(stopped.value) == f"stopped by Ctrl-C; {saved}"
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*")} <= {"3"}
+    assert int(train.train(config, tmp_path).step) == 6
+    assert ("resuming at step 3" in capsys.readouterr().out) == bool(earlier)
+
+
+def test_one_ctrl_c_saves(tmp_path, monkeypatch, capsys):
+    interrupt_when(monkeypatch, saving=False)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(make_config(training__checkpoint_every=100), tmp_path)
+    assert stopped.value.code == 130
+    lines = capsys.readouterr().out.splitlines()
+    assert "stopped by SIGINT after step 4, which is saved; the same command continues" in lines
+    assert lines[-1] == f"run directory: {tmp_path}"
+    assert checkpoints.latest_step(tmp_path / "checkpoints") == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, capsys, number):
+    compile_step, passed_on = parallel.compile_step, []
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return compile_step(*arguments)
+
+    monkeypatch.setattr(parallel, "compile_step", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: passed_on.append(number))
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+            train.train(make_config(), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    saved = "nothing is saved: the same command begins at step 0"
+    if number == signal.SIGTERM:
+        assert stopped.value.code == 143 and passed_on  # to whoever listened before
+        assert f"stopped by SIGTERM; {saved}" in capsys.readouterr().out
+    else:
+        assert str(stopped.value) == f"stopped by Ctrl-C; {saved}"
+    assert not (tmp_path / "run").exists()
+
+
+ENDLESS = """
+import hashlib, sys, jax, affine, test_train
+
+class Endless:
+    __spec__ = None
+
+    @staticmethod
+    def make(config):
+        method = affine.make(config)
+
+        def loss(*arguments):
+            loss, *more = method.loss(*arguments)
+            if {while_compiling}:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # an hour in C
+            x = jax.lax.stop_gradient(loss)
+            x = jax.lax.while_loop(lambda x: (x > -1).all(), lambda x: x + 1, x)
+            return loss + x, *more
+
+        return method._replace(loss=loss)
+
+sys.modules["endless"] = Endless
+
+def get_config():
+    return test_train.make_config(method="endless")
+"""
+
+
+@pytest.mark.parametrize(
+    "while_compiling, numbers",
+    [
+        (False, [signal.SIGTERM]),
+        (False, [signal.SIGINT]),
+        (True, [signal.SIGTERM]),
+        (True, [signal.SIGINT, signal.SIGINT]),
+    ],
+)
+def test_a_first_step_that_never_ends_is_left(tmp_path, while_compiling, numbers):
+    """No handler runs while the main thread is in a compilation, nor does an orderly exit end a step."""
+    workdir, file = tmp_path / "run", tmp_path / "endless.py"
+    file.write_text(ENDLESS.replace("{while_compiling}", str(while_compiling)))
+    command = [sys.executable, "-m", "ddpm_jax.main", f"--config={file}", f"--workdir={workdir}"]
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": HERE}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(
+        command, cwd=os.path.dirname(HERE), env=environment, **streams
+    ) as process:
+        try:
+            for line in process.stdout:
+                if ("schedule linear" if while_compiling else "compiled in") in line:
+                    break
+            time.sleep(1.5)  # into it
+            assert workdir.exists() and process.poll() is None
+            for number in numbers:
+                process.send_signal(number)
+                time.sleep(0.3)
+            output, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode in (128 + number, -number), output
+    assert "nothing is saved: the same command begins at step 0" in output
+    assert not workdir.exists()

@@ -140,7 +140,7 @@ def follow(workdir: str, *, counts=LATENT_COUNTS, num_images: int = 10, **option
             workdir, num_samples=num_images, sampler="ddim", steps=S, eta=0.0, **options
         )
         grids.append((f"S = {S}", runs.read_npz(path)["images"][:num_images]))
-    path = os.path.join(workdir, "eval", "ddim_table1.png")
+    path = os.path.join(config_lib.path(workdir), "eval", "ddim_table1.png")
     writers.save_grids(path, grids, columns=num_images)
     return path
 
@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="S, with commas")
     args = parser.parse_args(argv)
+    args.workdir = config_lib.path(args.workdir)
     parallel.enable_compilation_cache()
     shared = {"seed": args.seed, "batch_size": args.batch_size}
     try:

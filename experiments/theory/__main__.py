@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from ddpm_jax import config as config_lib
 from experiments.theory import liu, sedykh, tang, tavares, vilhes
 from experiments.theory.erratum import Erratum, error
 
@@ -113,8 +114,12 @@ def main(argv: list[str] | None = None) -> None:
     if out is None:
         print(page(), end="")
         return
-    with open(out, "w", encoding="utf-8") as file:
-        file.write(page())
+    text = page()
+    try:
+        with open(config_lib.path(out), "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
