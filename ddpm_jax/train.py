@@ -148,7 +148,7 @@ def _train(
     say(dataset.describe())
     if own_shape:
         shape = ",".join(map(str, dataset.image_shape))
-        say(f"images as large as the data have them: --config.data.image_shape={shape}")
+        say(f"image size taken from the data, as with --config.data.image_shape={shape}")
     check_classes(method, dataset)
     first = dataset.fetch(np.arange(min(len(dataset), 64)))
     if "schedule" in config:
