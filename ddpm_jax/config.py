@@ -146,15 +146,17 @@ def find_file(name: str) -> str:
       ConfigError: no such file, with the nearest that there is.
     """
     file, colon, variant = path(name).partition(":")
-    short = os.path.join("configs", file if file.endswith(".py") else f"{file}.py")
-    for choice in (file, short):
+    whole = file if file.endswith(".py") else f"{file}.py"
+    short = os.path.join("configs", whole)
+    for choice in (file, whole, short):
         if os.path.isfile(choice):
             return choice + colon + variant
-    folder = os.path.dirname(file) or "configs"
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    files = [os.path.join(folder, n) for n in names if n.endswith(".py") and n != "__init__.py"]
-    word = file if os.path.dirname(file) else short
-    raise ConfigError(f"there is no config file {file!r}{nearest(word, files)}")
+    folder = os.path.dirname(whole)
+    names = os.listdir(folder or "configs") if os.path.isdir(folder or "configs") else []
+    files = [os.path.join(folder or "configs", n) for n in names if n.endswith(".py")]
+    raise ConfigError(
+        f"there is no config file {file!r}{nearest(whole if folder else short, files)}"
+    )
 
 
 def from_file(name: str):
@@ -299,7 +301,7 @@ def load(path: str):
         raise ConfigError(
             f"no config at {path}: train with this --workdir first, or check its spelling"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, or not text
         raise ConfigError(f"cannot read the config {path}: {error}") from None
 
     def tuples(node):

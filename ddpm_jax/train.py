@@ -179,7 +179,7 @@ def _train(
         say("training images are mirrored left to right with probability 1/2 (config.data.flip)")
     if own_shape:
         shape = ",".join(map(str, dataset.image_shape))
-        say(f"images as large as the data have them: --config.data.image_shape={shape}")
+        say(f"image size taken from the data, as with --config.data.image_shape={shape}")
     check_classes(method, dataset)
     if os.path.isdir(directory):
         for line in check_data(workdir, dataset, may_change="data" in change):
