@@ -27,6 +27,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.data_dir = "data"  # where archives are looked for, and downloaded to
     config.data.image_shape = (32, 32, 3)  # None in your own config: whatever the data have
     config.data.flip = True  # mirror training images at random
+    config.data.flatten = False  # image_folder: True takes pictures at any depth, without classes
+    config.data.skip_broken = False  # image_folder: True leaves out what cannot be decoded
+    config.data.background = "white"  # under transparent pictures; or "black", "#808080"
 
     config.model = ConfigDict()
     config.model.channels = 128

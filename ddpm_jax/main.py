@@ -150,6 +150,11 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "How many images to dra
 _NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many to measure; else all.", 1)
 _SPLIT = flags.DEFINE_string("split", "test", "Of the data.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the data are; else as the config says.")
+_CHANGE = flags.DEFINE_list(
+    "change",
+    [],
+    "Training may go on although this differs from the run that is continued: data, for other images.",
+)
 _CDF = flags.DEFINE_string("cdf", None, "Of the decoder: normal, or tanh as in Ho et al.'s code.")
 
 # Which flags a mode hears. A flag that it would not hear is refused.
@@ -159,7 +164,7 @@ _SAMPLER_FLAGS = (*_CHAIN_FLAGS, "seed", "sampler", "eta", "order", "singlestep"
 _IMAGE_FLAGS = ("images", "num_images", "split", "data_dir")
 _NLL_FLAGS = (*_RUN_FLAGS, "seed", "variance", "num_images", "split", "data_dir", "cdf")
 _HEARD = {
-    "train": (),
+    "train": ("change",),
     "sample": (*_SAMPLER_FLAGS, "num_samples", "latents", "trajectory"),
     "progressive": (*_SAMPLER_FLAGS, "num_samples"),
     "nearest": (*_SAMPLER_FLAGS, "num_samples", "images", "data_dir", "neighbours"),
@@ -216,7 +221,7 @@ def main(argv) -> None:
     if mode == "train":
         if CONFIG.value is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
-        train.train(CONFIG.value, workdir)
+        train.train(CONFIG.value, workdir, **options)
         return
     if mode == "report":  # before a device is asked for: a run that trains may hold it
         report.report(workdir, **options)

@@ -20,16 +20,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, diffusion_method, fold_in_each, labels_of, make_method
 from ddpm_jax.diffusion import from_uint8, q_path, to_uint8
-from ddpm_jax.runs import CLASSES_OF_DATA, check_classes, fill_in, load_data
+from ddpm_jax.runs import (
+    CLASSES_OF_DATA,
+    check_classes,
+    check_data,
+    class_list,
+    drawn,
+    ema_warning,
+    fill_in,
+    load_data,
+    save_data,
+    saved_data,
+    with_absolute_paths,
+)
 from ddpm_jax.unet import UNet
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
@@ -44,6 +57,7 @@ FREE_TO_CHANGE = (
     "config.step.accumulate",
     "config.preview.",
 )
+CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
@@ -53,11 +67,15 @@ class TrainingError(RuntimeError):
     """Training cannot go on: one line with the step, the reason and what to do."""
 
 
-def train(config, workdir: str) -> training.TrainState:
+def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.TrainState:
     """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with
     128 + the signal's number.
+
+    Args:
+      change: what may differ from the run that is continued: "data" for other images at the same or at
+        another place.
 
     Returns:
       the state after the last step, on the devices.
@@ -65,18 +83,21 @@ def train(config, workdir: str) -> training.TrainState:
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
     """
-    given = ("config", "workdir", "say")
+    given = ("config", "workdir", "say", "change")
+    with config_lib.errors_at("--change"):
+        for what in change:
+            config_lib.check_choice("change", what, CHANGES)
     loop = config_lib.arguments("config.training", _train, config.training, given)
-    config = config.copy_and_resolve_references()  # the caller's own is left as it is
+    config = with_absolute_paths(config)  # a copy: the caller's own is left as it is
     workdir = os.path.abspath(workdir)
     os.makedirs(workdir, exist_ok=True)
     if jax.process_index() > 0:
-        return _train(config, workdir, lambda line: None, **loop)
+        return _train(config, workdir, lambda line: None, change=change, **loop)
     with checkpoints.lock(workdir), out_of_memory_advice():
         say = writers.Log(os.path.join(workdir, "log.txt"))
         say(f"run directory: {workdir}")
         try:
-            return _train(config, workdir, say, **loop)
+            return _train(config, workdir, say, change=change, **loop)
         finally:
             say(f"run directory: {workdir}")
 
@@ -86,6 +107,7 @@ def _train(
     workdir: str,
     say: Callable[[str], None],
     *,
+    change: Sequence[str],
     num_steps: int,
     batch_size: int,
     log_every: int = 100,
@@ -112,15 +134,25 @@ def _train(
     preview_every, preview = make_preview(config, method, keys.preview)
     directory = path("checkpoints")
     if os.path.isdir(directory):
-        refuse_another_config(config, path("config.json"))
+        refuse_another_config(config, path("config.json"), moved=True)
+        as_saved(config, path("config.json"))
 
     # The data, and a look at them.
     dataset = dataset or load_data(config)
     say(dataset.describe())
+    for line in dataset.left_out:
+        say(f"left out: {line}")
+    if dataset.class_names:
+        say(f"classes: {class_list(dataset)}")
+    if config.data.get("flip"):
+        say("training images are mirrored left to right with probability 1/2 (config.data.flip)")
     check_classes(method, dataset)
-    first = dataset.fetch(np.arange(min(len(dataset), 64)))
+    if os.path.isdir(directory):
+        for line in check_data(workdir, dataset, may_change="data" in change):
+            say(f"WARNING: {line}")
     if method.diffusion is not None:
-        moment = np.mean(np.square(first / 127.5 - 1.0))
+        chosen = dataset.fetch(data.choose(len(dataset), 1024))
+        moment = np.mean(np.square(chosen / 127.5 - 1.0))
         say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
         data.batches,
@@ -147,15 +179,17 @@ def _train(
                 "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
             )
     state = parallel.place(state)
+    if leader:
+        config_lib.save(config, path("config.json"))
+        save_data(workdir, dataset)
+        shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
+        writers.save_png(path("data_preview.png"), writers.grid(shown))
+        if method.diffusion is not None:
+            save_forward(path("forward.png"), method.diffusion.schedule, shown, keys.preview)
+        writers.rewind_metrics(path("metrics.jsonl"), step)
     if step >= num_steps:
         say(f"nothing to do: {step:,} of {num_steps:,} steps are done")
         return state
-    if leader:
-        config_lib.save(config, path("config.json"))
-        writers.save_png(path("data_preview.png"), writers.grid(first))
-        if method.diffusion is not None:
-            save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
-        writers.rewind_metrics(path("metrics.jsonl"), step)
 
     # The step, compiled.
     clock = time.perf_counter()
@@ -233,6 +267,8 @@ def _train(
                 number = caught[0] if caught else signal.SIGTERM  # caught by another process
                 say(f"stopped by {number.name} after step {step:,}; the same command continues")
                 raise SystemExit(128 + number)
+    if warning := ema_warning(config, step):
+        say(f"WARNING: {warning}")
     return state
 
 
@@ -263,6 +299,19 @@ def save_forward(path: str, schedule: schedules.Schedule, images: np.ndarray, ke
     writers.save_grids(path, [(title, rows.reshape(-1, *images.shape[1:]))], columns=len(tau) + 1)
 
 
+def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:
+    """The first images that the network is shown, uint8 [N, H, W, C] for at most 64: as `loss` has them."""
+    count = min(len(dataset), 64)
+    several = {"seed": seed, "start": 0, "stop": -(-count // batch_size), "batch_size": batch_size}
+    images = []
+    for step, batch in enumerate(data.batches(dataset, **several)):
+        if method.shown is None:
+            images.append(batch["image"])
+        else:
+            images.append(to_uint8(method.shown(jax.random.fold_in(key, step), batch)))
+    return np.concatenate(images)[:count]
+
+
 def make_preview(config, method: Method, key) -> tuple[int, Callable]:
     """config.preview.every, and (state, step) -> (rows, columns) for `writers.save_grids`.
 
@@ -274,20 +323,24 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
         raise config_lib.ConfigError("config.preview: every and num_images must be at least 1")
     sample = config_lib.call("config.preview", method.make_sample, options)
     index = np.arange(count)
-    draw = parallel.map_examples(lambda *args: to_uint8(sample(*args)))
+    draw = parallel.map_examples(lambda *args: drawn(sample(*args)))
 
     def preview(state, step):
-        rows = [
-            (f"step {step:,}, {name}", draw(params, key, index, labels_of(method, index)))
-            for name, params in (("raw", state.params), ("EMA", state.ema_params))
-        ]
+        rows = []
+        for name, params in (("raw", state.params), ("EMA", state.ema_params)):
+            images, finite = draw(params, key, index, labels_of(method, index))
+            bad = "" if finite.all() else f": {np.sum(~finite)} of {count} images are not finite"
+            rows.append((f"step {step:,}, {name}{bad}", images))
         return rows, min(count, 8)
 
     return every, preview
 
 
-def refuse_another_config(config, path: str) -> None:
+def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
+
+    Args:
+      moved: the data may have another name or place: they are compared themselves, by `runs.check_data`.
 
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is
     saved, as does the num_timesteps of a list of betas. A field that one of the two lacks, because it is
@@ -297,10 +350,14 @@ def refuse_another_config(config, path: str) -> None:
       ConfigError: names the fields, what is saved and what was given.
     """
     of_betas = config.get("schedule", {}).get("name") == "betas"
+    saved_config, config = (with_absolute_paths(c) for c in (config_lib.load(path), config))
+    free = FREE_TO_CHANGE
+    if moved and saved_data(os.path.dirname(path)) is not None:
+        free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
     changed = [
         f"{field} is {saved!r} there and {given!r} here"
-        for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
-        if not field.startswith(FREE_TO_CHANGE)
+        for field, (saved, given) in config_lib.differences(saved_config, config).items()
+        if not field.startswith(free)
         and not (field == "config.data.image_shape" and given is None)
         and not (field == "config.model.num_classes" and given == CLASSES_OF_DATA)
         and not (field == "config.schedule.num_timesteps" and of_betas)
@@ -311,6 +368,22 @@ def refuse_another_config(config, path: str) -> None:
             f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
             " it, or another --workdir to begin anew"
         )
+
+
+def as_saved(config, path: str) -> None:
+    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+
+    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    """
+    saved = config_lib.load(path)
+    for section in ("model", "schedule", "diffusion"):
+        if section in saved and section in config:
+            free = {
+                name: value
+                for name, value in config[section].items()
+                if f"config.{section}.{name}" in FREE_TO_CHANGE and name in saved[section]
+            }
+            config[section] = ConfigDict({**saved[section], **free})
 
 
 def _or_default(field: str, value):

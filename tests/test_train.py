@@ -19,6 +19,7 @@ from PIL import Image
 from configs import digits
 from ddpm_jax import checkpoints, runs, schedules, train
 from ddpm_jax import config as config_lib
+from ddpm_jax.data import DataError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -323,7 +324,7 @@ def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
     ],
 )
 def test_bad_configs_are_one_line_and_leave_no_run(tmp_path, changes, words):
-    with pytest.raises((config_lib.ConfigError, ValueError), match=words) as error:
+    with pytest.raises((config_lib.ConfigError, ValueError, DataError), match=words) as error:
         train.train(make_config(**changes), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "config.json").exists()

@@ -13,7 +13,7 @@ from scipy import stats
 from test_configs import trace_step
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import sample, train, training
+from ddpm_jax import data, sample, train, training
 from ddpm_jax.ddpm import make_method
 from experiments import vae
 from experiments.vae import __main__ as command
@@ -289,9 +289,9 @@ def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypa
 
     # By hand, in one batch: the same images and the same draws.
     run, network = command.load(workdir, "ema")
-    images = command.runs.load_data(run.config, split="test").images[:10]
-    key = training.make_keys(0).evaluate
-    values = command.make_bounds(network, 3)(run.params, key, images, np.arange(10))
+    images = command.runs.load_data(run.config, split="test").images
+    rows, key = data.choose(len(images), 10), training.make_keys(0).evaluate
+    values = command.make_bounds(network, 3)(run.params, key, images[rows], rows)
     for name, each in values.items():
         assert result[name] == pytest.approx(float(np.mean(each)), rel=1e-5)
 

@@ -47,6 +47,9 @@ import argparse
 import os
 import sys
 
+import numpy as np
+from scipy import stats
+
 from ddpm_jax import config as config_lib
 from ddpm_jax import parallel, runs, sample, score, writers
 from ddpm_jax.main import USER_ERRORS
@@ -68,7 +71,7 @@ ONLY = {"ancestral": (50, None)}  # None: all T steps
 
 
 def measure(workdir, *, features, num_samples, metrics="fid", rows=ROWS, counts=COUNTS, **options):
-    """{row: {S or "T": {metric: number}}}, each cell as `score.score` gives it.
+    """{row: {S or "T": {metric: numbers of each seed}}}, each cell as `score.score` gives it.
 
     Args:
       workdir: a run of a diffusion.
@@ -91,18 +94,42 @@ def measure(workdir, *, features, num_samples, metrics="fid", rows=ROWS, counts=
     table = {}
     for name, S, asked in cells:
         result = score.score(workdir, **given, **asked)
-        table.setdefault(name, {})[S] = {key: one["mean"] for key, one in result.items()}
+        table.setdefault(name, {})[S] = {key: one["values"] for key, one in result.items()}
         print(f"{name}, S = {S}: {table[name][S]}", flush=True)
     return table
 
 
 def show(table: dict, metric: str) -> str:
-    """Markdown: S across, a line for each row."""
+    """Markdown: S across, a line for each row: the mean over seeds ± their standard deviation.
+
+    In brackets stands the number of standard errors, of the differences seed by seed, from the first row,
+    where Student's t calls it different at 95 %; without brackets the two are not distinguishable.
+    """
+    first = next(iter(table.values()))
     columns = list(dict.fromkeys(S for row in table.values() for S in row))
     lines = [["S", *map(str, columns)], ["---"] * (1 + len(columns))]
     for name, row in table.items():
-        lines.append([name, *(f"{row[S][metric]:.2f}" if S in row else "" for S in columns)])
+        cells = []
+        for S in columns:
+            values = row[S][metric] if S in row else []
+            of_first = first[S][metric] if S in first and row is not first else []
+            cells.append(_cell(values, of_first))
+        lines.append([name, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(values: list[float], of_first: list[float]) -> str:
+    if not values:
+        return ""
+    text = f"{np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.2f}"
+    if len(values) > 1 and of_first:
+        paired = np.subtract(values, of_first)
+        t = np.mean(paired) / (np.std(paired, ddof=1) / np.sqrt(len(paired)))
+        if abs(t) > stats.t.ppf(0.975, len(paired) - 1):
+            text += f" ({t:+.1f})"
+    return text
 
 
 def follow(workdir: str, *, counts=LATENT_COUNTS, num_images: int = 10, **options) -> str:
@@ -131,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--metrics", default="fid", help="as of --mode=eval")
     parser.add_argument("--num_samples", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_seeds", type=int, default=3, help="of sampling, from --seed on")
     parser.add_argument("--data_dir", help="where the data are, if not where the config says")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="S, with commas")
@@ -141,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         counts = tuple(int(S) for S in args.counts.split(","))
         given = {"features": args.features, "num_samples": args.num_samples, **shared}
         given |= {"metrics": args.metrics, "counts": counts, "data_dir": args.data_dir}
+        given |= {"num_seeds": args.num_seeds}
         table = measure(args.workdir, **given)
         T = len(runs.load(args.workdir).method.diffusion.schedule)
         picture = follow(args.workdir, counts=(*counts, T), **shared)
