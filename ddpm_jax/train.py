@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
@@ -167,6 +168,7 @@ def _train(
     preview_every, preview = make_preview(config, method, keys.preview)
     if os.path.isdir(directory):
         refuse_another_config(config, path("config.json"), moved=True)
+        as_saved(config, path("config.json"))
 
     # The data, and a look at them.
     dataset = dataset or load_data(config)
@@ -184,9 +186,9 @@ def _train(
     if os.path.isdir(directory):
         for line in check_data(workdir, dataset, may_change="data" in change):
             say(f"WARNING: {line}")
-    first = dataset.fetch(data.choose(len(dataset), 1024))
     if method.diffusion is not None:
-        moment = np.mean(np.square(first / 127.5 - 1.0))
+        chosen = dataset.fetch(data.choose(len(dataset), 1024))
+        moment = np.mean(np.square(chosen / 127.5 - 1.0))
         say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
         data.batches,
@@ -223,7 +225,7 @@ def _train(
             shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
             writers.save_png(path("data_preview.png"), writers.grid(shown))
             if method.diffusion is not None:
-                save_forward(path("forward.png"), method.diffusion.schedule, first, keys.preview)
+                save_forward(path("forward.png"), method.diffusion.schedule, shown, keys.preview)
             writers.rewind_metrics(path("metrics.jsonl"), step)
 
     if step >= num_steps:
@@ -405,11 +407,11 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     Raises:
       ConfigError: names the fields, what is saved and what was given.
     """
+    of_betas = config.get("schedule", {}).get("name") == "betas"
     saved_config, config = (with_absolute_paths(c) for c in (config_lib.load(path), config))
     free = FREE_TO_CHANGE
     if moved and saved_data(os.path.dirname(path)) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
-    of_betas = config.get("schedule", {}).get("name") == "betas"
     changed = [
         f"{field} is {saved!r} there and {given!r} here"
         for field, (saved, given) in config_lib.differences(saved_config, config).items()
@@ -424,6 +426,22 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
             f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
             " it, or another --workdir to begin anew"
         )
+
+
+def as_saved(config, path: str) -> None:
+    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+
+    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    """
+    saved = config_lib.load(path)
+    for section in ("model", "schedule", "diffusion"):
+        if section in saved and section in config:
+            free = {
+                name: value
+                for name, value in config[section].items()
+                if f"config.{section}.{name}" in FREE_TO_CHANGE and name in saved[section]
+            }
+            config[section] = ConfigDict({**saved[section], **free})
 
 
 def _or_default(field: str, value):
