@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "heic": ["pillow-heif"],  # photographs of phones, .heic and .heif, in folders of pictures
         "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set
     },
 )

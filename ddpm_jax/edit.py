@@ -64,17 +64,14 @@ def load_images(
     Raises:
       DataError, ConfigError, RunError: one line that says what to do.
     """
-    shape = run.method.image_shape
     if images == "data":
         dataset = runs.data_of(run, split or "test", data_dir)
     elif split or data_dir:
         raise runs.RunError(
             f"--split and --data_dir are of the run's data, not of --images={images}"
         )
-    elif images.endswith(".npz"):
-        dataset = data.load(f"npz:{images}", image_shape=shape)
     else:
-        dataset = data.load(f"image_folder:{images}", image_shape=shape)
+        dataset = runs.load_images(run, images)
     num_images = min(default, len(dataset)) if num_images is None else num_images
     if num_images > len(dataset):
         raise runs.RunError(
@@ -100,7 +97,8 @@ def load_images(
         )
     digest = hashlib.sha256(pixels.tobytes() + chosen.tobytes()).hexdigest()
     recipe = {"images": dataset.name, "split": dataset.split, "images_sha256": digest}
-    return Given(pixels, chosen, rows, recipe | {"num_images": num_images})
+    order = "all" if num_images == len(dataset) else "by a fixed permutation"
+    return Given(pixels, chosen, rows, recipe | {"num_images": num_images, "chosen": order})
 
 
 # ---- there and back --------------------------------------------------------------------------------

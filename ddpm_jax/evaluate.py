@@ -292,7 +292,7 @@ def _measure(
     given, said = runs.with_errors(run, options)
     chain, bound = _make_bound(run, given)
     recipe = run.recipe() | {"data": dataset.name, "split": dataset.split, "seed": seed}
-    recipe |= {"images": "chosen by a fixed permutation"}
+    recipe |= {"chosen": "by a fixed permutation"}
     recipe |= all_options(run.method.make_bound, said)
     rows = data.choose(len(dataset))
     check = functools.partial(_same_images, dataset, rows)

@@ -799,6 +799,9 @@ def _config(run: Found) -> Markup:
         alt = "The first training images, as the network is shown them"
         picture = page.picture(preview, text[-1] if text else "training images", alt, kind="strip")
         parts += [tag("h3", "The data"), picture]
+    names = (runs.saved_data(run.workdir) or {}).get("class_names", [])
+    if names:
+        parts.append(page.fields({str(number): name for number, name in enumerate(names)}))
     return join(parts)
 
 

@@ -160,7 +160,28 @@ def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
     dataset = load_data(run.config, split=split, **changes)
     for line in check_data(run.workdir, dataset):
         logging.warning(line)
+    say_left_out(dataset)
     return dataset
+
+
+def load_images(run: Run, path: str) -> data.Dataset:
+    """Images from elsewhere, a folder of pictures or an .npz, as large as those of a run.
+
+    Raises:
+      DataError: as `data.load`.
+    """
+    kind = "npz" if path.endswith(".npz") else "image_folder"
+    background = run.config.data.get("background", "white")
+    shape = run.method.image_shape
+    dataset = data.load(f"{kind}:{path}", image_shape=shape, background=background)
+    say_left_out(dataset)
+    return dataset
+
+
+def say_left_out(dataset: data.Dataset) -> None:
+    """Prints what was not read of the files of a data set."""
+    for line in dataset.left_out:
+        print(f"{dataset.name}/{dataset.split}, left out: {line}", flush=True)
 
 
 def moved(name: str, data_dir: str) -> dict:

@@ -123,8 +123,7 @@ def score(
             origin = {"data": dataset.name, "split": dataset.split}
             origin |= {"num_images": len(dataset), "images_sha256": reference.images_sha256}
         if images is not None:
-            kind = "npz" if images.endswith(".npz") else "image_folder"
-            judged = [(data.load(f"{kind}:{images}", image_shape=run.method.image_shape), None)]
+            judged = [(runs.load_images(run, images), None)]
         else:
             judged = []
             for one in range(seed, seed + num_seeds):

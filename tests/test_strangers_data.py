@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import digits
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, edit, evaluate, runs, sample, score, train, training, writers
+from ddpm_jax import data, edit, evaluate, report, runs, sample, score, train, training, writers
 
 RNG = np.random.default_rng(0)
 NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
@@ -175,6 +175,8 @@ def test_classes_are_called_by_their_names(with_classes, tmp_path, capsys):
         sample.sample(with_classes, num_samples=4, labels="nois")
     with open(f"{with_classes}/log.txt", encoding="utf-8") as file:
         assert "classes: 0 flat, 1 noise" in file.read()
+    with open(report.report(with_classes), encoding="utf-8") as file:
+        assert ">noise<" in file.read()
     with open(f"{with_classes}/data.json", encoding="utf-8") as file:
         assert json.load(file)["class_names"] == list(NAMES)
 
@@ -327,6 +329,31 @@ def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys
     sample.sample(workdir, num_samples=3, steps="4", out=out)
     said = capsys.readouterr().out
     assert "3 images of this recipe are there already" in said and "recipe:" not in said
+
+
+def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
+    """A clock that only moves when something compiles, 100 s, or computes, 2 s for each four images."""
+    clock = [0.0]
+    monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(writers, "SHOW_SECONDS", 0.0)
+
+    def map_examples(function):
+        def call(params, key, x):
+            clock[0] += 2.0
+            return x
+
+        def compile(params, key, x):
+            clock[0] += 100.0
+
+        call.compile = compile
+        return call
+
+    monkeypatch.setattr(runs.parallel, "map_examples", map_examples)
+    runs.map_images(runs.load(workdir), None, None, np.arange(40), batch_size=4)
+    first, *lines = (line for line in capsys.readouterr().out.splitlines() if "EMA" not in line)
+    assert first == "compiling"
+    assert lines[0] == "image 4/40  10 %  2 images/s  18 s left"
+    assert lines[4] == "image 20/40  50 %  2 images/s  10 s left"
 
 
 def test_names_of_results_can_be_read(workdir):

@@ -13,7 +13,7 @@ from scipy import stats
 from test_configs import trace_step
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, sample, train, training
+from ddpm_jax import data, evaluate, runs, sample, train, training
 from ddpm_jax.ddpm import make_method
 from experiments import vae
 from experiments.vae import __main__ as command
@@ -286,6 +286,9 @@ def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypa
     assert (
         f"ELBO {result['elbo']:.2f} ± {result['elbo_stderr']:.2f} nats" in capsys.readouterr().out
     )
+
+    with pytest.raises(runs.RunError, match=r"its own command is python -m experiments\.vae"):
+        evaluate.nll(workdir, num_images=2)
 
     # By hand, in one batch: the same images and the same draws.
     run, network = command.load(workdir, "ema")
