@@ -27,6 +27,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.data_dir = "data"  # where archives are looked for, and downloaded to
     config.data.image_shape = (32, 32, 3)  # None in your own config: whatever the data have
     config.data.flip = True  # mirror training images at random
+    config.data.flatten = False  # image_folder: True takes pictures at any depth, without classes
+    config.data.skip_broken = False  # image_folder: True leaves out what cannot be decoded
+    config.data.background = "white"  # under transparent pictures; or "black", "#808080"
     config.data.memory_limit_gb = 4.0  # larger data sets are decoded on demand
 
     config.model = ConfigDict()
@@ -35,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (16,)
     config.model.num_heads = 1
+    config.model.head_channels = 0  # above 0: channels of each head, in place of num_heads
     config.model.dropout = 0.1
     config.model.scale_shift = False
     config.model.num_classes = 0  # 0: labels are not used; -1: as many as the data have
@@ -44,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.schedule = ConfigDict()
     config.schedule.name = "linear"  # see ddpm_jax.schedules: quad, cosine, betas, …
-    config.schedule.num_timesteps = 1000
+    config.schedule.num_timesteps = 1000  # of "betas": as many as there are
     config.schedule.start = placeholder(float)  # None: the schedule's own, 1e-4 …
     config.schedule.end = placeholder(float)  # … and 0.02
     config.schedule.betas = placeholder(tuple)  # your own list, with name "betas"

@@ -31,17 +31,23 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10", "synthetic")
 THREADS = min(32, os.cpu_count() or 1)  # decoding releases the GIL, so threads are enough
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 SPLITS = ("train", "test", "val", "validation")  # sub-folders that may be splits, not classes
+CHOICE = 2**32 - 1  # stream of the permutation in `choose`; epochs of training have 0, 1, …
+# Formats that Pillow recognises by their ending and does not decode by itself.
+NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
+NO_LABEL = -1
+WITH_PATH = ("image_folder", "npz")  # kinds of data sets whose name holds where they lie
 BACKOFF = 1.0  # seconds before the second try of a download, doubled for the third
 
 
-class DataError(ValueError):
+class DataError(RuntimeError):
     """One line: what is wrong with the data, what was expected, and what to do."""
 
 
@@ -53,10 +59,14 @@ class Dataset:
         name: what `load` was asked for.
         split: "train", "test", …
         image_shape: (H, W, C).
-        num_classes: 0 if the data set has no labels.
-        labels: int32 [N]; zeros if the data set has no labels.
+        num_classes: of the training split; 0 if that has no labels.
+        labels: int32 [N]; −1 for an image without a label, as in a test split that has none; zeros
+            if num_classes is 0.
         fetch: int64 indices [B] in 0..N-1 -> uint8 [B, H, W, C]; called from several threads.
         images: uint8 [N, H, W, C] if they are in memory, else None.
+        class_names: the name of each class, by its number; empty if they are not known.
+        left_out: one line for each kind of file that was not read, and why.
+        files: SHA-256 of the names and sizes of the files; empty for arrays, see `fingerprint`.
     """
 
     name: str
@@ -66,9 +76,16 @@ class Dataset:
     labels: np.ndarray
     fetch: Callable[[np.ndarray], np.ndarray]
     images: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    files: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Changes with the names or sizes of the files, or with the pixels of arrays; not with the place."""
+        return self.files or self.digest()
 
     def digest(self) -> str:
         """SHA-256 over all images, in their order."""
@@ -86,6 +103,21 @@ class Dataset:
         return f"{self.name}/{self.split}: {len(self)} images {shape}, {classes}, uint8, {place}"
 
 
+def choose(total: int, count: int | None = None) -> np.ndarray:
+    """Positions of `count` of `total` images, int64 [count]: the first ones of one fixed permutation.
+
+    Wherever some of the images of a split stand for all of them, they are chosen here: the first in the
+    order of the files may all be of one class. A larger count begins with the same images.
+    """
+    return _permutation(total, 0, CHOICE)[:count].copy()
+
+
+def image_digests(images: np.ndarray) -> np.ndarray:
+    """The first 16 bytes of the SHA-256 of each image: uint8 [N, 16] from uint8 [N, H, W, C]."""
+    digests = [hashlib.sha256(np.ascontiguousarray(image)).digest()[:16] for image in images]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+
+
 def load(
     name: str,
     *,
@@ -93,6 +125,9 @@ def load(
     image_shape: tuple[int, int, int] | None = None,
     data_dir: str | os.PathLike = "data",
     memory_limit_gb: float = 4.0,
+    flatten: bool = False,
+    skip_broken: bool = False,
+    background: str = "white",
 ) -> Dataset:
     """Finds, checks and reads a data set; downloads it only if it is nowhere on this machine.
 
@@ -106,9 +141,11 @@ def load(
               are checked every time.
             * `synthetic`: 1,024 + 256 images of gradients with blobs, from no file at all.
             * `npz:PATH`: uint8 arrays `x_train`, `y_train`, `x_test`, `y_test`, or `images` and
-              `labels`, or `arr_0` and `arr_1`; the labels are optional.
+              `labels`, or `arr_0` and `arr_1`; the labels are optional, and so is `class_names`.
             * `image_folder:PATH`: every sub-folder is a class, a flat folder has no labels;
-              sub-folders `train` and `test` or `val` are splits instead.
+              sub-folders `train` and `test` or `val` are splits instead. Classes are those of the
+              training split, numbered in the order of their names (2 before 10, if all are
+              numbers). Pictures are what Pillow decodes; HEIC needs the package pillow-heif.
             * any other name: what tensorflow-datasets has already prepared as array_record in
               `data_dir/tfds`, `data_dir` or its default folder.
         split: which part; `train` and `test` exist for every built-in data set.
@@ -118,6 +155,10 @@ def load(
             for them it must be the shape they have (`synthetic` is drawn at any shape).
         data_dir: where archives are looked for and put.
         memory_limit_gb: pictures larger than this in all (N·H·W·C bytes) are decoded on demand.
+        flatten: take the pictures of a folder at any depth, without classes.
+        skip_broken: leave out pictures of a folder that cannot be decoded, and list them; without it
+            the first one is an error. All are decoded once at the start, in memory or not.
+        background: colour laid under transparent pictures, by a name or #rrggbb.
 
     Raises:
         DataError: whatever is wrong, in one line.
@@ -125,14 +166,18 @@ def load(
     kind, _, path = name.partition(":")
     root = Path(data_dir).expanduser()
     shape = _checked_shape(image_shape)
+    decoding = (shape, memory_limit_gb, skip_broken, _checked_colour(background))
     try:
         if kind == "image_folder":
-            pictures = _image_folder(_existing(kind, path), split)
-            return _from_pictures(name, split, *pictures, shape, memory_limit_gb)
+            pictures = _image_folder(_existing(kind, path), split, flatten)
+            return _from_pictures(name, split, pictures, *decoding)
+        if flatten or skip_broken:
+            option = "flatten" if flatten else "skip_broken"
+            raise DataError(f"{option}=True is for image_folder:PATH, and the data are {name}")
         if kind == "npz":
             arrays = _npz(_existing(kind, path), split)
         elif name in BUILT_IN and split not in ("train", "test"):
-            raise DataError(f"{name} has no split {split!r}; it has train and test")
+            raise _no_split(name, split, ("train", "test"))
         elif name == "digits":
             arrays = _digits(split)
         elif name == "synthetic":
@@ -141,7 +186,7 @@ def load(
             arrays = _archive_arrays(name, split, root)
         else:
             pictures = _tensorflow_datasets(name, split, root)
-            return _from_pictures(name, split, *pictures, shape, memory_limit_gb)
+            return _from_pictures(name, split, pictures, *decoding)
     except OSError as error:
         raise DataError(f"{name}: {error}") from error
     return _from_arrays(name, split, *arrays, shape)
@@ -228,10 +273,10 @@ def batches(
 
 
 # Arrays: digits, synthetic, npz and the official archives. Each reader returns
-# (images uint8 [N, H, W] or [N, H, W, C], labels int [N], num_classes).
+# (images uint8 [N, H, W] or [N, H, W, C], labels int [N], num_classes, class_names).
 
 
-def _from_arrays(name, split, images, labels, num_classes, image_shape) -> Dataset:
+def _from_arrays(name, split, images, labels, num_classes, class_names, image_shape) -> Dataset:
     images = images.reshape(*images.shape[:3], -1)
     shape = images.shape[1:]
     if image_shape not in (None, shape):
@@ -240,7 +285,8 @@ def _from_arrays(name, split, images, labels, num_classes, image_shape) -> Datas
             f"arrays are not resized: set {_option(shape)}"
         )
     labels = labels.astype(np.int32)
-    return Dataset(name, split, shape, num_classes, labels, images.__getitem__, images)
+    given = {"images": images, "class_names": class_names}
+    return Dataset(name, split, shape, num_classes, labels, images.__getitem__, **given)
 
 
 def _digits(split):
@@ -250,7 +296,7 @@ def _digits(split):
     part = slice(0, 1500) if split == "train" else slice(1500, None)
     order = _permutation(len(digits.images), 0, 0)[part]
     images = np.rint(digits.images[order] * (255 / 16)).astype(np.uint8)
-    return images, digits.target[order], 10
+    return images, digits.target[order], 10, _CLASS_NAMES["digits"]
 
 
 def _synthetic(split, shape):
@@ -268,7 +314,7 @@ def _synthetic(split, shape):
         blob = np.exp(-distance / (0.1 + 0.4 * radius) ** 2)
         tint = 2 * np.array(colour) - 1
         image[:] = np.rint(127.5 + 70 * ramp[..., None] + 57 * blob[..., None] * tint)
-    return images, np.array(indices) % 10, 10
+    return images, np.array(indices) % 10, 10, ()
 
 
 def _npz(path, split):
@@ -282,9 +328,11 @@ def _npz(path, split):
         if pair[0] in arrays:
             splits.setdefault("train", pair)
     if split not in splits:
+        if splits:
+            raise _no_split(path, split, sorted(splits))
         raise DataError(
-            f"{path} has no split {split!r}: it has {sorted(splits) or 'no images'} in the arrays "
-            f"{sorted(arrays)}; expected x_{split} and y_{split}, or images and labels for train"
+            f"{path} has the arrays {sorted(arrays)} and no images; expected x_train and y_train, x_test"
+            " and y_test, or images and labels"
         )
     image_key, label_key = splits[split]
     images = arrays[image_key]
@@ -300,21 +348,28 @@ def _npz(path, split):
         )
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
         raise DataError(f"{where}, expected channels last; transpose with (0, 2, 3, 1)")
-    if label_key not in arrays:
-        return images, np.zeros(len(images)), 0
-    labels = arrays[label_key].reshape(-1)
-    if len(labels) != len(images) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    labels = arrays.get(label_key, np.full(len(images), NO_LABEL)).reshape(-1)
+    if label_key in arrays and (
+        len(labels) != len(images) or labels.dtype.kind not in "iu" or labels.min() < 0
+    ):
         raise DataError(
             f"{path}: {label_key} is {labels.dtype} {list(arrays[label_key].shape)}, expected one "
             f"class 0, 1, … (an integer) for each of the {len(images)} images of {image_key}"
         )
-    # Over all splits, so that the classes of train and test are numbered from one list.
-    every = [arrays[key] for _, key in splits.values() if key in arrays and arrays[key].size]
-    return images, labels, 1 + max(int(array.max()) for array in every)
+    of_train = arrays.get(splits.get("train", splits[split])[1], np.zeros(0, int))
+    num_classes = 1 + int(of_train.max()) if of_train.size else 0  # no other split makes a class
+    names = tuple(map(str, arrays["class_names"].reshape(-1))) if "class_names" in arrays else ()
+    if names and len(names) < num_classes:
+        raise DataError(f"{path}: {len(names)} class_names for {num_classes} classes")
+    num_classes = max(num_classes, len(names)) if num_classes else 0
+    labels = labels.astype(np.int64) * (num_classes > 0)  # uint8 has no −1
+    labels = np.where(labels < max(num_classes, 1), labels, NO_LABEL)
+    return images, labels, num_classes, names
 
 
 # The official archives: mirrors, then file, bytes and SHA-256 sum as tensorflow-datasets registers
 # them (tensorflow_datasets/url_checksums/<name>.txt). The sums make any mirror safe, http included.
+# CIFAR-10's second is the one of MindSpore's tutorials.
 
 _ARCHIVES = {
     "mnist": """
@@ -335,8 +390,30 @@ t10k-labels-idx1-ubyte.gz 5148 67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35df
 """,
     "cifar10": """
 https://www.cs.toronto.edu/~kriz/
+https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/
 cifar-10-binary.tar.gz 170052171 c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
 """,
+}
+_CLASS_NAMES = {
+    "digits": tuple("0123456789"),
+    "mnist": tuple("0123456789"),
+    "fashion_mnist": tuple(
+        [
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ]
+    ),
+    "cifar10": tuple(
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    ),
 }
 _MIRRORS = {name: re.findall(r"^(\S+/)$", text, re.M) for name, text in _ARCHIVES.items()}
 _SUMS = {  # {data set: {file: (bytes, SHA-256)}}
@@ -377,9 +454,10 @@ def _archive_arrays(name, split, root):
             )
         paths.append(path)
     if name == "cifar10":
-        return _cifar10(paths[0], split)
-    images, labels = (_idx(path) for path in paths)
-    return images, labels, 10
+        images, labels = _cifar10(paths[0], split)
+    else:
+        images, labels = (_idx(path) for path in paths)
+    return images, labels, 10, _CLASS_NAMES[name]
 
 
 def damage(path: Path, size: int, sha256: str) -> str | None:
@@ -454,7 +532,7 @@ def _cifar10(path, split):
     records = np.frombuffer(b"".join(found[file] for file in sorted(found)), np.uint8)
     records = records.reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), records[:, 0], 10
+    return np.ascontiguousarray(images), records[:, 0]
 
 
 def picture(path: str | os.PathLike, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -468,20 +546,42 @@ def picture(path: str | os.PathLike, image_shape: tuple[int, int, int]) -> np.nd
     return _decode(path, path, image_shape)
 
 
-# Pictures: folders and tensorflow-datasets. Each reader returns (read, N, num_classes), where
-# read([i, …]) is a list of (path or file, label, name in error messages).
+# Pictures: folders and tensorflow-datasets.
 
 
-def _from_pictures(name, split, read, count, num_classes, image_shape, memory_limit_gb) -> Dataset:
+class _Pictures(NamedTuple):
+    """What a reader of pictures found."""
+
+    read: Callable  # [i, …] -> a list of (path or file, label, name in error messages)
+    count: int
+    class_names: tuple[str, ...]  # empty if there are no labels
+    files: str  # SHA-256 of names and sizes
+    left_out: tuple[str, ...] = ()
+
+
+def _from_pictures(
+    name, split, pictures, image_shape, memory_limit_gb, skip_broken, background
+) -> Dataset:
+    read, count, class_names, files, left_out = pictures
+    num_classes = len(class_names)
     if count == 0:
         raise DataError(f"{name}/{split} holds no image")
     if image_shape and image_shape[2] not in (1, 3):
         raise DataError(f"{name}: pictures have 1 or 3 channels, not {_times(image_shape)}")
-    [(first, _, first_name)] = read([0])
-    shape = image_shape or _decode(first, first_name).shape
+    shape, first_name = image_shape, None
+    for i in range(count if image_shape is None else 0):  # all have the size of the first
+        [(file, _, first_name)] = read([i])
+        try:
+            shape = _decode(file, first_name, background=background).shape
+            break
+        except DataError:
+            if not skip_broken:
+                raise
+    if shape is None:
+        raise DataError(f"{name}/{split}: none of its {count} pictures can be decoded")
 
     def pixels(file, where):
-        picture = _decode(file, where, image_shape)
+        picture = _decode(file, where, image_shape, background)
         if picture.shape == (*shape[:2], 1):
             return np.broadcast_to(picture, shape)  # a grey picture among colour ones
         if picture.shape != shape:
@@ -491,40 +591,63 @@ def _from_pictures(name, split, read, count, num_classes, image_shape, memory_li
             )
         return picture
 
-    def fetch(indices):
-        images = np.empty((len(indices), *shape), np.uint8)
-        for image, (file, _, where) in zip(images, read(indices), strict=True):
-            image[:] = pixels(file, where)
-        return images
-
-    labels = np.zeros(count, np.int32)
+    labels = np.full(count, NO_LABEL if num_classes else 0, np.int32)
     chunks = [range(i, min(i + 256, count)) for i in range(0, count, 256)]
-    if count * math.prod(shape) > memory_limit_gb * 1e9:
-        update = _progress(f"reading the labels of {name}/{split}", count, "images")
-        for chunk in chunks if num_classes else ():
-            labels[chunk] = [label for _, label, _ in read(chunk)]
-            update(chunk.stop)
-        return Dataset(name, split, shape, num_classes, labels, fetch)
-
-    images = np.empty((count, *shape), np.uint8)
-    update = _progress(f"decoding {name}/{split}", count, "images")
+    in_memory = count * math.prod(shape) <= memory_limit_gb * 1e9
+    images = np.empty((count, *shape), np.uint8) if in_memory else None
+    broken = {}  # {position: reason}
 
     def fill(chunk):
         for i, (file, label, where) in zip(chunk, read(chunk), strict=True):
-            images[i], labels[i] = pixels(file, where), label
+            labels[i] = label
+            if not (in_memory or skip_broken):
+                continue
+            try:
+                found = pixels(file, where)
+            except _CannotDecode as error:
+                if not skip_broken:
+                    raise
+                broken[i] = str(error)
+                continue
+            if in_memory:
+                images[i] = found
         return chunk.stop
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for done in pool.map(fill, chunks):
-            update(done)
-    return Dataset(name, split, shape, num_classes, labels, images.__getitem__, images)
+    if in_memory or skip_broken or num_classes:
+        what = "decoding" if in_memory or skip_broken else "reading the labels of"
+        update = _progress(f"{what} {name}/{split}", count, "images")
+        with ThreadPoolExecutor(THREADS) as pool:
+            for done in pool.map(fill, chunks):
+                update(done)
+    kept = np.setdiff1d(np.arange(count), list(broken))
+    if not len(kept):
+        raise DataError(f"{name}/{split}: none of its {count} pictures can be decoded")
+    if broken:
+        labels = labels[kept]
+        left_out += (f"{len(broken)} pictures that cannot be decoded: {_few(broken.values())}",)
+
+    def fetch(indices):
+        result = np.empty((len(indices), *shape), np.uint8)
+        for image, (file, _, where) in zip(result, read(kept[indices]), strict=True):
+            image[:] = pixels(file, where)
+        return result
+
+    if in_memory:
+        images = images[kept] if broken else images
+        fetch = images.__getitem__
+    about = {"images": images, "class_names": class_names, "left_out": left_out, "files": files}
+    return Dataset(name, split, shape, num_classes, labels, fetch, **about)
 
 
-def _decode(file, where, shape=None):
+class _CannotDecode(DataError):
+    pass
+
+
+def _decode(file, where, shape=None, background="white"):
     """Decodes one picture to uint8 [H, W, C]; without `shape` at its own size, with C = 1 or 3.
 
-    EXIF orientation is applied, transparency is laid over white, 16 bits become 8 by division by
-    257, and of an animation the first frame is taken.
+    EXIF orientation is applied, transparency is laid over the background, 16 bits become 8 by
+    division by 257, and of an animation the first frame is taken.
     """
     from PIL import Image, ImageOps
 
@@ -532,62 +655,137 @@ def _decode(file, where, shape=None):
         with Image.open(file) as picture:
             if shape:  # lets JPEG decode at 1/2, 1/4 or 1/8 where that leaves twice the size
                 picture.draft(None, (2 * max(shape[:2]),) * 2)
-            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            picture = _upright(picture, where)
             channels = shape[2] if shape else 1 if picture.mode[0] in "1LI" else 3
+            if picture.mode[0] == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range")
             if picture.mode[0] == "I":
                 grey = np.clip((np.asarray(picture).astype(np.int64) + 128) // 257, 0, 255)
                 picture = Image.fromarray(grey.astype(np.uint8))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+                under = Image.new("RGBA", picture.size, background)
+                picture = Image.alpha_composite(under, picture)
             picture = picture.convert("L" if channels == 1 else "RGB")
             if shape:
                 picture = ImageOps.fit(picture, (shape[1], shape[0]), Image.Resampling.BICUBIC)
             return np.asarray(picture).reshape(picture.height, picture.width, channels)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, …
-        raise DataError(
-            f"{where} cannot be decoded: {_line(error)}; repair or remove it"
+        raise _CannotDecode(
+            f"{where} cannot be decoded: {_line(error)}; repair or remove it, or leave out such pictures"
+            " with --config.data.skip_broken=True"
         ) from error
 
 
-def _image_folder(folder, split):
+def _upright(picture, where):
+    """The picture turned as its EXIF orientation says, or as it is where the EXIF data are damaged."""
+    from PIL import Image
+
+    flip = Image.Transpose
+    turns = {2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM}
+    turns |= {5: flip.TRANSPOSE, 6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90}
+    try:
+        orientation = picture.getexif().get(0x0112)  # "Orientation"
+        turn = turns.get(orientation)
+    except Exception as error:  # the pixels are decoded already: only this tag is lost
+        line = "%s: its EXIF data are damaged (%s), so it is not turned; its pixels are used"
+        logging.log_first_n(logging.WARNING, line, 10, where, _line(error))
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+@functools.cache
+def picture_endings() -> tuple[str, ...]:
+    """The endings of files that Pillow decodes here, such as ".png"; HEIC too if pillow-heif is installed."""
+    from PIL import Image
+
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    found = Image.registered_extensions().items()
+    decoded = {ending for ending, kind in found if kind in Image.OPEN and kind not in NOT_DECODED}
+    return tuple(sorted(decoded))
+
+
+def _image_folder(folder, split, flatten):
     places = {place.name: place for place in folder.iterdir() if place.is_dir()}
     parts = {part: places[part] for part in SPLITS if part in places}
     if "train" not in parts or len(parts) == 1 < len(places):  # `train` beside `bus` is a class
         parts = {"train": folder}
     if split not in parts:
-        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(parts)}")
-    found = {part: _picture_files(place) for part, place in parts.items()}
-    files = found[split]
+        raise _no_split(folder, split, parts)
+    files, left_out = _picture_files(parts[split], flatten)
+    if len(parts) > 1:
+        beside = [f"{name}/" for name in places if name not in parts and not name.startswith(".")]
+        left_out += [f"{', '.join(sorted(beside))} beside {' and '.join(parts)}"] if beside else []
     if not files:
-        raise DataError(f"{parts[split]} holds no picture ({', '.join(SUFFIXES)})")
+        unread = f"; left out: {'; '.join(left_out)}" if left_out else ""
+        raise DataError(f"{parts[split]} holds no picture ({', '.join(picture_endings())}){unread}")
     if "" in files and len(files) > 1:
         raise DataError(
             f"{parts[split]} holds both pictures ({files[''][0].name}) and classes ({max(files)}/);"
-            " move the pictures into a folder of their own"
+            " move the pictures into a folder of their own, or take all of them without classes by"
+            " --config.data.flatten=True"
         )
-    # One list of classes for all splits, so that train and test number them alike.
-    classes = sorted({name for part in found.values() for name in part if name})
-    number = {name: i for i, name in enumerate(classes)} | {"": 0}
-    examples = [(path, number[name], path) for name in sorted(files) for path in files[name]]
-    return (lambda indices: [examples[i] for i in indices]), len(examples), len(classes)
+    # The classes are those of train: a test split without labels has none, nor can it add one.
+    of_train = files if split == "train" else _picture_files(parts["train"], flatten)[0]
+    classes = _in_order(name for name in of_train if name)
+    number = {name: i for i, name in enumerate(classes)}
+    if strangers := [name for name in files if name and name not in number and classes]:
+        line = (
+            f"{', '.join(_in_order(strangers))}: not classes of {parts['train']}, so without labels"
+        )
+        left_out.append(line)
+    unlabelled = NO_LABEL if classes else 0
+    examples = [
+        (path, number.get(name, unlabelled), path)
+        for name in (_in_order(files))
+        for path in files[name]
+    ]
+    listing = [(os.path.relpath(p, parts[split]), p.stat().st_size) for p, _, _ in examples]
+    about = (len(examples), tuple(classes), _sha256(listing), tuple(left_out))
+    return _Pictures(lambda indices: [examples[i] for i in indices], *about)
 
 
-def _picture_files(folder):
-    """{sub-folder, or "" for the folder itself: its pictures, sorted}, without hidden ones."""
+def _in_order(names) -> list[str]:
+    """Names sorted as text, or as numbers if all of them are: 2 before 10."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+
+
+def _picture_files(folder, flatten):
+    """The pictures below a folder, without hidden ones, and what was left out.
+
+    Returns:
+        {sub-folder, or "" for the folder itself: paths, sorted}, all under "" if `flatten`;
+        and lines on the files that are not read, by their endings.
+    """
 
     def refuse(error):  # os.walk would leave out what it may not read
         raise error
 
-    files = collections.defaultdict(list)
+    files, others = collections.defaultdict(list), collections.Counter()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         relative = Path(place).relative_to(folder).parts
         for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                files[relative[0] if relative else ""].append(Path(place, name))
-    return {name: sorted(paths) for name, paths in files.items()}
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(picture_endings()):
+                files[relative[0] if relative and not flatten else ""].append(Path(place, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+    left_out = []
+    if others:
+        counts = ", ".join(f"{number} {ending}" for ending, number in sorted(others.items()))
+        line = f"files that are not pictures by their endings: {counts}"
+        if others.keys() & {".heic", ".heif"}:
+            line += " (pip install pillow-heif reads .heic and .heif)"
+        left_out.append(line)
+    return {name: sorted(paths) for name, paths in files.items()}, left_out
 
 
 # tensorflow-datasets. Preparing a data set needs TensorFlow, reading one does not; a prepared one
@@ -603,6 +801,8 @@ def _tensorflow_datasets(name, split, root):
     def explained():  # a missing package, an unknown split, a damaged file
         try:
             yield
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"tensorflow-datasets cannot read {folder}: {_line(error)}") from error
 
@@ -616,19 +816,22 @@ def _tensorflow_datasets(name, split, root):
         if key not in images or features[key].np_dtype != np.uint8:
             raise TypeError(f"expected one uint8 feature `image`, found {builder.info.features}")
         decoders = {key: tfds.decode.SkipDecoding()}  # `_decode` does it, as for any picture
+        if split.isidentifier() and split not in builder.info.splits:  # not train[:10%]
+            raise _no_split(name, split, builder.info.splits)
         source = builder.as_data_source(split=split, decoders=decoders)
-        num_classes = getattr(features.get("label"), "num_classes", None) or 0
+        class_names = tuple(getattr(features.get("label"), "names", None) or ())
 
     def read(indices):
         indices = [int(i) for i in indices]
         with explained():
             items = source.__getitems__(indices)
         return [
-            (io.BytesIO(item[key]), item["label"] if num_classes else 0, f"{name}/{split}[{i}]")
+            (io.BytesIO(item[key]), item["label"] if class_names else 0, f"{name}/{split}[{i}]")
             for i, item in zip(indices, items, strict=True)
         ]
 
-    return read, len(source), num_classes
+    listing = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
+    return _Pictures(read, len(source), class_names, _sha256([split, *listing]))
 
 
 def _tfds_folders(root):
@@ -677,6 +880,11 @@ def _advice(name, root):
             f"{folder} is prepared as tfrecord, which only TensorFlow reads; prepare it once more "
             f"as array_record: {prepare}"
         )
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file() or name.startswith(("/", "./", "../", "~")):
+        kind = "npz" if path.suffix == ".npz" else "image_folder"
+        there = "" if path.exists() else f", and there is no {path}"
+        return f"data.name is a path: did you mean {kind}:{name}?{there}"
     known = _known_names(root)
     near = difflib.get_close_matches(name.partition(":")[0], known, n=3)
     guess = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
@@ -712,9 +920,38 @@ def _existing(kind, path):
     place = Path(path).expanduser()
     if not (place.is_dir() if kind == "image_folder" else place.is_file()):
         raise DataError(
-            f"{kind}: there is no {'folder' if kind == 'image_folder' else 'file'} {place}"
+            f"{kind}: there is no {'folder' if kind == 'image_folder' else 'file'} {place}; if it has moved,"
+            f" say where to: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train on"
         )
     return place
+
+
+def _no_split(name, split, there):
+    first = next(iter(there))
+    return DataError(
+        f"{name} has no split {split!r}; it has {', '.join(there)}; choose one, such as --split={first}"
+    )
+
+
+def _checked_colour(background):
+    from PIL import ImageColor
+
+    try:
+        return (*ImageColor.getrgb(background)[:3], 255)
+    except (ValueError, AttributeError):
+        raise DataError(
+            f"background is {background!r}, expected a colour such as white, black or #808080"
+        ) from None
+
+
+def _few(lines, count=20):
+    lines = list(lines)
+    more = f" and {len(lines) - count} more" if len(lines) > count else ""
+    return "; ".join(lines[:count]) + more
+
+
+def _sha256(tree):
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
 
 
 def _checked_shape(shape):

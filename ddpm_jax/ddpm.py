@@ -58,6 +58,8 @@ class Method(NamedTuple):
       metric_names: the keys of those metrics.
       make_sample: (**options) -> sample, with sample(params, key, index int32 [B], label int32 [B]) ->
         x float32 [B, H, W, C] in [−1, 1] or beyond. The options are the method's own, checked here.
+      shown: (key, batch) -> x_0 float32 [B, H, W, C], the images that `loss` shows the network for this key,
+        mirrored where it does so; None if they are those of the batch.
       sample_options: (**options) -> the same with the defaults that this model gives them, for a recipe;
         None if the signature of make_sample says them all.
       make_bound: (**options) -> (chain, bound), with bound(params, key, batch) -> {name: [B] or [B, S]}:
@@ -74,6 +76,7 @@ class Method(NamedTuple):
     loss: Callable
     metric_names: tuple[str, ...]
     make_sample: Callable
+    shown: Callable | None = None
     sample_options: Callable | None = None
     make_bound: Callable | None = None
     diffusion: Diffusion | None = None
@@ -97,7 +100,10 @@ def make_parts(config) -> tuple[schedules.Schedule, UNet]:
     if config.data.image_shape is None:
         raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
     image_shape = tuple(config.data.image_shape)
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+    section = dict(config.schedule)
+    if section.get("name") == "betas":  # as many as there are, whatever the base config says
+        section["num_timesteps"] = None
+    schedule = config_lib.call("config.schedule", schedules.make, section)
     section = config.diffusion if "diffusion" in config else {}
     learned = section.get("variance") in diffusion.LEARNED
     given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}
@@ -230,15 +236,21 @@ def diffusion_method(
             t = losses.uniform_t(keys, T)
         return t, jnp.ones(t.shape, jnp.float32)
 
-    def loss_fn(params, memory, key, batch):
+    def example_keys(key, batch):
+        """Keys of t, ε, dropout, mirroring and hidden labels: [B] each."""
         keys = jax.vmap(lambda key: jax.random.split(key, 5))(fold_in_each(key, batch["index"]))
-        t_keys, eps_keys, dropout_keys, flip_keys, label_keys = (keys[:, n] for n in range(5))
-        x_0, label = diffusion.from_uint8(batch["image"]), batch["label"]
+        return tuple(keys[:, n] for n in range(5))
+
+    def shown(key, batch):
+        x_0, (*_, flip_keys, _) = diffusion.from_uint8(batch["image"]), example_keys(key, batch)
+        return mirror_at_random(flip_keys, x_0) if flip else x_0
+
+    def loss_fn(params, memory, key, batch):
+        t_keys, eps_keys, dropout_keys, _, label_keys = example_keys(key, batch)
+        x_0, label = shown(key, batch), batch["label"]
         if label_dropout:
             hidden = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(label_keys)
             label = jnp.where(hidden, no_label, label)
-        if flip:
-            x_0 = mirror_at_random(flip_keys, x_0)
         t, weight = draw_t(memory, key, t_keys, batch["place"])
         eps = jax.vmap(lambda key: jax.random.normal(key, image_shape))(eps_keys)
         denoise_fn = denoiser(params, label, dropout_keys)
@@ -341,7 +353,7 @@ def diffusion_method(
         Args:
           sampler: one of `samplers.SAMPLERS`.
           steps, spacing: see `schedules.shorten`; None for all T.
-          eta: of "ddim", 0 (the default) to 1 or "hat"; see `samplers.ddim_std`.
+          eta: of "ddim", 0 (the default) to 1 or "hat"; see `diffusion.ddim_std`.
           order, singlestep: of "dpm_solver", 2 and False unless told; see `samplers.dpm_solver_weights`.
           variance: of "ancestral", one of `diffusion.VARIANCES` that the network has the outputs for.
           clip_x0: True, False or "dynamic"; see `samplers.clip`.
@@ -453,6 +465,7 @@ def diffusion_method(
         loss=loss_fn,
         metric_names=metric_names,
         make_sample=make_sample,
+        shown=shown,
         sample_options=sample_options,
         make_bound=make_bound,
         diffusion=Diffusion(schedule, denoiser, make_encode, make_inpaint),

@@ -66,6 +66,18 @@ def q_sample(schedule: Schedule, x_0, t, eps):
     )
 
 
+def q_path(schedule: Schedule, x_0, keys):
+    """One path x_1 … x_S of the forward process: [B, S, H, W, C], by `q_step` from x_0 [B, H, W, C] and keys [B]."""
+
+    def body(x, i):
+        t = jnp.asarray(schedule.timesteps)[i]
+        x = q_step(schedule, x, i, noise(keys, t, x.shape[1:]))
+        return x, x
+
+    _, path = jax.lax.scan(body, x_0, jnp.arange(len(schedule)))
+    return jnp.moveaxis(path, 0, 1)
+
+
 def noise(keys, t, image_shape):
     """N(0, I) from each example's key and the time t, which is the same for all: [B, H, W, C]."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), image_shape))(keys)
@@ -152,6 +164,68 @@ def model_log_variance(schedule: Schedule, variance, denoised: Denoised, x_t, t)
         low, high = (reverse_log_variance(schedule, end) for end in ("fixed_small", "fixed_large"))
         return large * at(high, t, x_t) + (1.0 - large) * at(low, t, x_t)
     return at(reverse_log_variance(schedule, variance), t, x_t)
+
+
+# ---- DDIM's family of processes --------------------------------------------------------------------
+
+
+def ddim_std(schedule: Schedule, eta: float | str) -> tuple[np.ndarray, np.ndarray]:
+    """The factor of ε̂ and σ_t of a DDIM step: two float64 [S]; Song et al. 2021 (12) and (16).
+
+    σ_t = η √((1−ᾱ_{t−1})/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_{t−1}) with the neighbours of the shortened chain, which is
+    η √β̃_t; the factor is √(1−ᾱ_{t−1}−σ_t²).
+
+    Args:
+      eta: 0 (deterministic) to 1 (ancestral with β̃_t); or "hat", Song et al.'s σ̂: the factor of η = 1
+        with the larger noise √(1−ᾱ_t/ᾱ_{t−1}) = √β_t, and none at the last step, which is ancestral
+        sampling with "fixed_large".
+
+    Raises:
+      ValueError: eta is something else.
+    """
+    if eta != "hat" and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
+        raise ValueError(
+            f"eta must lie in 0 … 1, or be 'hat' for Song et al.'s larger σ̂; got {eta!r}"
+        )
+    share = (1.0 if eta == "hat" else float(eta)) ** 2
+    # 1 − ᾱ_{t−1} − σ_t², with the common factor outside: what is left cannot cancel to below zero.
+    of_eps = (1.0 - schedule.alpha_bar_prev) * (
+        1.0 - share * (schedule.beta / (1.0 - schedule.alpha_bar))
+    )
+    variance = share * posterior_variance(schedule)
+    if eta == "hat":
+        variance = np.append(0.0, schedule.beta[1:])
+    assert (of_eps >= 0).all()  # never clamped: a negative one is a wrong formula
+    return np.sqrt(of_eps), np.sqrt(variance)
+
+
+def ddim_forward(schedule: Schedule, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """DDIM's forward process q_σ(x_t | x_{t−1}, x_0): two float64 [S]; Song et al. 2021 §3.1, Liu (2.13).
+
+    By Bayes' rule on its posterior N(√ᾱ_{t−1} x_0 + √((1−ᾱ_{t−1}−σ_t²)/(1−ᾱ_t)) (x_t − √ᾱ_t x_0), σ_t² I),
+    it is N(√ᾱ_t x_0 + c_t (x_{t−1} − √ᾱ_{t−1} x_0), s_t² I), with the same q(x_t | x_0) for every η:
+    c_t = √((1−ᾱ_{t−1}−σ_t²)(1−ᾱ_t))/(1−ᾱ_{t−1}) and s_t = σ_t √((1−ᾱ_t)/(1−ᾱ_{t−1})). η = 1 is the Markov
+    chain, with c_t = √α_t; with η = 0 only the first step draws noise.
+
+    Returns:
+      c_t, which is 0 at the first step, and s_t.
+    """
+    if eta == "hat":
+        raise ValueError("eta 'hat' has no forward process: its steps do not keep q(x_t | x_0)")
+    of_eps, std = ddim_std(schedule, eta)
+    variance, before = 1.0 - schedule.alpha_bar, 1.0 - schedule.alpha_bar_prev
+    of_x_prev = of_eps[1:] * np.sqrt(variance[1:]) / before[1:]
+    spread = std[1:] * np.sqrt(variance[1:] / before[1:])
+    return np.append(0.0, of_x_prev), np.append(np.sqrt(variance[0]), spread)
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "eta"))
+def q_step_ddim(schedule: Schedule, x_prev, x_0, t, eps, *, eta: float):
+    """One step x_t ~ q_σ(x_t | x_{t−1}, x_0) from the noise eps ~ N(0, I); see `ddim_forward`."""
+    of_x_prev, std = ddim_forward(schedule, eta)
+    mean = at(np.sqrt(schedule.alpha_bar), t, x_0) * x_0
+    from_line = x_prev - at(np.sqrt(schedule.alpha_bar_prev), t, x_0) * x_0
+    return mean + at(of_x_prev, t, x_0) * from_line + at(std, t, x_0) * eps
 
 
 # ---- what the network predicts ---------------------------------------------------------------------

@@ -8,7 +8,8 @@
     python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
     python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
 
-Images are the first of a split of the run's data, those of a folder (resized and cropped) or of an .npz.
+Images are of a split of the run's data, of a folder (resized and cropped) or of an .npz, chosen by one fixed
+permutation (`data.choose`): the first ones of a sorted folder would all be of one class.
 Each command writes an .npz with what it made, what it was made of and the recipe, and a picture as .png.
 """
 
@@ -25,6 +26,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import data, diffusion, runs, sample, samplers, schedules, training, writers
 from ddpm_jax.ddpm import all_options, fold_in_each, labels_of
 
+PAIRED = 8  # images between which is interpolated by default
 FRACTIONS = 9  # images in a row of an interpolation, both ends included
 MASKS = ("centre", "left", "right", "top", "bottom")
 BLOCK = 4096  # training images that are compared at once
@@ -35,6 +37,7 @@ class Given(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
+    index: np.ndarray  # int64 [N], their positions in the split, folder or file
     recipe: dict  # where they come from, and a digest
 
 
@@ -42,17 +45,19 @@ def load_images(
     run: runs.Run,
     images: str,
     *,
-    num_images: int,
+    num_images: int | None,
+    default: int,
     split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
     key=None,
 ) -> Given:
-    """The first images of "data" (the run's own), of a folder of pictures or of an .npz.
+    """Images of "data" (the run's own), of a folder of pictures or of an .npz, chosen by `data.choose`.
 
     Args:
       images: "data" or a path.
-      split, data_dir: of the run's data; "test" unless told.
+      num_images: how many; None for `default`, or all if there are fewer.
+      split, data_dir: of the run's data; the default split is "test".
       labels: see `labels_of`; None for those that the images have.
       key: for labels="random".
 
@@ -61,8 +66,7 @@ def load_images(
     """
     shape = run.method.image_shape
     if images == "data":
-        where = {"image_shape": shape} | ({"data_dir": data_dir} if data_dir else {})
-        dataset = runs.load_data(run.config, split=split or "test", **where)
+        dataset = runs.data_of(run, split or "test", data_dir)
     elif split or data_dir:
         raise runs.RunError(
             f"--split and --data_dir are of the run's data, not of --images={images}"
@@ -71,28 +75,32 @@ def load_images(
         dataset = data.load(f"npz:{images}", image_shape=shape)
     else:
         dataset = data.load(f"image_folder:{images}", image_shape=shape)
+    num_images = min(default, len(dataset)) if num_images is None else num_images
     if num_images > len(dataset):
         raise runs.RunError(
             f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{dataset.split};"
             " ask for fewer"
         )
-    rows = np.arange(num_images)
+    rows = data.choose(len(dataset), num_images)
+    rows = np.sort(rows) if num_images == len(dataset) else rows  # all of them: in their own order
     pixels = dataset.fetch(rows)
     if labels is not None or not run.method.num_classes:
         key = training.make_keys(0).sample if key is None else key
+        labels = runs.class_numbers(run, labels or "cycle")
         with config_lib.errors_at("--labels"):
-            chosen = labels_of(run.method, rows, labels or "cycle", key=key)
-    elif dataset.num_classes == run.method.num_classes:
+            chosen = labels_of(run.method, np.arange(num_images), labels, key=key)
+    elif dataset.num_classes == run.method.num_classes and (dataset.labels[rows] >= 0).all():
         runs.check_classes(run.method, dataset)
         chosen = dataset.labels[rows]
     else:
         raise runs.RunError(
-            f"the model has {run.method.num_classes} classes and the images of {dataset.name} no such"
-            " labels; give --labels=3, or one for each image as in --labels=3,5,7"
+            f"the model has {run.method.num_classes} classes and the images of"
+            f" {dataset.name}/{dataset.split} have no such labels; give --labels=3, or one for each image"
+            " as in --labels=3,5,7, or choose a split that has labels, such as --split=train"
         )
     digest = hashlib.sha256(pixels.tobytes() + chosen.tobytes()).hexdigest()
     recipe = {"images": dataset.name, "split": dataset.split, "images_sha256": digest}
-    return Given(pixels, chosen, recipe | {"num_images": num_images})
+    return Given(pixels, chosen, rows, recipe | {"num_images": num_images})
 
 
 # ---- there and back --------------------------------------------------------------------------------
@@ -102,7 +110,7 @@ def encode(
     workdir: str,
     *,
     images: str = "data",
-    num_images: int = 64,
+    num_images: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
@@ -129,7 +137,8 @@ def encode(
     options = _few_steps(model) | runs.given(options)
     encoder = config_lib.call("encoding", model.make_encode, options)
     which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
-    given = load_images(run, images, **which)
+    given = load_images(run, images, default=64, **which)
+    which["num_images"] = num_images = len(given.images)
 
     def function(params, key, image, label):
         return encoder(params, label, diffusion.from_uint8(image))
@@ -137,7 +146,8 @@ def encode(
     def make():
         examples = (given.images, given.labels)
         latents = runs.map_images(run, function, None, *examples, batch_size=batch_size)
-        return {"latents": latents, "images": given.images, "labels": given.labels}
+        runs.check_finite(np.isfinite(latents).all(axis=(1, 2, 3)), options)
+        return {"latents": latents, "images": given.images, **_origin(given)}
 
     recipe = given.recipe | all_options(model.make_encode, options)
     chain = {"spacing": options.get("spacing")}
@@ -146,7 +156,8 @@ def encode(
     out, arrays = _write(run, "encode", recipe, make, out, images=images, **which, **options)
     latents = arrays["latents"]
     look = diffusion.to_uint8(latents / 3)  # three standard deviations fill the range
-    rows = [("images", given.images[:8]), ("their x_T, from -3 to 3", np.asarray(look)[:8])]
+    shown = _shown(num_images)
+    rows = [("images", given.images[shown]), ("their x_T, from -3 to 3", np.asarray(look)[shown])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
     print(
         f"x_T of {num_images} images: mean {latents.mean():.4f}, standard deviation"
@@ -161,7 +172,7 @@ def reconstruct(
     *,
     steps=None,
     images: str = "data",
-    num_images: int = 64,
+    num_images: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
@@ -169,22 +180,28 @@ def reconstruct(
     batch_size: int | None = None,
     out: str | None = None,
     **options,
-) -> dict[int, tuple[float, float]]:
+) -> dict[int | str, tuple[float, float]]:
     """Encodes and decodes images in S steps, for several S; prints Song et al. 2021, Table 2.
 
     Args:
-      steps: the numbers S, as a list or as text with commas; 10, 20, 50 and 100 unless told.
+      steps: the numbers S, as a list or as text with commas; 10, 20, 50 and 100 by default. With
+        semicolons between them, chains in any notation of `schedules.subsequence`: "10,15,20;45".
       images, num_images, split, data_dir, labels: see `load_images`.
       options: of the Method's make_encode, for both ways.
 
     Returns:
-      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}.
+      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}, where S is an
+      int, or the text of another chain.
 
     Raises: as `encode`.
     """
     run, model = _load(workdir, weights)
     counts = [S for S in (10, 20, 50, 100) if len(model.schedule) >= S]
-    counts = counts if steps is None else _numbers("steps", steps)
+    if isinstance(steps, str) and ";" in steps:
+        parts = steps.replace(" ", "").strip(";").split(";")
+        counts = [int(S) if S.isdecimal() else S for S in parts]
+    elif steps is not None:
+        counts = _numbers("steps", steps)
     options = runs.given(options)
     pairs = {}
     for S in counts:  # whatever can be refused is, before anything is computed
@@ -192,29 +209,32 @@ def reconstruct(
         back = options | {"steps": str(S), "sampler": "ddim"}
         pairs[S] = there, config_lib.call("reconstruction", run.method.make_sample, back)
     which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
-    given = load_images(run, images, **which)
+    given = load_images(run, images, default=64, **which)
+    which["num_images"] = num_images = len(given.images)
     index = np.arange(num_images)
 
     def make():
-        arrays = {"images": given.images, "labels": given.labels}
+        arrays = {"images": given.images, **_origin(given)}
         for S, (there, back) in pairs.items():
 
             def function(params, key, index, label, image, there=there, back=back):
                 x_0 = diffusion.from_uint8(image)
                 x = back(params, key, index, label, there(params, label, x_0))
-                return diffusion.to_uint8(x), ((x - x_0) ** 2).mean(axis=(1, 2, 3)) / 4
+                return runs.drawn(x), ((x - x_0) ** 2).mean(axis=(1, 2, 3)) / 4
 
             print(f"S = {S}", flush=True)
             key, examples = training.make_keys(0).sample, (index, given.labels, given.images)
-            result = runs.map_images(run, function, key, *examples, batch_size=batch_size)
+            how = {"batch_size": batch_size, "options": options}
+            result = runs.map_images(run, function, key, *examples, **how)
             arrays[f"images_{S}"], arrays[f"error_{S}"] = result
         return arrays
 
     recipe = given.recipe | all_options(model.make_encode, options) | {"steps": counts}
     name = {"images": images, **which, **options, "steps": counts}
     out, arrays = _write(run, "reconstruct", recipe, make, out, **name)
-    rows = [("images", given.images[:8])]
-    rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][:8]) for S in counts]
+    shown = _shown(num_images)
+    rows = [("images", given.images[shown])]
+    rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][shown]) for S in counts]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
     errors = {}
     for S in counts:
@@ -240,7 +260,7 @@ def interpolate(
     workdir: str,
     *,
     images: str | None = None,
-    num_images: int = 8,
+    num_images: int | None = None,
     from_t=None,
     split: str | None = None,
     data_dir: str | None = None,
@@ -271,7 +291,7 @@ def interpolate(
     """
     run, model = _load(workdir, weights)
     key = _sample_key(seed)
-    if num_images < 2 or num_images % 2:
+    if num_images is not None and (num_images < 2 or num_images % 2):
         raise runs.RunError(f"interpolation is between pairs of images; num_images is {num_images}")
     options = runs.given(options)
     if from_t is None:
@@ -293,13 +313,21 @@ def interpolate(
             for t in times
         ]
     if images is None:
-        index = np.arange(num_images)
+        num_images = num_images or PAIRED
+        index, labels = np.arange(num_images), runs.class_numbers(run, labels or "cycle")
         with config_lib.errors_at("--labels"):
-            chosen = labels_of(run.method, index, labels or "cycle", key=key)
-        given = Given(np.zeros((num_images, *run.method.image_shape), np.uint8), chosen, {})
+            chosen = labels_of(run.method, index, labels, key=key)
+        nothing = np.zeros((num_images, *run.method.image_shape), np.uint8)
+        given = Given(nothing, chosen, index, {})
     else:
         which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
-        given = load_images(run, images, key=key, **which)
+        given = load_images(run, images, key=key, default=PAIRED, **which)
+        pairs = len(given.images) // 2
+        if not pairs:
+            raise runs.RunError(f"interpolation needs two images, and {images} has one")
+        pixels, chosen, rows = (values[: 2 * pairs] for values in given[:3])
+        given = Given(pixels, chosen, rows, given.recipe)
+        which["num_images"] = num_images = 2 * pairs
 
     def ends(t):
         """Each image at time t, or its latent: [N, H, W, C]."""
@@ -320,7 +348,7 @@ def interpolate(
                 mixed = samplers.slerp(x, y, fraction)
             else:
                 mixed = x + fraction[:, None, None, None] * (y - x)
-            return diffusion.to_uint8(draw(params, key, index, label, mixed))
+            return runs.drawn(draw(params, key, index, label, mixed))
 
         return function
 
@@ -333,9 +361,10 @@ def interpolate(
         for t, draw in zip(times, draws, strict=True):
             x = ends(t)
             examples = (2 * pair, given.labels[nearer], x[2 * pair], x[2 * pair + 1], fraction)
-            made = runs.map_images(run, row(t, draw), key, *examples, batch_size=batch_size)
+            how = {"batch_size": batch_size, "options": options}
+            made = runs.map_images(run, row(t, draw), key, *examples, **how)
             rows.append(made.reshape(num_images // 2, FRACTIONS, *run.method.image_shape))
-        return {"images": np.stack(rows, axis=1), "ends": given.images, "labels": given.labels}
+        return {"images": np.stack(rows, axis=1), "ends": given.images, **_origin(given)}
 
     recipe = given.recipe | {
         "seed": seed,
@@ -347,15 +376,17 @@ def interpolate(
     which = {"num_images": num_images, "labels": labels} if images is None else which
     name = {"images": images, **which, **options, "from_t": from_t and times}
     out, arrays = _write(run, "interpolate", recipe, make, out, f"seed{seed}", **name)
-    strip, columns = arrays["images"], FRACTIONS
-    if images is not None:  # between what they are images of
-        pairs = given.images.reshape(-1, 1, 2, *run.method.image_shape).repeat(len(times), axis=1)
-        strip, columns = (
-            np.concatenate([pairs[:, :, :1], strip, pairs[:, :, 1:]], axis=2),
-            columns + 2,
-        )
-    strip = strip.reshape(-1, *run.method.image_shape)
-    writers.save_png(f"{out[:-4]}.png", writers.grid(strip, columns=columns))
+    rows = []
+    for n, t in enumerate(times):
+        how = "between their latents" if t is None else f"mixed with the noise of t = {t}"
+        for k in range(num_images // 2):
+            strip, text = arrays["images"][k, n], f"pair {k}, {how}"
+            if images is not None:  # between what they are images of
+                first, second = given.images[2 * k : 2 * k + 1], given.images[2 * k + 1 : 2 * k + 2]
+                strip = np.concatenate([first, strip, second])
+                text += "; the images themselves are at both ends"
+            rows.append((text, strip))
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=len(rows[0][1]))
     print(f"{num_images // 2} interpolations in {out}, a picture in the .png beside it", flush=True)
     return out
 
@@ -368,7 +399,7 @@ def denoise(
     *,
     from_t,
     images: str = "data",
-    num_images: int = 8,
+    num_images: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
@@ -397,7 +428,8 @@ def denoise(
         config_lib.call("denoising", run.method.make_sample, options | {"from_t": t}) for t in times
     ]
     which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
-    given = load_images(run, images, key=key, **which)
+    given = load_images(run, images, key=key, default=8, **which)
+    which["num_images"] = num_images = len(given.images)
     examples = (np.arange(num_images), given.labels, given.images)
 
     def make():
@@ -409,20 +441,22 @@ def denoise(
                 eps = samplers.prior(fold_in_each(key, index), x_0.shape[1:])
                 x_t = diffusion.q_sample(model.schedule, x_0, t, eps)
                 x = draw(params, key, index, label, x_t)
-                return diffusion.to_uint8(x_t), diffusion.to_uint8(x)
+                return diffusion.to_uint8(x_t), runs.drawn(x)
 
-            rows.append(runs.map_images(run, function, key, *examples, batch_size=batch_size))
+            how = {"batch_size": batch_size, "options": options}
+            rows.append(runs.map_images(run, function, key, *examples, **how))
         x_t, made = (np.stack(parts, axis=1) for parts in zip(*rows, strict=True))
-        return {"images": made, "x_t": x_t, "originals": given.images, "labels": given.labels}
+        return {"images": made, "x_t": x_t, "originals": given.images, **_origin(given)}
 
     recipe = given.recipe | {"seed": seed} | run.method.sample_options(**options)
     recipe |= {"from_t": times}
     name = {"images": images, **which, **options, "from_t": times}
     out, arrays = _write(run, "denoise", recipe, make, out, f"seed{seed}", **name)
-    rows = [("images", given.images[:8])]
+    shown = _shown(num_images)
+    rows = [("images", given.images[shown])]
     for n, t in enumerate(times):
-        rows += [(f"with the noise of t = {t}", arrays["x_t"][:8, n])]
-        rows += [(f"denoised from t = {t}", arrays["images"][:8, n])]
+        rows += [(f"with the noise of t = {t}", arrays["x_t"][shown, n])]
+        rows += [(f"denoised from t = {t}", arrays["images"][shown, n])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
     print(f"{num_images} images in {out}, a picture in the .png beside it", flush=True)
     return out
@@ -433,7 +467,7 @@ def inpaint(
     *,
     mask: str = "centre",
     images: str = "data",
-    num_images: int = 8,
+    num_images: int | None = None,
     split: str | None = None,
     data_dir: str | None = None,
     labels: str | None = None,
@@ -462,20 +496,22 @@ def inpaint(
     fill = config_lib.call("inpainting", model.make_inpaint, chosen)
     hole = load_mask(mask, run.method.image_shape)
     which = {"num_images": num_images, "split": split, "data_dir": data_dir, "labels": labels}
-    given = load_images(run, images, key=key, **which)
+    given = load_images(run, images, key=key, default=8, **which)
+    which["num_images"] = num_images = len(given.images)
     known = np.broadcast_to(1.0 - hole[None, :, :, None], (num_images, *hole.shape, 1))
 
     def function(params, key, index, label, image, known):
         x = fill(params, key, index, label, diffusion.from_uint8(image), known.astype(np.float32))
-        return diffusion.to_uint8(x)
+        return runs.drawn(x)
 
     def make():
         examples = (np.arange(num_images), given.labels, given.images, known)
-        made = runs.map_images(run, function, key, *examples, batch_size=batch_size)
+        how = {"batch_size": batch_size, "options": options}
+        made = runs.map_images(run, function, key, *examples, **how)
         return {
             "images": made,
             "originals": given.images,
-            "labels": given.labels,
+            **_origin(given),
             "mask": 255 * hole.astype(np.uint8),
         }
 
@@ -484,8 +520,9 @@ def inpaint(
     name = {"mask": os.path.basename(mask), "images": images, **which, **options}
     out, arrays = _write(run, "inpaint", recipe, make, out, f"seed{seed}", **name)
     hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
-    rows = [("images", given.images[:8]), ("what is kept of them", hidden[:8])]
-    rows += [("filled in", arrays["images"][:8])]
+    shown = _shown(num_images)
+    rows = [("images", given.images[shown]), ("what is kept of them", hidden[shown])]
+    rows += [("filled in", arrays["images"][shown])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=min(8, num_images))
     print(f"{num_images} images in {out}, a picture in the .png beside it", flush=True)
     return out
@@ -529,7 +566,7 @@ def nearest(
     workdir: str,
     *,
     images: str | None = None,
-    num_samples: int = 8,
+    num_samples: int | None = None,
     neighbours: int = 7,
     data_dir: str | None = None,
     weights: str = "ema",
@@ -538,7 +575,7 @@ def nearest(
     out: str | None = None,
     **options,
 ) -> str:
-    """Shows samples beside the training images nearest to them: has the model learned them by heart?
+    """Shows samples beside the training images nearest to them: has the model memorised them?
 
     Near is a small root mean square difference of pixels. (Ho et al. 2020, App., show the same, for faces
     within a crop.) As a scale, the same is asked of as many test images, which the model has never seen.
@@ -561,30 +598,32 @@ def nearest(
         raise runs.RunError(
             f"--{sorted(runs.given(options))[0]} is for samples, and --images={images} is given instead"
         )
-    where = {"image_shape": run.method.image_shape} | ({"data_dir": data_dir} if data_dir else {})
-    train = runs.load_data(run.config, split="train", **where)
+    train = runs.data_of(run, "train", data_dir)
     if neighbours > len(train):
         raise runs.RunError(f"{neighbours} neighbours asked of {len(train)} training images")
     if images is None:
+        num_samples = num_samples or 8
         drawn = {"weights": weights, "seed": seed, "batch_size": batch_size, **options}
         with np.load(sample.sample(workdir, num_samples=num_samples, **drawn)) as file:
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
             origin["workdir"] = ""  # a run may be moved
     else:
         labels = "0" if run.method.num_classes else None  # which does not matter here
-        loaded = load_images(run, images, num_images=num_samples, labels=labels)
+        loaded = load_images(run, images, num_images=num_samples, default=8, labels=labels)
         queries, origin = loaded.images, loaded.recipe
+        num_samples = len(queries)
     try:
-        unseen = runs.load_data(run.config, split="test", **where)
-    except data.DataError:  # a folder without one
+        unseen = runs.data_of(run, "test", data_dir)
+    except data.DataError as error:  # a folder without one
         unseen = None
+        print(f"no test images to compare with: {error}", flush=True)
 
     def make():
         index, distance = nearest_of(queries, train, neighbours)
         result = {"images": queries, "index": index, "distance": distance}
         result["neighbours"] = train.fetch(index.ravel()).reshape(*index.shape, *queries.shape[1:])
         if unseen is not None:
-            rows = np.arange(min(len(queries), len(unseen)))
+            rows = data.choose(len(unseen), len(queries))
             result["distance_of_test"] = nearest_of(unseen.fetch(rows), train, 1)[1][:, 0]
         return result
 
@@ -594,9 +633,13 @@ def nearest(
     name |= runs.given(options)
     out, arrays = _write(run, "nearest", recipe, make, out, f"seed{seed}", **name)
     strip = np.concatenate([arrays["images"][:, None], arrays["neighbours"]], axis=1)[:20]
-    picture = writers.grid(strip.reshape(-1, *queries.shape[1:]), columns=1 + neighbours)
-    writers.save_png(f"{out[:-4]}.png", picture)
-    text = f"distance to the nearest training image {np.mean(arrays['distance'][:, 0]):.2f} in the mean"
+    what = "sample" if images is None else "image"
+    title = f"first column: each {what}; then the {neighbours} training images nearest to it"
+    rows = [(title, strip.reshape(-1, *queries.shape[1:]))]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=1 + neighbours)
+    text = (
+        f"distance to the nearest training image {np.mean(arrays['distance'][:, 0]):.2f} on average"
+    )
     if "distance_of_test" in arrays:
         text += f", of test images {np.mean(arrays['distance_of_test']):.2f}"
     print(f"{text} (root mean square, 0 … 255)\n{out}, a picture in the .png beside it", flush=True)
@@ -644,6 +687,16 @@ def _sample_key(seed: int):
         return training.make_keys(seed).sample
 
 
+def _origin(given: Given) -> dict[str, np.ndarray]:
+    """What an .npz says of the images that its results are made of."""
+    return {"labels": given.labels, "index": given.index}
+
+
+def _shown(count: int) -> np.ndarray:
+    """Positions of the images, of `count`, that a picture shows: eight at most, of all parts of a sorted folder."""
+    return np.sort(data.choose(count, 8))
+
+
 def _numbers(name: str, value) -> list[int]:
     """Whole numbers from a list, or from text with commas."""
     try:
@@ -663,12 +716,15 @@ def _write(run, mode, recipe, make, out, *parts, **options):
     Returns:
       its path, and its arrays.
     """
-    if out is None:
+    named = out is not None
+    if not named:
         options = {name: value for name, value in options.items() if name != "data_dir"}
         name = run.name(mode, *parts, **options)
         out = os.path.join(run.workdir, "samples", f"{name}.npz")
     out, recipe = runs.out_path(out, ".npz", run.workdir), run.recipe() | {"mode": mode} | recipe
-    with runs.in_progress(out, recipe) as (_, finished):
+    with runs.in_progress(out, recipe, named=named) as (_, finished):
+        if finished:
+            print("nothing new to compute: it is there with the same recipe", flush=True)
         arrays = finished or make()
         writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
     return out, arrays

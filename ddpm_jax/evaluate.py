@@ -11,6 +11,9 @@ goes on from there, and one with a larger --num_images from the result. Image i 
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
 import json
 import os
 from typing import NamedTuple
@@ -19,15 +22,17 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import likelihood, parallel, runs, schedules, training, writers
+from ddpm_jax import data, likelihood, parallel, runs, schedules, training, writers
 from ddpm_jax.ddpm import all_options
 
 CURVE = "curve_"  # names of [S] in an .npz, beside the [N] of each image
+DIGESTS = "images_sha256"  # uint8 [N, 16] in an .npz, of each image
+INDEX = "index"  # int64 [N] in an .npz, the position of each image in its split
 ERROR_IMAGES = 64  # of the training split, for the analytic variance: means over all their pixels
 
 
 class Evaluation(NamedTuple):
-    """The bound of the first N images of a split."""
+    """The bound of N images of a split."""
 
     path: str  # of the .npz; the .json and .png beside it
     chain: schedules.Schedule
@@ -64,12 +69,13 @@ def nll(
     out: str | None = None,
     **options,
 ) -> Evaluation:
-    """The variational bound in bits/dim over the first images of a split, from a run's last checkpoint.
+    """The variational bound in bits/dim of images of a split, from a run's last checkpoint.
 
     Args:
       workdir: the run directory; its config is the truth.
       split: "train", "test" or what else the data set has.
-      num_images: how many; None for all of the split. More that are there already count too.
+      num_images: how many, chosen by `data.choose`; None for all of the split. More that are there
+        already count too.
       weights: "ema" or "raw".
       seed: of the noise: one draw of x_t for each image and time.
       batch_size: images at a time; it changes memory and speed, and a result by rounding at most.
@@ -218,21 +224,23 @@ def check_out(out: str | None, workdir: str) -> str | None:
 def _make_bound(run, options):
     """The chain and the bound of checked options."""
     if run.method.make_bound is None:
+        name = run.config.method
+        package = importlib.util.find_spec(name).submodule_search_locations is not None
+        own = package and importlib.util.find_spec(f"{name}.__main__")
+        advice = f"; its own command is python -m {name} --workdir={run.workdir}" if own else ""
         raise runs.RunError(
-            f"{run.config.method} (config.method) has no make_bound: there is no likelihood to measure"
+            f"{name} (config.method) has no make_bound, so there is no bound to measure here{advice}"
         )
     return config_lib.call("evaluation", run.method.make_bound, options)
 
 
 def _load_data(run, split, num_images, data_dir):
     """The split, if it has as many images as are asked for."""
-    where = {"image_shape": run.method.image_shape}
-    where |= {"data_dir": data_dir} if data_dir else {}
-    dataset = runs.load_data(run.config, split=split, **where)
+    dataset = runs.data_of(run, split, data_dir)
     runs.check_classes(run.method, dataset)
     if num_images is not None and num_images > len(dataset):
         raise runs.RunError(
-            f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{split}"
+            f"{num_images} images asked of the {len(dataset)} in {dataset.name}/{dataset.split}"
         )
     return dataset
 
@@ -240,12 +248,16 @@ def _load_data(run, split, num_images, data_dir):
 def _measure_errors(run, options, *, batch_size, data_dir) -> None:
     """Measures what `runs.with_errors` reads, unless it is there; from noise that no result is drawn with."""
     path = runs.errors_path(run, options)
-    if os.path.exists(path):
-        return
     kept = {name: options[name] for name in ("steps", "clip_x0") if name in options}
-    dataset = _load_data(run, "train", None, data_dir)
+    try:
+        dataset = _load_data(run, "train", None, data_dir)
+    except data.DataError as error:
+        if not os.path.exists(path):
+            raise
+        print(f"WARNING: {path} is used, and its images cannot be compared: {error}", flush=True)
+        return
     count, key = min(ERROR_IMAGES, len(dataset)), training.make_keys(0).evaluate
-    given = {"key": jax.random.fold_in(key, 1), "seed": "of the errors"}
+    given = {"key": jax.random.fold_in(key, 1), "seed": "of the errors", "named": False}
     _measure(run, dataset, count, kept, path, batch_size, **given)
 
 
@@ -259,42 +271,74 @@ def _nll(run, split, num_images, seed, options, *, batch_size, data_dir, path=No
     if chosen.get("variance") == "analytic":
         _make_bound(run, {name: value for name, value in chosen.items() if name != "variance"})
         _measure_errors(run, chosen, batch_size=batch_size, data_dir=data_dir)
-    if path is None:
+    named = path is not None
+    if not named:
         name = run.name("nll", split, f"seed{seed}", **chosen)
         path = os.path.join(run.workdir, "eval", f"{name}.json")
     path = os.path.abspath(f"{path[:-5]}.npz")
     count = num_images or len(dataset)
-    return _measure(run, dataset, count, chosen, path, batch_size, key=key, seed=seed)
+    given = {"key": key, "seed": seed, "named": named}
+    return _measure(run, dataset, count, chosen, path, batch_size, **given)
 
 
-def _measure(run, dataset, num_images, options, path, batch_size, *, key, seed) -> Evaluation:
-    """Measures images until there are `num_images`, from where an earlier call stopped."""
+def _measure(
+    run, dataset, num_images, options, path, batch_size, *, key, seed, named
+) -> Evaluation:
+    """Measures images until there are `num_images`, from where an earlier call stopped.
+
+    Args:
+      named: the user has named the path: what is there of other images is then refused, not set aside.
+    """
     given, said = runs.with_errors(run, options)
     chain, bound = _make_bound(run, given)
     recipe = run.recipe() | {"data": dataset.name, "split": dataset.split, "seed": seed}
+    recipe |= {"images": "chosen by a fixed permutation"}
     recipe |= all_options(run.method.make_bound, said)
-    with runs.in_progress(path, recipe) as (folder, finished):
+    rows = data.choose(len(dataset))
+    check = functools.partial(_same_images, dataset, rows)
+    with runs.in_progress(path, recipe, check=check, named=named) as (folder, finished):
         unfinished = os.path.join(folder, "tally.npz")
         tally = runs.read_npz(unfinished) if os.path.exists(unfinished) else finished or {}
         count = len(tally.get("total", ()))
         where = f"{dataset.name}/{dataset.split}"
         print(f"evaluating {run.workdir} on {where}, {len(chain)} steps", flush=True)
-        if count < num_images:
-            mapped, params = parallel.map_examples(_with_rows(bound)), parallel.place(run.params)
-            batch_size = min(batch_size or parallel.examples_at_once(), num_images)
-            progress = writers.Progress("image", num_images, count, unit="images")
+        batch_size = min(batch_size or parallel.examples_at_once(), num_images)
+        progress = writers.Progress("image", num_images, count, unit="images")
+        params, mapped = parallel.place(run.params), None
         while count < num_images:
-            rows = np.minimum(count + np.arange(batch_size), num_images - 1)  # one shape for all
-            parts = mapped(params, key, dataset.fetch(rows), dataset.labels[rows], rows)
-            tally = _add(tally, parts, count, min(batch_size, num_images - count))
+            batch = rows[np.minimum(count + np.arange(batch_size), num_images - 1)]  # one shape
+            images, new = dataset.fetch(batch), min(batch_size, num_images - count)
+            examples = (images, dataset.labels[batch], batch)
+            if mapped is None:
+                mapped = runs.compiled(_with_rows(bound), progress, params, key, *examples)
+            digests = data.image_digests(images[:new])
+            digests = np.concatenate([tally.get(DIGESTS, digests[:0]), digests])
+            tally = _add(tally, mapped(params, key, *examples), count, new)
+            tally[DIGESTS] = digests
             count = progress.done = len(tally["total"])
             writers.save_npz(unfinished, **tally)
-            text = f"{_pm(mean_and_error(tally['total']))} bits/dim"
-            print(progress.line(text), flush=True)
+            progress.show(f"{_pm(mean_and_error(tally['total']))} bits/dim")
+        tally[INDEX] = rows[:count]
         writers.save_npz(path, **tally, recipe=json.dumps(recipe))
     curves = {k.removeprefix(CURVE): v for k, v in tally.items() if k.startswith(CURVE)}
-    scalars = {k: v for k, v in tally.items() if not k.startswith(CURVE)}
+    scalars = {
+        k: v for k, v in tally.items() if not k.startswith(CURVE) and k not in (DIGESTS, INDEX)
+    }
+    recipe |= {"images_sha256": hashlib.sha256(tally[DIGESTS].tobytes()).hexdigest()}
     return Evaluation(path, chain, recipe, scalars, curves)
+
+
+def _same_images(dataset, rows, tally: dict) -> bool:
+    """Whether a tally is of the images that the data set has today."""
+    measured = tally.get(DIGESTS, np.zeros((0, 0), np.uint8))
+    count = len(tally.get("total", ()))
+    if not len(measured) == count <= len(dataset):
+        return False
+    for first in range(0, count, 1000):
+        part = slice(first, min(first + 1000, count))
+        if (data.image_digests(dataset.fetch(rows[part])) != measured[part]).any():
+            return False
+    return True
 
 
 def _with_rows(bound):
@@ -343,6 +387,31 @@ def _title(result: Evaluation) -> str:
     )
 
 
+def _in_context(result: Evaluation) -> str:
+    """What a bound is to be compared with: chance, and what training saw."""
+    parts, recipe = ["for comparison, uniform noise costs 8 bits/dim"], result.recipe
+    own = f"_nll_{recipe['split']}_"
+    of_train = f"{result.path[:-4]}.json".replace(own, "_nll_train_")
+    if recipe["split"] != "train" and os.path.exists(of_train):
+        with open(of_train, encoding="utf-8") as file:
+            found = json.load(file)
+        value = _pm((found["total"], found["total_stderr"]))
+        parts.append(f"{found['num_images']} training images {value}")
+    elif recipe["split"] != "train":
+        parts.append("training images what --split=train says")
+    rows = writers.read_metrics(os.path.join(recipe["workdir"], "metrics.jsonl"))
+    rows = [row for row in rows if row["step"] <= recipe["step"] and row.get("loss") is not None]
+    if rows and rows[-1].get("vlb") is not None:
+        parts.append(
+            f"the bound in training at step {rows[-1]['step']:,} was {rows[-1]['vlb']:.4f}"
+        )
+    elif rows:
+        parts.append(
+            f"the loss in training at step {rows[-1]['step']:,} was {rows[-1]['loss']:.4f}"
+        )
+    return ", ".join(parts)
+
+
 def _report(result: Evaluation) -> Evaluation:
     """Prints it, and writes the .json and the picture of its curves."""
     writers.save_json(f"{result.path[:-4]}.json", result.summary())
@@ -373,7 +442,7 @@ def _report(result: Evaluation) -> Evaluation:
         f"{_pm(mean_and_error(scalars['total']))} bits/dim, of which {parts}\n"
         f"{_title(result)}, x_0 {'clipped' if recipe['clip_x0'] else 'not clipped'},"
         f" {recipe['cdf']} cdf{_errors_of(recipe)}; one draw of x_t for each image and t, from seed {recipe['seed']};"
-        f" ± is the standard error over images\n{result.path[:-4]}.json, .png, .npz",
+        f" ± is the standard error over images\n{_in_context(result)}\n{result.path[:-4]}.json, .png, .npz",
         flush=True,
     )
     return result

@@ -89,6 +89,42 @@ def vlb(
     return len(schedule) * likelihood.term(schedule, denoised, x_0, x_t, t, variance=variance)
 
 
+def weighted(schedule: Schedule, denoise_fn: Callable, x_0, t, eps, *, gamma: np.ndarray):
+    """S γ_t ‖ε − ε̂(x_t, t)‖², summed over pixels: its mean over t is L_γ. [B]
+
+    L_γ = Σ_t γ_t E‖ε − ε̂‖², Song et al. 2021 (5), Liu (2.12). With γ_t = 1/(S D) for D pixels it is Ho et
+    al.'s L_simple; with `ddim_gamma` the bound of DDIM.
+
+    Args:
+      gamma: [S] of one's own.
+    """
+    if np.shape(gamma) != (len(schedule),):
+        raise ValueError(
+            f"gamma has the shape {np.shape(gamma)}, one weight for each of {len(schedule)} steps is needed"
+        )
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    squared_error = jnp.sum(jnp.square(denoise_fn(x_t, t).eps - eps), axis=(1, 2, 3))
+    return len(schedule) * jnp.asarray(gamma, jnp.float32)[t] * squared_error
+
+
+def ddim_gamma(schedule: Schedule, eta: float) -> np.ndarray:
+    """The γ_t(σ) with which `weighted` is DDIM's objective J_σ up to a constant, in nats; float64 [S].
+
+    J_σ = E_{q_σ}[log q_σ(x_{1:T} | x_0) − log p_θ(x_{0:T})] for the σ_t of `diffusion.ddim_std`; Song et al.
+    2021, Theorem 1, Liu (2.15): γ_t = ½ ((√(1−ᾱ_{t−1}−σ_t²) − √((1−ᾱ_t)/α_t))/σ_t)². The constant does not
+    depend on the network. σ of the first step, which the family has at 0, is that of "fixed_small", and
+    p(x_0 | x_1) the normal density.
+
+    Args:
+      eta: above 0, to 1; at 0 there is no noise that a difference of means could be compared with.
+    """
+    of_eps, std = diffusion.ddim_std(schedule, eta)
+    if eta == "hat" or not eta > 0:
+        raise ValueError(f"the objective of DDIM needs eta above 0, up to 1; got {eta!r}")
+    std = np.append(np.exp(0.5 * diffusion.posterior_log_variance(schedule)[0]), std[1:])
+    return 0.5 * ((of_eps - np.sqrt((1.0 - schedule.alpha_bar) / schedule.alpha)) / std) ** 2
+
+
 def hybrid(
     schedule: Schedule,
     denoise_fn: Callable,

@@ -57,7 +57,9 @@ _NLL = (*_RUN, "seed", "variance", "num_images", "split", "data_dir", "cdf")
 
 COMMANDS = {
     "train": Command(
-        train.train, "Trains what --config says; the same command again resumes.", ("distributed",)
+        train.train,
+        "Trains what --config says; the same command again resumes.",
+        ("change", "distributed"),
     ),
     "sample": Command(
         sample.sample,
@@ -154,7 +156,7 @@ flags.DEFINE_string(
     None,
     "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its"
     " spacing; 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. best_steps takes"
-    " one number, reconstruct several to compare.",
+    " one number, reconstruct several to compare, or chains with semicolons, as '10,15,20;45'.",
 )
 flags.DEFINE_enum(
     "spacing",
@@ -264,6 +266,11 @@ flags.DEFINE_integer("batch_size", None, "How many images are computed at a time
 flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)
 flags.DEFINE_integer("num_images", None, "How many images to use.", 1)
 flags.DEFINE_string("split", "test", "The split of the data, such as train or test.")
+flags.DEFINE_list(
+    "change",
+    [],
+    "What may differ from the run that is continued: data, for other images than it began with.",
+)
 flags.DEFINE_string("data_dir", None, "The folder where the data are.")
 flags.DEFINE_string(
     "cdf", None, "The distribution function of the decoder: normal, or tanh as in Ho et al.'s code."
@@ -367,7 +374,7 @@ def main(argv) -> None:
     if mode == "train":
         if settings is None:
             raise app.UsageError("training needs --config=configs/NAME.py")
-        train.train(settings, workdir)
+        train.train(settings, workdir, **options)
         return
     if settings is not None and mode != "report":
         train.refuse_another_config(settings, os.path.join(workdir, "config.json"))

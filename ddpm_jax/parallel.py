@@ -166,16 +166,25 @@ def map_examples(function: Callable) -> Callable:
 
     Returns:
       (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last rows are filled up by
-      repeating an example, and cut off again. `params` come from `place` or from a training state.
+      repeating an example, and cut off again. `params` come from `place` or from a training state. Its
+      `compile`, with the same arguments, compiles it for their shapes, which all calls then must have.
     """
     mapped = map_shards(lambda tree, examples: function(*tree, *examples))
 
-    def call(params, key, *examples):
+    def sharded(examples):
         count = len(examples[0])
         rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
-        result = jax.device_get(mapped((params, key), shard(tuple(x[rows] for x in examples))))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], result)
+        return shard(tuple(x[rows] for x in examples))
 
+    def compile(params, key, *examples):
+        nonlocal mapped
+        mapped = mapped.lower((params, key), sharded(examples)).compile()
+
+    def call(params, key, *examples):
+        result = jax.device_get(mapped((params, key), sharded(examples)))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples[0])], result)
+
+    call.compile = compile
     return call
 
 

@@ -340,6 +340,7 @@ def _schedule(found: list[Found]) -> Markup | None:
     found = [run for run in found if run.chain is not None]
     if not found:
         return None
+    alone = len(found) == 1
     if all(np.array_equal(run.chain.beta, found[0].chain.beta) for run in found):
         found = found[:1]
     charts = []
@@ -358,11 +359,15 @@ def _schedule(found: list[Found]) -> Markup | None:
     for run in found:
         health = schedules.health(run.chain)
         text = (
-            f"T = {run.length():,}; ᾱ at the end {health.alpha_bar_T:.3g}, which"
-            f" leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
+            f"T = {run.length():,}; ᾱ at the end {health.alpha_bar_T:.3g} (Σβ = {health.sum_beta:.4g} bounds"
+            f" it by {health.alpha_bar_bound:.3g}), which leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
         )
         lines.append(tag("p", f"{run.name}: {text}" if len(found) > 1 else text))
-    return join([*lines, page.side_by_side(*charts, kind="charts")])
+    forward, picture = os.path.join(found[0].workdir, "forward.png"), None
+    if alone and os.path.exists(forward):
+        title = "The forward process: data on the left, then x_t up to t = T − 1"
+        picture = page.picture(forward, title, title, kind="strip")
+    return join([*lines, page.side_by_side(*charts, kind="charts"), picture])
 
 
 # ---- likelihood ------------------------------------------------------------------------------------
@@ -562,7 +567,7 @@ def _given(run: Found) -> Markup:
 def _reconstruction(picture: Picture) -> Markup | None:
     """Song et al. 2021, Table 2: the error of encoding and decoding in S steps."""
     errors = {
-        int(name[6:]): values.astype(np.float64)
+        name.removeprefix("error_"): values.astype(np.float64)
         for name, values in picture.numbers.items()
         if name.startswith("error_")
     }
@@ -574,7 +579,7 @@ def _reconstruction(picture: Picture) -> Markup | None:
         cells.append(page.plus_minus(float(values.mean()), spread))
     count = len(next(iter(errors.values())))
     caption = f"Mean squared error of a pixel on 0 … 1, ± the standard error over {count} images"
-    return page.table(caption, ("S", *(f"{S:,}" for S in errors)), [("error", *cells)])
+    return page.table(caption, ("S", *errors), [("error", *cells)])
 
 
 def _nearest(run: Found) -> Markup:

@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
+from ddpm_jax import checkpoints, data, diffusion, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
 from ddpm_jax.ddpm import Method, make_method
 
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
+EMA_SHARE = (
+    0.02  # share of the random initial weights in the average, above which it is worth a word
+)
 RESULTS = ("eval", "samples")  # folders in a run directory that commands write to
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
@@ -57,6 +62,11 @@ class Run(NamedTuple):
             "model_sha256": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         }
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that it was trained with, by their numbers; empty if not saved."""
+        return tuple((saved_data(self.workdir) or {}).get("class_names", ()))
+
     def name(self, *parts: str, **options) -> str:
         """A file name that says what moves a result: step, weights, the parts and the options."""
         words = [f"step_{self.step:08d}", self.weights, *parts]
@@ -78,9 +88,14 @@ def given(options: dict) -> dict:
 
 
 def _short(value) -> str:
+    """A value as a part of a file name: 250-500-750 for a list, the last part of a path."""
     text = str(value)
-    plain = re.fullmatch(r"[\w.,-]{1,24}", text)
-    return text if plain else hashlib.sha256(text.encode()).hexdigest()[:8]
+    listed = "-".join(text.strip("[]()").replace(" ", "").split(","))
+    if re.fullmatch(r"[\w.-]{1,24}", listed):
+        return listed
+    last = re.sub(r"[^\w.-]", "", os.path.basename(text.rstrip("/")).partition(".")[0])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{last[:24]}-{digest}" if last and os.sep in text else digest
 
 
 def load(workdir: str, weights: str = "ema") -> Run:
@@ -102,7 +117,25 @@ def load(workdir: str, weights: str = "ema") -> Run:
         raise RunError(f"{workdir} has no checkpoint yet; train first, or wait for one")
     state, step = restored
     params = {"ema": state.ema_params, "raw": state.params}[weights]
+    if weights == "ema" and (warning := ema_warning(config, step)):
+        print(f"WARNING: {warning}", flush=True)
     return Run(workdir, config, method, params, step, weights)
+
+
+def ema_warning(config, step: int) -> str:
+    """One line if the average of the parameters is still mostly what it began with; empty if not."""
+    decay, warmup = config.step.get("ema_decay", 0.9999), config.step.get("ema_warmup", False)
+    share = training.initial_share(step, ema_decay=decay, ema_warmup=warmup)
+    if share < EMA_SHARE:
+        return ""
+    return (
+        f"after {step:,} steps with ema_decay {decay} the EMA weights are still {100 * share:.0f} % the"
+        " random ones that training began with: use --weights=raw, train longer, or train with"
+        " --config.step.ema_warmup=True or a smaller --config.step.ema_decay"
+    )
+
+
+# ---- the data of a run -----------------------------------------------------------------------------
 
 
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
@@ -111,8 +144,153 @@ def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     return config_lib.call("config.data", data.load, section | changes, split=split)
 
 
+def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
+    """A split of the data that a run was trained on.
+
+    Args:
+      data_dir: where the data are, if not where the config says: the folder or file itself for
+        image_folder:PATH and npz:PATH, what data.data_dir names for all others.
+
+    Raises:
+      DataError: they are not there, or are not those of the run.
+    """
+    changes = {"image_shape": run.method.image_shape}
+    if data_dir is not None:
+        changes |= moved(run.config.data.name, data_dir)
+    dataset = load_data(run.config, split=split, **changes)
+    for line in check_data(run.workdir, dataset):
+        logging.warning(line)
+    return dataset
+
+
+def moved(name: str, data_dir: str) -> dict:
+    """The fields of config.data that say that the data set `name` is at `data_dir`."""
+    kind, colon, path = name.partition(":")
+    if not colon or kind not in data.WITH_PATH:
+        return {"data_dir": data_dir}
+    place = os.path.expanduser(data_dir)
+    if kind == "npz" and os.path.isdir(place):
+        place = os.path.join(place, os.path.basename(path))
+    return {"name": f"{kind}:{place}"}
+
+
+def with_absolute_paths(config):
+    """A copy of a config whose data are named by absolute paths: they stay the same from any folder."""
+    config = config.copy_and_resolve_references()
+    kind, colon, path = config.data.name.partition(":")
+    if colon and path and kind in data.WITH_PATH:
+        config.data.name = f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
+    if "data_dir" in config.data:
+        config.data.data_dir = os.path.abspath(os.path.expanduser(config.data.data_dir))
+    return config
+
+
+def save_data(workdir: str, dataset: data.Dataset) -> None:
+    """Writes data.json: what identifies the training data of a run, wherever they lie."""
+    writers.save_json(os.path.join(workdir, "data.json"), _identity(dataset))
+
+
+def saved_data(workdir: str) -> dict | None:
+    """What `save_data` wrote; None for a run that is older than that."""
+    try:
+        with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        path = os.path.join(workdir, "data.json")
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it if the data are the same"
+        ) from None
+    return found
+
+
+def _identity(dataset: data.Dataset) -> dict:
+    return {
+        "name": dataset.name,
+        "count": len(dataset),
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False) -> list[str]:
+    """Compares a data set with the one that a run began with; of other splits, the classes alone.
+
+    Args:
+      may_change: the number of images and their classes may differ.
+
+    Returns:
+      lines for the log on what differs.
+
+    Raises:
+      DataError: it is another data set.
+    """
+    saved = saved_data(workdir)
+    if saved is None:
+        return []
+    training_split, there = dataset.split == "train", _identity(dataset)
+    fields = ["image_shape", "num_classes", "class_names", *(["count"] if training_split else [])]
+    different = [
+        f"{field} was {_brief(saved.get(field))} and is {_brief(there[field])}"
+        for field in fields
+        if saved.get(field) != there[field]
+    ]
+    if different and not may_change:
+        raise data.DataError(
+            f"{dataset.name}/{dataset.split} is not the data that {workdir} was trained on:"
+            f" {'; '.join(different)}. Name the place of those (--data_dir), or go on training with these"
+            " by --change=data"
+        )
+    if different:
+        return [f"the data have changed: {'; '.join(different)}"]
+    if training_split and saved.get("fingerprint") != there["fingerprint"]:
+        return [
+            f"{dataset.name} differs in names, sizes or pixels from the data that {workdir} was trained"
+            " on; their number, shape and classes are the same"
+        ]
+    return []
+
+
+def _brief(value) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def class_list(dataset: data.Dataset) -> str:
+    """The number and name of each class in one line, of at most fifty of them."""
+    names = [f"{number} {name}" for number, name in enumerate(dataset.class_names)]
+    return ", ".join(names[:50]) + (f", … {names[-1]}" if len(names) > 50 else "")
+
+
+def class_numbers(run: Run, labels: str) -> str:
+    """Labels as a user writes them, such as "cat,dog", with the names of classes replaced by their numbers.
+
+    Where the names are numbers themselves, as of the folders 1, 2 and 3, the names count.
+    """
+    names = run.class_names
+    number = {name: str(i) for i, name in enumerate(names)}
+    if not isinstance(labels, str) or not number or labels in ("cycle", "random"):
+        return labels
+    parts = [part.strip() for part in labels.split(",")]
+    all_names = all(part in number for part in parts)
+    for part in parts:
+        if part not in number and not part.isdecimal():
+            raise RunError(
+                f"--labels={labels}: there is no class {part!r}{config_lib.nearest(part, names)} (the model"
+                f" has {_brief(list(names))})"
+            )
+    chosen = [number[p] if p in number and (all_names or not p.isdecimal()) else p for p in parts]
+    known = [int(p) for p in chosen if int(p) < len(names)]
+    print(f"classes: {', '.join(f'{n} {names[n]}' for n in known)}", flush=True)
+    return ",".join(chosen)
+
+
 def fill_in(config) -> data.Dataset | None:
-    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`.
+    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`; and
+    the length of a list of betas.
 
     Returns:
       the training split, if it had to be loaded.
@@ -121,6 +299,8 @@ def fill_in(config) -> data.Dataset | None:
       ConfigError: the data have no labels.
       DataError: as `data.load`.
     """
+    if config.get("schedule", {}).get("name") == "betas" and config.schedule.get("betas"):
+        config.schedule.num_timesteps = len(config.schedule.betas)
     classes = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
     if config.data.image_shape is not None and not classes:
         return None
@@ -136,46 +316,113 @@ def fill_in(config) -> data.Dataset | None:
     return dataset
 
 
-def map_images(run: Run, function: Callable, key, *examples, batch_size: int | None = None):
-    """function(params, key, *examples) over all examples, some at a time, with a line of progress for each.
+class Drawn(NamedTuple):
+    """Images as they are saved."""
+
+    images: jax.Array  # uint8 [B, H, W, C]
+    finite: jax.Array  # bool [B], whether all its values were numbers before they were rounded
+
+
+def drawn(x) -> Drawn:
+    """What a mapped function returns for images x [B, H, W, C] in [−1, 1] or beyond."""
+    return Drawn(diffusion.to_uint8(x), jnp.all(jnp.isfinite(x), axis=(1, 2, 3)))
+
+
+def check_finite(finite: np.ndarray, options: dict) -> None:
+    """Refuses images that are not finite: rounded, they would be saved as black ones.
 
     Args:
+      finite: bool [N].
+      options: that they were made with, for the advice.
+
+    Raises:
+      RunError: with how many they are, and the options that are likely at fault.
+    """
+    if np.all(finite):
+        return
+    suspects = []
+    if (options.get("guidance") or 1.0) not in (0.0, 1.0):
+        suspects.append(f"a --guidance nearer to 1 than {options['guidance']}")
+    if options.get("clip_x0") is False:
+        suspects.append("--clip")
+    if options.get("sampler") in ("dpm_solver", "heun") or options.get("eta") == "hat":
+        suspects.append("--sampler=ddim")
+    suspects.append("the other weights (--weights), or an earlier checkpoint: see loss.png")
+    raise RunError(
+        f"{np.sum(~finite)} of {len(finite)} images are not finite (NaN or infinite), so they are not"
+        f" saved; try {', '.join(suspects)}"
+    )
+
+
+def compiled(function: Callable, progress: writers.Progress, params, key, *examples) -> Callable:
+    """`parallel.map_examples` of a function, compiled for examples of these shapes before the clock runs."""
+    mapped = parallel.map_examples(function)
+    with progress.pause():
+        print("compiling", flush=True)
+        mapped.compile(params, key, *examples)
+    return mapped
+
+
+def map_images(
+    run: Run,
+    function: Callable,
+    key,
+    *examples,
+    batch_size: int | None = None,
+    options: dict | None = None,
+):
+    """function(params, key, *examples) over all examples, some at a time, with lines of progress.
+
+    Args:
+      function: what it returns as `Drawn` is refused if it is not finite.
       examples: arrays [N, …].
       batch_size: how many at a time; None for what suits the device.
+      options: that the images are made with, for that refusal.
 
     Returns:
-      its tree of arrays, NumPy [N, …].
+      its tree of arrays, NumPy [N, …], with the images alone of each `Drawn`.
     """
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
-    mapped, params = parallel.map_examples(function), parallel.place(run.params)
     progress, parts = writers.Progress("image", count, 0, unit="images"), []
+    params, mapped = parallel.place(run.params), None
     for first in range(0, count, batch_size):
         rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
-        parts.append(mapped(params, key, *(np.asarray(values)[rows] for values in examples)))
+        batch = [np.asarray(values)[rows] for values in examples]
+        mapped = mapped or compiled(function, progress, params, key, *batch)
+        parts.append(mapped(params, key, *batch))
         progress.done = min(first + batch_size, count)
-        print(progress.line(), flush=True)
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+        progress.show()
+
+    def images(node):
+        if isinstance(node, Drawn):
+            check_finite(node.finite, options or {})
+            return node.images
+        return node
+
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    return jax.tree.map(images, whole, is_leaf=lambda node: isinstance(node, Drawn))
 
 
 def check_classes(method: Method, dataset: data.Dataset) -> None:
-    """Refuses data with other classes than the model knows.
+    """Refuses data with other classes than the model knows, or without labels where it needs them.
 
     Raises:
       ConfigError: with the number that fits.
-      DataError: labels outside, as of test images that tensorflow-datasets labels −1.
+      DataError: images without a label, as of a test split that has none.
     """
     if method.num_classes and dataset.num_classes != method.num_classes:
         raise config_lib.ConfigError(
             f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
             f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
         )
-    if method.num_classes and not (
-        0 <= dataset.labels.min() <= dataset.labels.max() < method.num_classes
-    ):
+    known = (dataset.labels >= 0) & (dataset.labels < method.num_classes)
+    if method.num_classes and not known.all():
         raise data.DataError(
-            f"{dataset.name}/{dataset.split} has labels {dataset.labels.min()} … {dataset.labels.max()},"
-            f" and the model knows 0 … {method.num_classes - 1}; choose another split"
+            f"{dataset.name}/{dataset.split}: {np.sum(~known)} of {len(dataset)} images have no label that"
+            f" the model knows (0 … {method.num_classes - 1}), and a model with classes needs the label of"
+            " each; put the images into folders named like those of train, or choose a split that has"
+            " labels, such as --split=train"
         )
 
 
@@ -220,13 +467,19 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def in_progress(out: str, recipe: dict) -> Iterator[tuple[str, dict | None]]:
+def in_progress(
+    out: str, recipe: dict, *, named: bool = True, check: Callable | None = None
+) -> Iterator[tuple[str, dict | None]]:
     """A folder OUT.partial/ for what is not finished, held for this process, and gone after a good end.
 
     Args:
       out: the .npz that will be written, with its recipe as the JSON string `recipe`.
-      recipe: what moves the result. A folder or an .npz that is there already must have the same, but
-        for where the run lies.
+      recipe: the settings that affect the result. A folder or an .npz that is there already must have the
+        same, but for where the run lies.
+      named: the user has named `out`: what is there by another recipe is refused. Otherwise it is renamed
+        to OUT.replaced, and the result is made anew.
+      check: arrays of an .npz that is there, finished or as OUT.partial/tally.npz -> whether they are
+        still right.
 
     Yields:
       the folder, and the arrays of an .npz that is there already, or None.
@@ -236,27 +489,47 @@ def in_progress(out: str, recipe: dict) -> Iterator[tuple[str, dict | None]]:
       CheckpointError: another process is at it.
     """
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
-
-    def check(path, there):
-        if not isinstance(there, dict) or there | {"workdir": ""} != recipe | {"workdir": ""}:
-            raise RunError(f"{path} was made in another way; move it, or choose another --out")
-
     folder = f"{out}.partial"
+
+    def matches(there) -> bool:
+        return isinstance(there, dict) and there | {"workdir": ""} == recipe | {"workdir": ""}
+
+    def set_aside(path):
+        if named:
+            raise RunError(
+                f"{path} was made in another way, or of other images; move it, or choose another --out"
+            )
+        aside = free_name(f"{path}.replaced")
+        print(f"{path} was made in another way, or of other images: it is now {aside}", flush=True)
+        os.rename(path, aside)
+
     finished, recipe_path = None, os.path.join(folder, "recipe.json")
     if os.path.exists(out):
         finished = read_npz(out)
-        check(out, json.loads(str(finished.pop("recipe", "null"))))
+        there = json.loads(str(finished.pop("recipe", "null")))
+        if not matches(there) or (check and not check(finished)):
+            set_aside(out)
+            finished = None
     if os.path.exists(recipe_path):
         try:
             with open(recipe_path, encoding="utf-8") as file:
                 there = json.load(file)
         except ValueError:
             raise RunError(f"{recipe_path} cannot be read; delete {folder} and run again") from None
-        check(folder, there)
+        tally = os.path.join(folder, "tally.npz")
+        right = not check or not os.path.exists(tally) or check(read_npz(tally))
+        if not matches(there) or not right:
+            set_aside(folder)
     with checkpoints.lock(folder):
         writers.save_text(recipe_path, json.dumps(recipe))
         yield folder, finished
         shutil.rmtree(folder)
+
+
+def free_name(path: str) -> str:
+    """The path, or PATH2, PATH3, … if it is taken."""
+    names = (f"{path}{n}" for n in ("", *range(2, 10_000)))
+    return next(name for name in names if not os.path.exists(name))
 
 
 class GrowingFile:

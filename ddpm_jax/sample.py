@@ -47,7 +47,8 @@ def sample(
     Args:
       workdir: the run directory; its config is the truth.
       num_samples: how many; None for 64, or for all latents.
-      labels: of a model with classes; see `labels_of`. They are saved beside the images.
+      labels: of a model with classes, by number or by name; see `labels_of` and `runs.class_numbers`.
+        They are saved beside the images, with the names of the classes as class_names.
       latents: an .npz that `edit.encode` wrote, to be decoded in place of noise, with its labels; by DDIM
         with the steps and guidance that it was encoded with unless told otherwise.
       trajectory: also write the chains of the first `TRAJECTORY_IMAGES` images, x_t and x̂_0, as a strip
@@ -79,7 +80,8 @@ def sample(
                 f"{num_samples} samples asked of the {len(start)} latents in {latents}"
             )
     num_samples = num_samples or 64
-    run, draw, recipe, out = _prepare(workdir, weights, seed, labels, out, options, *name)
+    named = out is not None
+    run, draw, recipe, out, labels = _prepare(workdir, weights, seed, labels, out, options, *name)
     if start is not None and start.shape[1:] != run.method.image_shape:
         raise runs.RunError(
             f"{latents} holds latents {start.shape[1:]}, and this model has {run.method.image_shape}"
@@ -101,25 +103,32 @@ def sample(
         chosen = about["labels"][index] if about else labels_of(run.method, index, labels, key=key)
         return index, chosen, *(() if start is None else (start[index],))
 
-    with runs.in_progress(out, recipe) as (folder, finished):
+    with runs.in_progress(out, recipe, named=named) as (folder, finished):
         growing = runs.GrowingFile(os.path.join(folder, "images"), run.method.image_shape, np.uint8)
         if finished and not growing.count:
             growing.append(finished["images"])
-        print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
-        mapped = parallel.map_examples(lambda *args: diffusion.to_uint8(draw(*args)))
-        params = parallel.place(run.params)
+        if growing.count:
+            print(f"{growing.count} images of this recipe are there already", flush=True)
+        params, mapped = parallel.place(run.params), None
         batch_size = batch_size or parallel.examples_at_once()
         num_samples = max(num_samples, growing.count)
         progress = writers.Progress("image", num_samples, growing.count, unit="images")
         while growing.count < num_samples:
             index = growing.count + np.arange(min(batch_size, num_samples))
             index = index if start is None else np.minimum(index, len(start) - 1)
-            images = mapped(params, key, *inputs(index))
+            batch = inputs(index)
+            if mapped is None:
+                function = lambda *args: runs.drawn(draw(*args))  # noqa: E731
+                mapped = runs.compiled(function, progress, params, key, *batch)
+            images, finite = mapped(params, key, *batch)
+            runs.check_finite(finite, recipe)
             growing.append(images[: num_samples - growing.count])
             progress.done = growing.count
-            print(progress.line(), flush=True)
+            progress.show()
         images = growing.rows()
         arrays = {"labels": inputs(np.arange(num_samples))[1]} if run.method.num_classes else {}
+        if run.method.num_classes and run.class_names:
+            arrays["class_names"] = np.array(run.class_names)
         writers.save_npz(out, images=images, recipe=json.dumps(recipe), **arrays)
         writers.save_png(f"{out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
     if trajectory:
@@ -134,6 +143,7 @@ def _save_trajectory(run, key, examples, options, out) -> None:
     given, _ = runs.with_errors(run, runs.given(options) | {"frames": ANIMATION_FRAMES})
     draw = config_lib.call("sampling", run.method.make_sample, given)
     x, frames = runs.map_images(run, draw, key, *examples)
+    runs.check_finite(np.isfinite(x).all(axis=(1, 2, 3)), options)
     x_t, x_0, last = (np.asarray(diffusion.to_uint8(v)) for v in (frames.x_t, frames.x_0, x))
     t, rows = frames.t[0], []
     columns = np.unique(np.round(np.linspace(0, len(t) - 1, FRAMES)).astype(int))
@@ -195,15 +205,15 @@ def progressive(
     Returns, Raises: as `sample`.
     """
     options["frames"] = FRAMES
-    name = ("progressive", f"{num_samples}images")
-    run, draw, recipe, out = _prepare(workdir, weights, seed, labels, out, options, *name)
+    name, named = ("progressive", f"{num_samples}images"), out is not None
+    run, draw, recipe, out, labels = _prepare(workdir, weights, seed, labels, out, options, *name)
     recipe["num_samples"] = num_samples
     key, shape = training.make_keys(seed).sample, run.method.image_shape
-    with runs.in_progress(out, recipe):
-        print(f"writing {out}\nrecipe: {json.dumps(recipe)}", flush=True)
+    with runs.in_progress(out, recipe, named=named):
         index = np.arange(num_samples)
         examples = (index, labels_of(run.method, index, labels, key=key))
         x, frames = runs.map_images(run, draw, key, *examples, batch_size=batch_size)
+        runs.check_finite(np.isfinite(x).all(axis=(1, 2, 3)), recipe)
         images, x_0 = (np.asarray(diffusion.to_uint8(values)) for values in (x, frames.x_0))
         t = frames.t[0]
         arrays = {"images": images, "x_t": frames.x_t, "x_0": x_0, "t": t}
@@ -216,10 +226,11 @@ def progressive(
 
 
 def _prepare(workdir, weights, seed, labels, out, options, *name):
-    """The run, its compiled sampler, the recipe of its images and the .npz they go to."""
+    """The run, its sampler, the recipe of its images, the .npz they go to, and the labels as numbers."""
     with config_lib.errors_at("sampling"):
         key = training.make_keys(seed).sample
     run = runs.load(workdir, weights)
+    labels = runs.class_numbers(run, labels)
     with config_lib.errors_at("sampling"):
         labels_of(run.method, np.arange(1), labels, key=key)
     chosen = runs.given(options)
@@ -234,4 +245,4 @@ def _prepare(workdir, weights, seed, labels, out, options, *name):
     if out is None:
         file = run.name(*name, f"seed{seed}", **chosen)
         out = os.path.join(run.workdir, "samples", f"{file}.npz")
-    return run, draw, recipe, runs.out_path(out, ".npz", run.workdir)
+    return run, draw, recipe, runs.out_path(out, ".npz", run.workdir), labels

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import diffusion
+from ddpm_jax.diffusion import ddim_std
 from ddpm_jax.schedules import Schedule
 
 SAMPLERS = ("ancestral", "ddim", "dpm_solver", "heun")
@@ -163,35 +164,6 @@ def ancestral(
     return _scan(schedule, denoise_fn, x_T, turn, clip_x0=clip_x0, keep=keep)
 
 
-def ddim_std(schedule: Schedule, eta: float | str) -> tuple[np.ndarray, np.ndarray]:
-    """The factor of ε̂ and σ_t of a DDIM step: two float64 [S]; Song et al. 2021 (12) and (16).
-
-    σ_t = η √((1−ᾱ_{t−1})/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_{t−1}) with the neighbours of the shortened chain, which is
-    η √β̃_t; the factor is √(1−ᾱ_{t−1}−σ_t²).
-
-    Args:
-      eta: 0 (deterministic) to 1 (ancestral with β̃_t); or "hat", Song et al.'s σ̂: the factor of η = 1
-        with the larger noise √(1−ᾱ_t/ᾱ_{t−1}) = √β_t, and none at the last step, which is ancestral
-        sampling with "fixed_large".
-
-    Raises:
-      ValueError: eta is something else.
-    """
-    if eta != "hat" and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
-        raise ValueError(
-            f"eta must lie in 0 … 1, or be 'hat' for Song et al.'s larger σ̂; got {eta!r}"
-        )
-    share = (1.0 if eta == "hat" else float(eta)) ** 2
-    # 1 − ᾱ_{t−1} − σ_t², with the common factor outside: what is left cannot cancel to below zero.
-    of_eps = (1.0 - schedule.alpha_bar_prev) * (
-        1.0 - share * (schedule.beta / (1.0 - schedule.alpha_bar))
-    )
-    variance = share * diffusion.posterior_variance(schedule)
-    if eta == "hat":
-        variance = np.append(0.0, schedule.beta[1:])
-    return _sqrt(of_eps), _sqrt(variance)
-
-
 def ddim(
     schedule: Schedule,
     denoise_fn: Callable,
@@ -210,7 +182,7 @@ def ddim(
 
     Args:
       keys: [B] keys; None if eta is 0, where nothing is drawn.
-      eta: 0 … 1 or "hat"; see `ddim_std`.
+      eta: 0 … 1 or "hat"; see `diffusion.ddim_std`.
     """
     of_x_0, (of_eps, std) = _sqrt(schedule.alpha_bar_prev), ddim_std(schedule, eta)
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -202,7 +203,8 @@ def subsequence(
     Args:
       steps: one of
         50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4);
-        "10,15,20": that many from each of three equal parts of the chain (their code's notation);
+        "10,15,20": so many from each of three equal parts of the chain, the first T mod 3 of which are
+          longer by one; `space_timesteps` of their code, and rounded as there;
         "ddim50": every k-th time from 0 where some k gives exactly S of them, else ⌊iT/S⌋
           (Song et al. App. D.2, linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved
@@ -276,13 +278,15 @@ def subsequence(
         middles = (log_snr[1:] + log_snr[:-1]) / 2
         nearest = np.searchsorted(middles, np.linspace(log_snr[0], log_snr[-1], S))
         return distinct(T - 1 - nearest[::-1])
+    check(sum(counts))
     tau, first = [], 0
     for part, count in enumerate(counts):
         size = T // len(counts) + (part < T % len(counts))
-        check(count, size)
-        tau.extend(
-            first + np.round(np.arange(count) * ((size - 1) / max(count - 1, 1))).astype(int)
-        )
+        if count:  # a part may have none
+            check(count, size)
+        # Added up one by one, as their code does: i * stride can round the other way at a half.
+        stride = [0.0, *(count - 1) * [(size - 1) / max(count - 1, 1)]]
+        tau.extend(first + round(at) for at in itertools.accumulate(stride[:count]))
         first += size
     return np.asarray(tau)
 
@@ -312,7 +316,8 @@ def shorten(
 
     Args:
       steps: as `subsequence`; None for all of them.
-      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50".
+      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50". The steps
+        of parts, "10,15,20", are "uniform" in each part and nothing else.
       last: the time t of `schedule` where a chain begins that does not come from pure noise: of the steps
         those below it are kept, and it is the last.
 
@@ -327,7 +332,8 @@ def shorten(
             raise ValueError(
                 f"unknown spacing {spacing!r}; {hint}choose from {', '.join(SPACINGS)}"
             )
-        if not str(steps).isdecimal():
+        of_parts = spacing == "uniform" and "," in str(steps) and isinstance(steps, str)
+        if not (str(steps).isdecimal() or of_parts):
             raise ValueError(
                 f"spacing={spacing!r} spreads a number of steps, such as steps=50; got steps={steps!r}"
             )
@@ -350,16 +356,23 @@ class Health:
     Attributes:
       alpha_bar_T: the share of the data's variance that is left at the end.
       prior_bits_per_dim: L_T = KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension.
+      sum_beta: Σβ_t, which for longer and longer chains must grow without end (Tang, Proposition 1.1).
+      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds.
       warning: empty, or one line that says why sampling from N(0, I) starts at the wrong place.
     """
 
     alpha_bar_T: float
     prior_bits_per_dim: float
+    sum_beta: float
+    alpha_bar_bound: float
     warning: str
 
 
 def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
-    """Judges the end of a chain; Σβ_t must be large enough that ∏(1 − β_t) is nearly 0 (Tang, Cor. 1).
+    """Judges the end of a chain: Σβ_t must be large enough that ∏(1 − β_t) is nearly 0.
+
+    For an endless chain ∏(1 − β_t) = 0 exactly if Σβ_t diverges, and then x_t tends to N(0, I) from any x_0
+    (Tang, Propositions 1.1 and 1.2). Of a finite one −ln(1 − β) ≥ β leaves ᾱ_T ≤ e^−Σβ.
 
     Args:
       second_moment: E[x_0²] of the data scaled to [−1, 1]; the default is an upper bound.
@@ -370,10 +383,11 @@ def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
     alpha_bar_T = float(schedule.alpha_bar[-1])
     nats = 0.5 * (alpha_bar_T * (second_moment - 1.0) - np.log1p(-alpha_bar_T))
     bits = float(nats / np.log(2.0))
+    sum_beta = float(np.sum(schedule.beta))
     warning = ""
     if bits > 1e-3:
         warning = (
             f"the chain does not reach N(0, I): alpha_bar_T = {alpha_bar_T:.3g} leaves a prior term of"
             f" {bits:.3g} bits/dim; use more steps or larger betas"
         )
-    return Health(alpha_bar_T, bits, warning)
+    return Health(alpha_bar_T, bits, sum_beta, float(np.exp(-sum_beta)), warning)

@@ -117,11 +117,8 @@ def score(
     results, reference, origin = {}, None, None
     if of_features:
         extractor = load_extractor(features)
-        where = {"image_shape": run.method.image_shape} | (
-            {"data_dir": data_dir} if data_dir else {}
-        )
         if set(of_features) != {"is"}:
-            dataset = runs.load_data(run.config, split=split, **where)
+            dataset = runs.data_of(run, split, data_dir)
             reference = features_of(run, extractor, dataset)
             origin = {"data": dataset.name, "split": dataset.split}
             origin |= {"num_images": len(dataset), "images_sha256": reference.images_sha256}
@@ -178,7 +175,7 @@ def score(
         }
         out = os.path.join(run.workdir, "eval", f"{run.name('metrics', **told)}.json")
     writers.save_json(out, {"recipe": run.recipe(), "metrics": results})
-    print("\n".join(line(name, entry) for name, entry in results.items()))
+    print(report(results))
     print(os.path.abspath(out), flush=True)
     return results
 
@@ -213,13 +210,30 @@ def numbers(
     return {prefix + name: value for name, value in result.items()}
 
 
-def line(name: str, entry: dict) -> str:
-    """A number and what moved it, for people."""
-    value = f"{entry['mean']:.6g}"
-    if entry["std"] is not None:
-        value += f" ± {entry['std']:.2g} (standard deviation over {len(entry['values'])} seeds)"
-    manifest = dict(entry["manifest"])
-    parts = []
+def report(results: dict) -> str:
+    """A table of the numbers, and below it the settings that they were measured with, once for each set."""
+    rows, settings = [("metric", "value", "standard deviation", "")], []
+    for name, entry in results.items():
+        about = settings_of(entry)
+        if about not in settings:
+            settings.append(about)
+        spread = (
+            f"± {entry['std']:.2g} ({len(entry['values'])} seeds)"
+            if entry["std"] is not None
+            else ""
+        )
+        rows.append((name, f"{entry['mean']:.6g}", spread, f"[{settings.index(about) + 1}]"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*table, *(f"[{n}] {about}" for n, about in enumerate(settings, 1))])
+
+
+def settings_of(entry: dict) -> str:
+    """What a number was measured with, for people."""
+    manifest, parts = dict(entry["manifest"]), []
     features, origin = manifest.get("features"), manifest.get("reference")
     if features:
         made = manifest["generated"]
@@ -240,7 +254,7 @@ def line(name: str, entry: dict) -> str:
     parts += (
         [f"seed {', '.join(map(str, entry['seeds']))}"] if entry["seeds"][0] is not None else []
     )
-    return f"{name} = {value}  [{'; '.join(parts)}; {manifest['software'].partition(';')[0]}]"
+    return f"{'; '.join(parts)}; {manifest['software'].partition(';')[0]}"
 
 
 def _samples(path: str, count: int) -> tuple[data.Dataset, dict]:
@@ -282,7 +296,6 @@ def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
         rows, _ = chunk(growing.count)
         growing.append(rows[: len(dataset) - growing.count])
         progress.done = growing.count
-        if growing.count % (40 * CHUNK) == 0 or growing.count == len(dataset):
-            print(progress.line(), flush=True)
+        progress.show()
     rows = growing.rows()
     return {"features": rows[:, :D], "logits": rows[:, D:]}

@@ -4,7 +4,8 @@
     train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt,
-metrics.jsonl, loss.png, data_preview.png, checkpoints/ and samples/step_XXXXXXXX.png.
+metrics.jsonl, loss.png, data_preview.png, forward.png (the forward process, of a diffusion),
+checkpoints/ and samples/step_XXXXXXXX.png.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import collections
 import contextlib
 import functools
 import inspect
+import json
 import math
 import os
 import select
@@ -21,16 +23,30 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ddpm_jax import checkpoints, data, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, diffusion_method, labels_of, make_method
-from ddpm_jax.diffusion import to_uint8
-from ddpm_jax.runs import CLASSES_OF_DATA, check_classes, fill_in, load_data
+from ddpm_jax.ddpm import Method, diffusion_method, fold_in_each, labels_of, make_method
+from ddpm_jax.diffusion import from_uint8, q_path, to_uint8
+from ddpm_jax.runs import (
+    CLASSES_OF_DATA,
+    check_classes,
+    check_data,
+    class_list,
+    drawn,
+    ema_warning,
+    fill_in,
+    load_data,
+    save_data,
+    saved_data,
+    with_absolute_paths,
+)
+from ddpm_jax.unet import UNet
 
 # What may differ when a run is continued: how long, how often, where from; never what is learned.
 FREE_TO_CHANGE = (
@@ -45,8 +61,10 @@ FREE_TO_CHANGE = (
     "config.step.accumulate",
     "config.preview.",
 )
+CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
+FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
 GRACE_SECONDS = 2.0  # for the main thread to leave by itself
 LESS_MEMORY = (
     "Try, in this order: --config.step.accumulate=2, --config.model.remat=True, which a run may change as it"
@@ -59,12 +77,16 @@ class TrainingError(RuntimeError):
     """Training cannot go on: one line with the step, the reason and what to do."""
 
 
-def train(config, workdir: str) -> training.TrainState:
+def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.TrainState:
     """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with
     128 + the signal's number. So is a good state when anything else ends the run, such as a picture that
     cannot be read. A start that fails leaves the directory as it was, or none.
+
+    Args:
+      change: what may differ from the run that is continued: "data" for other images at the same or at
+        another place.
 
     Returns:
       the state after the last step, on the devices.
@@ -73,9 +95,12 @@ def train(config, workdir: str) -> training.TrainState:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
       KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
     """
-    given = ("config", "workdir", "say", "signals")
+    given = ("config", "workdir", "say", "signals", "change")
+    with config_lib.errors_at("--change"):
+        for what in change:
+            config_lib.check_choice("change", what, CHANGES)
     loop = config_lib.arguments("config.training", _train, config.training, given)
-    config = config.copy_and_resolve_references()  # the caller's own is left as it is
+    config = with_absolute_paths(config)  # a copy: the caller's own is left as it is
     workdir = os.path.abspath(config_lib.path(workdir))
     leader = jax.process_index() == 0
     say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
@@ -91,7 +116,7 @@ def train(config, workdir: str) -> training.TrainState:
         try:
             with signals, out_of_memory_advice():
                 say(f"run directory: {workdir}")
-                state = _train(config, workdir, say, signals, **loop)
+                state = _train(config, workdir, say, signals, change=change, **loop)
                 say(f"run directory: {workdir}")
                 return state
         except KeyboardInterrupt:
@@ -112,6 +137,7 @@ def _train(
     say: writers.Log,
     signals: Signals,
     *,
+    change: Sequence[str],
     num_steps: int,
     batch_size: int,
     log_every: int = 100,
@@ -141,18 +167,29 @@ def _train(
     update = config_lib.call("config.step", training.make_update, config.step, **given)
     preview_every, preview = make_preview(config, method, keys.preview)
     if os.path.isdir(directory):
-        refuse_another_config(config, path("config.json"))
+        refuse_another_config(config, path("config.json"), moved=True)
+        as_saved(config, path("config.json"))
 
     # The data, and a look at them.
     dataset = dataset or load_data(config)
     say(dataset.describe())
+    for line in dataset.left_out:
+        say(f"left out: {line}")
+    if dataset.class_names:
+        say(f"classes: {class_list(dataset)}")
+    if config.data.get("flip"):
+        say("training images are mirrored left to right with probability 1/2 (config.data.flip)")
     if own_shape:
         shape = ",".join(map(str, dataset.image_shape))
         say(f"image size taken from the data, as with --config.data.image_shape={shape}")
     check_classes(method, dataset)
-    first = dataset.fetch(np.arange(min(len(dataset), 64)))
-    if "schedule" in config:
-        say(describe_schedule(config, second_moment=np.mean(np.square(first / 127.5 - 1.0))))
+    if os.path.isdir(directory):
+        for line in check_data(workdir, dataset, may_change="data" in change):
+            say(f"WARNING: {line}")
+    if method.diffusion is not None:
+        chosen = dataset.fetch(data.choose(len(dataset), 1024))
+        moment = np.mean(np.square(chosen / 127.5 - 1.0))
+        say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
         data.batches,
         dataset,
@@ -184,7 +221,11 @@ def _train(
         if leader:
             say.begin()
             config_lib.save(config, path("config.json"))
-            writers.save_png(path("data_preview.png"), writers.grid(first))
+            save_data(workdir, dataset)
+            shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
+            writers.save_png(path("data_preview.png"), writers.grid(shown))
+            if method.diffusion is not None:
+                save_forward(path("forward.png"), method.diffusion.schedule, shown, keys.preview)
             writers.rewind_metrics(path("metrics.jsonl"), step)
 
     if step >= num_steps:
@@ -284,21 +325,49 @@ def _train(
                     f"\nrun directory: {workdir}"
                 )
                 raise SystemExit(128 + number)
+    if warning := ema_warning(config, step):
+        say(f"WARNING: {warning}")
     return state
 
 
 # ---- the parts of a run ----------------------------------------------------------------------------
 
 
-def describe_schedule(config, second_moment: float) -> str:
-    """One line on the health of config.schedule, and a warning if it has one."""
-    schedule = config_lib.call("config.schedule", schedules.make, config.schedule)
+def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
+    """One line on the health of a chain, and a warning if it has one."""
     health = schedules.health(schedule, second_moment=float(second_moment))
     line = (
-        f"schedule {config.schedule.name}: {len(schedule)} steps, alpha_bar_T = {health.alpha_bar_T:.3g},"
+        f"schedule: {len(schedule)} steps, sum of beta {health.sum_beta:.4g}, alpha_bar_T ="
+        f" {health.alpha_bar_T:.3g} (at most {health.alpha_bar_bound:.3g}),"
         f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
     )
     return f"{line}\nWARNING: {health.warning}" if health.warning else line
+
+
+def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:
+    """The first images that the network is shown, uint8 [N, H, W, C] for at most 64: as `loss` has them."""
+    count = min(len(dataset), 64)
+    several = {"seed": seed, "start": 0, "stop": -(-count // batch_size), "batch_size": batch_size}
+    images = []
+    for step, batch in enumerate(data.batches(dataset, **several)):
+        if method.shown is None:
+            images.append(batch["image"])
+        else:
+            images.append(to_uint8(method.shown(jax.random.fold_in(key, step), batch)))
+    return np.concatenate(images)[:count]
+
+
+def save_forward(path: str, schedule: schedules.Schedule, images: np.ndarray, key) -> None:
+    """Draws how the forward process turns images into noise: a row for each, from x_0 on the left to x_T."""
+    images = images[:FORWARD_ROWS]
+    last = len(schedule) - 1
+    tau = np.unique(np.round(np.linspace(0, last, FORWARD_TIMES)).astype(int))
+    chain = schedules.respace(schedule, tau)
+    keys = fold_in_each(key, np.arange(len(images)))
+    rows = to_uint8(q_path(chain, from_uint8(images), keys))
+    rows = np.concatenate([images[:, None], rows], axis=1)
+    title = f"data, then x_t at t = {', '.join(map(str, tau))}"
+    writers.save_grids(path, [(title, rows.reshape(-1, *images.shape[1:]))], columns=len(tau) + 1)
 
 
 def make_preview(config, method: Method, key) -> tuple[int, Callable]:
@@ -312,34 +381,45 @@ def make_preview(config, method: Method, key) -> tuple[int, Callable]:
         raise config_lib.ConfigError("config.preview: every and num_images must be at least 1")
     sample = config_lib.call("config.preview", method.make_sample, options)
     index = np.arange(count)
-    draw = parallel.map_examples(lambda *args: to_uint8(sample(*args)))
+    draw = parallel.map_examples(lambda *args: drawn(sample(*args)))
 
     def preview(state, step):
-        rows = [
-            (f"step {step:,}, {name}", draw(params, key, index, labels_of(method, index)))
-            for name, params in (("raw", state.params), ("EMA", state.ema_params))
-        ]
+        rows = []
+        for name, params in (("raw", state.params), ("EMA", state.ema_params)):
+            images, finite = draw(params, key, index, labels_of(method, index))
+            bad = "" if finite.all() else f": {np.sum(~finite)} of {count} images are not finite"
+            rows.append((f"step {step:,}, {name}{bad}", images))
         return rows, min(count, 8)
 
     return every, preview
 
 
-def refuse_another_config(config, path: str) -> None:
+def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
 
+    Args:
+      moved: the data may have another name or place: they are compared themselves, by `runs.check_data`.
+
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is
-    saved. A field of config.diffusion that the run is too old to have stands for its default.
+    saved, as does the num_timesteps of a list of betas. A field that one of the two lacks, because it is
+    older than the field, stands for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
     """
+    of_betas = config.get("schedule", {}).get("name") == "betas"
+    saved_config, config = (with_absolute_paths(c) for c in (config_lib.load(path), config))
+    free = FREE_TO_CHANGE
+    if moved and saved_data(os.path.dirname(path)) is not None:
+        free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
     changed = [
         f"{field} is {saved!r} there and {given!r} here"
-        for field, (saved, given) in config_lib.differences(config_lib.load(path), config).items()
-        if not field.startswith(FREE_TO_CHANGE)
+        for field, (saved, given) in config_lib.differences(saved_config, config).items()
+        if not field.startswith(free)
         and not (field == "config.data.image_shape" and given is None)
         and not (field == "config.model.num_classes" and given == CLASSES_OF_DATA)
-        and not (saved == config_lib.MISSING and given == _default(field))
+        and not (field == "config.schedule.num_timesteps" and of_betas)
+        and _or_default(field, saved) != _or_default(field, given)
     ]
     if changed:
         raise config_lib.ConfigError(
@@ -348,12 +428,40 @@ def refuse_another_config(config, path: str) -> None:
         )
 
 
-def _default(field: str):
-    """Of a field of config.diffusion, what the run had before there was such a field."""
-    parameters = inspect.signature(diffusion_method).parameters
-    section, _, name = field.rpartition(".")
-    known = section == "config.diffusion" and name in parameters
-    return parameters[name].default if known else inspect.Parameter.empty
+def as_saved(config, path: str) -> None:
+    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+
+    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    """
+    saved = config_lib.load(path)
+    for section in ("model", "schedule", "diffusion"):
+        if section in saved and section in config:
+            free = {
+                name: value
+                for name, value in config[section].items()
+                if f"config.{section}.{name}" in FREE_TO_CHANGE and name in saved[section]
+            }
+            config[section] = ConfigDict({**saved[section], **free})
+
+
+def _or_default(field: str, value):
+    """The value of a config's field or, where it is missing, the default in the signature that reads the section."""
+    readers = {
+        "data": data.load,
+        "model": UNet,
+        "schedule": schedules.make,
+        "diffusion": diffusion_method,
+        "optimizer": training.make_optimizer,
+        "step": training.make_update,
+        "training": _train,
+    }
+    section, _, name = field.removeprefix("config.").rpartition(".")
+    if value != config_lib.MISSING or section not in readers:
+        return value
+    parameter = inspect.signature(readers[section]).parameters.get(name)
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return value
+    return json.loads(json.dumps(parameter.default))  # as a saved config has it: lists for tuples
 
 
 def check_finite(state: training.TrainState, directory: str) -> None:

@@ -241,6 +241,15 @@ def make_update(
     return update
 
 
+def initial_share(step: int, *, ema_decay: float, ema_warmup: bool) -> float:
+    """The share of the initial parameters in their average after `step` steps: the product of the decays."""
+    decay = np.full(step, ema_decay)
+    if ema_warmup:
+        first = np.arange(step)
+        decay = np.minimum(decay, (1 + first) / (10 + first))
+    return float(np.exp(np.sum(np.log(decay)))) if ema_decay > 0 or not step else 0.0
+
+
 # ---- metrics ---------------------------------------------------------------------------------------
 
 

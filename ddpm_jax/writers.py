@@ -148,13 +148,19 @@ def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) 
     """
     from PIL import ImageDraw
 
-    parts = []
-    for title, images in rows:
-        picture = grid(images, columns=columns)
-        banner = Image.new("RGB", (picture.shape[1], 16), "white")
-        ImageDraw.Draw(banner).text((4, 2), title, fill="black")
-        parts += [np.asarray(banner), picture]
-    save_png(path, np.concatenate(parts))
+    pictures = [Image.fromarray(grid(images, columns=columns)) for _, images in rows]
+    texts = [
+        ImageDraw.Draw(picture).textlength(title)
+        for picture, (title, _) in zip(pictures, rows, strict=True)
+    ]
+    width = max(*(picture.width for picture in pictures), *(round(text) + 8 for text in texts))
+    canvas = Image.new("RGB", (width, sum(16 + picture.height for picture in pictures)), "white")
+    top = 0
+    for (title, _), picture in zip(rows, pictures, strict=True):
+        ImageDraw.Draw(canvas).text((4, top + 2), title, fill="black")
+        canvas.paste(picture, (0, top + 16))
+        top += 16 + picture.height
+    save_png(path, np.asarray(canvas))
 
 
 def save_animation(path: str, pictures: Sequence[np.ndarray], *, seconds: float = 4.0) -> None:
@@ -310,6 +316,9 @@ class Log:
             self._complained = True
 
 
+SHOW_SECONDS = 5.0  # least time between two lines of progress
+
+
 class Progress:
     """Where a long job is: how much of it is done, how fast, how long it still takes.
 
@@ -322,6 +331,7 @@ class Progress:
         self._what, self._total, self._unit, self._per_count = what, total, unit, per_count
         self.done = self._first = self._last = done
         self._start = self._last_time = time.perf_counter()
+        self._shown = -math.inf
 
     @contextlib.contextmanager
     def pause(self):
@@ -336,6 +346,13 @@ class Progress:
         """Units a second in this span, pauses left out."""
         seconds = time.perf_counter() - self._last_time
         return (self.done - self._last) * self._per_count / max(seconds, 1e-9)
+
+    def show(self, text: str = "") -> None:
+        """Prints `line`, at most every `SHOW_SECONDS`, and at the end."""
+        now = time.perf_counter()
+        if self.done >= self._total or now - self._shown >= SHOW_SECONDS:
+            self._shown = now
+            print(self.line(text), flush=True)
 
     def line(self, text: str = "") -> str:
         """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""

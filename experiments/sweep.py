@@ -11,8 +11,12 @@ An experiment is a file, or a folder with a config.py, that has, for the sizes "
                                 {"config": "configs/digits.py", …} in another
     evaluations(size, row)      {column: ["--mode=nll", …]}, what is asked of it: --mode=nll or --mode=eval
 
-A row is the run runs/EXPERIMENT/SIZE/ROW, and a result the file eval/COLUMN.json in it, where --mode=report
-finds it too. Training and evaluations take up where they were stopped, so the same command continues.
+--seeds=3 trains each row with three seeds. Its table has the mean and the standard deviation over seeds, and
+below them each row less the first one, seed by seed: the mean difference, its standard error, and whether it
+differs from 0 by Student's t at 95 %. What does not is not a finding.
+
+A row is the run runs/EXPERIMENT/SIZE/ROW, with _seed1 and so on for other seeds than 0, and a result the file
+eval/COLUMN.json in it, where --mode=report finds it too. Training and evaluations take up where they were stopped, so the same command continues.
 """
 
 import argparse
@@ -24,6 +28,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+from scipy import stats
 
 from ddpm_jax import config as config_lib
 
@@ -69,38 +76,55 @@ class Sweep:
       rows: {row: its overrides}.
     """
 
-    def __init__(self, path: str, size: str, root: str = "runs", data_dir: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        size: str,
+        root: str = "runs",
+        data_dir: str | None = None,
+        seeds: int = 1,
+    ):
         self.path, self.variant = os.path.normpath(config_lib.path(path)), SIZES[size]
         self.data_dir, root = data_dir, config_lib.path(root)
+        self.seeds = range(seeds)
         self.experiment = load(self.path)
         self.rows = self.experiment.rows(self.variant)
         self.place = os.path.join(root, Path(self.path).absolute().stem, size)
 
-    def workdir(self, row: str) -> str:
-        return os.path.join(self.place, row)
+    def workdir(self, row: str, seed: int = 0) -> str:
+        return os.path.join(self.place, f"{row}_seed{seed}" if seed else row)
 
-    def train(self, row: str) -> list[str]:
+    def train(self, row: str, seed: int = 0) -> list[str]:
         """The command that trains a row."""
-        overrides = dict(self.rows[row])
+        overrides = self.rows[row] | ({"config.seed": seed} if seed else {})
         file = overrides.pop("config", file_of(self.path))
         if self.data_dir:
             overrides["config.data.data_dir"] = self.data_dir
         config = ":".join(filter(None, [file, self.variant]))
-        where = [f"--config={config}", f"--workdir={self.workdir(row)}"]
+        where = [f"--config={config}", f"--workdir={self.workdir(row, seed)}"]
         changes = [f"--{field}={value}" for field, value in overrides.items()]
         return ["python", "-m", "ddpm_jax.main", *where, *changes]
 
-    def evaluations(self, row: str) -> dict[str, list[str]]:
+    def evaluations(self, row: str, seed: int = 0) -> dict[str, list[str]]:
         """The commands that evaluate a row, by the column that each fills."""
         commands = {}
         for column, arguments in self.experiment.evaluations(self.variant, row).items():
-            where = [f"--workdir={self.workdir(row)}", *arguments, f"--out={self.out(row, column)}"]
+            out = self.out(row, column, seed)
+            where = [f"--workdir={self.workdir(row, seed)}", *arguments, f"--out={out}"]
             commands[column] = ["python", "-m", "ddpm_jax.main", *where]
         return commands
 
-    def out(self, row: str, column: str) -> str:
+    def out(self, row: str, column: str, seed: int = 0) -> str:
         """The file of a result."""
-        return os.path.join(self.workdir(row), "eval", f"{column}.json")
+        return os.path.join(self.workdir(row, seed), "eval", f"{column}.json")
+
+    def commands(self, row: str) -> list[list[str]]:
+        """The trainings of a row and their evaluations, in turn."""
+        return [
+            command
+            for seed in self.seeds
+            for command in (self.train(row, seed), *self.evaluations(row, seed).values())
+        ]
 
 
 def run(commands: list[list[str]]) -> None:
@@ -132,9 +156,10 @@ def run(commands: list[list[str]]) -> None:
             signal.signal(number, handler)
 
 
-def numbers(path: str) -> dict[str, str]:
-    """{"": mean ± standard error (images)} of a bound, or of metrics {name: mean ± deviation over seeds}.
+def numbers(path: str) -> dict[str, tuple[float, str]]:
+    """The numbers of a result by name, "" for that of a bound, each as a mean and as a cell of a table.
 
+    A cell is mean ± standard error (images) of a bound, mean ± standard deviation over seeds of a metric.
     Nothing where there is no file.
     """
     if not os.path.exists(path):
@@ -143,9 +168,10 @@ def numbers(path: str) -> dict[str, str]:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         if "metrics" in result:
-            return {name: cell(of["mean"], of["std"]) for name, of in result["metrics"].items()}
+            of_each = {name: (of["mean"], of["std"]) for name, of in result["metrics"].items()}
+            return {name: (mean, cell(mean, spread)) for name, (mean, spread) in of_each.items()}
         mean, error, count = (result[key] for key in ("total", "total_stderr", "num_images"))
-        return {"": f"{cell(mean, error)} ({count})"}
+        return {"": (mean, f"{cell(mean, error)} ({count})")}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         fail(f"{path} is no result ({problem!r}); delete it and evaluate again")
 
@@ -155,20 +181,50 @@ def cell(mean: float, spread: float | None) -> str:
     return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
+def over_seeds(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds (their number)."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return f"{cell(float(np.mean(values)), spread)} ({len(values)} seeds)"
+
+
+def difference(values: dict[int, float], first: dict[int, float]) -> str:
+    """A row less the first one, seed by seed: mean ± standard error, and whether it is one (Student's t, 95 %)."""
+    paired = [values[seed] - first[seed] for seed in values.keys() & first.keys()]
+    if len(paired) < 2:
+        return "—"
+    mean, error = np.mean(paired), np.std(paired, ddof=1) / np.sqrt(len(paired))
+    limit = stats.t.ppf(0.975, len(paired) - 1) * error
+    verdict = "" if abs(mean) > limit else ", not distinguishable here"
+    return f"{mean:+.3f} ± {error:.3f}{verdict}"
+
+
 def table(sweep: Sweep, rows: list[str]) -> str:
     """Markdown: a line for each row, a column for each number that any of its evaluations gives."""
-    found = {
-        row: {column: numbers(sweep.out(row, column)) for column in sweep.evaluations(row)}
-        for row in rows
-    }
-    columns = dict.fromkeys(column for of in found.values() for column in of)
+    found = {}  # (row, (column, name)): {seed: (mean, cell)}
+    columns = {row: list(sweep.evaluations(row)) for row in rows}
+    for row in rows:
+        for column in columns[row]:
+            for seed in sweep.seeds:
+                for name, number in numbers(sweep.out(row, column, seed)).items():
+                    found.setdefault((row, (column, name)), {})[seed] = number
     heads = {}  # (column, name of the number): what stands above it
-    for column in columns:
-        names = dict.fromkeys(name for of in found.values() for name in of.get(column, ()))
+    for column in dict.fromkeys(column for row in rows for column in columns[row]):
+        names = dict.fromkeys(name for _, (other, name) in found if other == column)
         heads |= {(column, name): f"{column} {name}".strip() for name in names or ("",)}
+    means = {key: {seed: mean for seed, (mean, _) in of.items()} for key, of in found.items()}
     lines = [["row", *heads.values()], ["---"] * (1 + len(heads))]
-    for row, of in found.items():
-        lines.append([row, *(of.get(column, {}).get(name, "—") for column, name in heads)])
+    for row in rows:
+        keys, several = [(row, head) for head in heads], len(sweep.seeds) > 1
+        lines.append([row])
+        for key in keys:
+            of = found.get(key)
+            text = over_seeds(list(means[key].values())) if of and several else None
+            lines[-1].append("—" if not of else text or of[0][1])
+    for row in rows[1:] if len(sweep.seeds) > 1 else ():
+        lines.append([f"{row} less {rows[0]}"])
+        for head in heads:
+            of, first = (means.get((name, head), {}) for name in (row, rows[0]))
+            lines[-1].append(difference(of, first))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -190,16 +246,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--row", action="append", default=[], help="only these: ROW or ROW,ROW")
     parser.add_argument("--run", action="store_true", help="run instead of print")
     parser.add_argument("--table", action="store_true", help="the results, after a --run if given")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (default: 1)")
     parser.add_argument("--root", default="runs", help="where the runs lie (default: runs)")
     parser.add_argument("--data_dir", help="config.data.data_dir of every training")
     args = parser.parse_args(argv)
 
-    sweep = Sweep(args.experiment, args.size, args.root, args.data_dir)
+    if args.seeds < 1:
+        fail(f"--seeds must be at least 1, got {args.seeds}")
+    sweep = Sweep(args.experiment, args.size, args.root, args.data_dir, args.seeds)
     rows = [row for names in args.row for row in names.split(",")] or list(sweep.rows)
     for row in rows:
         if row not in sweep.rows:
             fail(f"no row {row!r} at size {args.size} (choose from {', '.join(sweep.rows)})")
-    commands = {row: [sweep.train(row), *sweep.evaluations(row).values()] for row in rows}
+    commands = {row: sweep.commands(row) for row in rows}
     if args.run:
         run([command for row in rows for command in commands[row]])
     elif not args.table:

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,8 @@ def test_npz_layouts(tmp_path):
     assert train.image_shape == (4, 5, 1) and len(test) == 2
     np.testing.assert_array_equal(train.images[..., 0], x)
     assert train.labels.tolist() == y.tolist() and train.labels.dtype == np.int32
-    assert train.num_classes == test.num_classes == 8  # numbered over both splits
+    assert train.num_classes == test.num_classes == 3  # a class that train lacks is none
+    assert test.labels.tolist() == [-1, -1]
 
     rgb = np.stack([x, x, x], -1)
     for arrays in (dict(images=rgb, labels=y), dict(arr_0=rgb, arr_1=y)):
@@ -257,7 +259,7 @@ def test_npz_that_cannot_be_used(tmp_path):
     assert "integer" in complain(images=x, labels=y - 1)
     assert "['a', 'b']" in complain(a=x, b=y)
     assert "'test'" in error(save(path, x_train=x), split="test")
-    assert "x_train" in error(save(path, x_train=x), split="test")
+    assert "it has train" in error(save(path, x_train=x), split="test")
     assert "object" in complain(images=np.array([{}], dtype=object)).lower()
     np.save(tmp_path / "y.npy", x)
     assert "y.npy" in error(f"npz:{tmp_path / 'y.npy'}")
@@ -275,7 +277,7 @@ def test_shape_of_arrays_is_not_changed(tmp_path):
     assert "--config.data.image_shape=8,8,1" in message
     assert "expected (height, width, channels)" in error("digits", image_shape=(8, 8))
     assert "expected (height, width, channels)" in error("digits", image_shape=(8, 0, 1))
-    assert "train and test" in error("digits", split="val")
+    assert "it has train, test" in error("digits", split="val")
 
 
 # The official archives.
@@ -447,6 +449,21 @@ def test_the_next_mirror_is_tried(server, cifar, tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(url, path, size):
+        asked.append(url)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "_copy", refuse)
+    message = error(name, data_dir=tmp_path)
+    hosts = {urllib.parse.urlsplit(url).hostname for url in asked}
+    assert len(hosts) >= 2 and len(asked) == 3 * len(set(asked))
+    assert all(f"{url} (OSError: no route to host)" in message for url in asked)
+
+
 def test_without_a_network(cifar, tmp_path, monkeypatch):
     monkeypatch.setitem(data._MIRRORS, "cifar10", ("http://127.0.0.1:9/",))
     message = error("cifar10", data_dir=tmp_path)
@@ -520,6 +537,161 @@ def test_train_may_be_a_class(tmp_path):
     assert data.load(f"image_folder:{tmp_path}").labels.tolist() == [0, 1]
     (tmp_path / "bus").rename(tmp_path / "test")  # beside `test` it is a split
     assert data.load(f"image_folder:{tmp_path}").num_classes == 0
+
+
+def test_a_split_without_labels_has_none(folder, tmp_path):
+    """train/cat, train/dog and pictures right in test/: cat is not the class of the latter."""
+    folder.rename(tmp_path / "train")
+    for i in range(3):
+        paint(tmp_path / "test" / f"{i}.png", np.zeros((6, 5, 3)))
+    test = data.load(f"image_folder:{tmp_path}", split="test")
+    assert test.labels.tolist() == [-1] * 3
+    assert test.num_classes == 2 and test.class_names == ("cat", "dog")
+    # The other way round: labels of the test split alone do not make a model of classes.
+    (tmp_path / "train").rename(tmp_path / "t")
+    (tmp_path / "test").rename(tmp_path / "train")
+    (tmp_path / "t").rename(tmp_path / "test")
+    for split in ("train", "test"):
+        dataset = data.load(f"image_folder:{tmp_path}", split=split)
+        assert dataset.num_classes == 0 and not dataset.labels.any()
+    x, y = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 0])
+    name = save(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x)
+    assert data.load(name, split="test").labels.tolist() == [-1] * 4
+    assert data.load(name, split="test").num_classes == 3
+    name = save(tmp_path / "b.npz", x_train=x, x_test=x, y_test=y)
+    assert [data.load(name, split=split).num_classes for split in ("train", "test")] == [0, 0]
+
+
+def test_a_folder_that_only_test_has_is_not_a_class(folder, tmp_path):
+    folder.rename(tmp_path / "train")
+    for name in ("ant", "dog"):
+        paint(tmp_path / "test" / name / "a.png", np.zeros((6, 5, 3)))
+    train = data.load(f"image_folder:{tmp_path}")
+    test = data.load(f"image_folder:{tmp_path}", split="test")
+    assert train.class_names == test.class_names == ("cat", "dog")
+    assert sorted(set(train.labels.tolist())) == [0, 1] and test.labels.tolist() == [-1, 1]
+    assert any("ant" in line for line in test.left_out)
+
+
+def test_numbers_are_classes_in_their_order(tmp_path):
+    for name in range(12):
+        paint(tmp_path / str(name) / "a.png", np.full((2, 2), name))
+    dataset = data.load(f"image_folder:{tmp_path}")
+    assert dataset.class_names == tuple(map(str, range(12)))
+    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0], dataset.labels)
+
+
+def test_names_of_classes(tmp_path):
+    assert data.load("digits").class_names == tuple("0123456789")
+    x, y = np.zeros((2, 2, 2), np.uint8), np.arange(2)
+    name = save(tmp_path / "a.npz", images=x, labels=y, class_names=np.array(["ant", "bee"]))
+    assert data.load(name).class_names == ("ant", "bee")
+    few = save(tmp_path / "b.npz", images=x, labels=y, class_names=np.array(["ant"]))
+    assert "1 class_names for 2 classes" in error(few)
+
+
+def test_chosen_images_are_of_all_classes():
+    """100 images of each of 10 classes, sorted: the first ones would all be of one class."""
+    labels = np.repeat(np.arange(10), 100)
+    assert len(set(labels[data.choose(1000, 64)])) == 10
+    np.testing.assert_array_equal(np.sort(data.choose(1000)), np.arange(1000))
+    np.testing.assert_array_equal(data.choose(1000, 64), data.choose(1000, 200)[:64])
+    chosen = data.choose(7, 3)
+    chosen[:] = -1  # what the caller does to it stays with the caller
+    assert (data.choose(7, 3) >= 0).all()
+    # Not the order in which a training of any seed sees its first epoch.
+    first = data.batch_indices(1000, seed=0, step=0, batch_size=64)
+    assert (first != data.choose(1000, 64)).any()
+
+
+def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    for i, ending in enumerate(("tif", "TIFF", "ppm", "tga")):
+        paint(tmp_path / f"{i}.{ending}", pixels)
+    paint(tmp_path / "4.jfif", pixels, format="JPEG")
+    paint(tmp_path / "5.pgm", pixels[..., 0])
+    for name in ("a.heic", "b.HEIC", "notes.txt", "README"):
+        (tmp_path / name).write_bytes(b"not decoded")
+    dataset = data.load(f"image_folder:{tmp_path}")
+    assert len(dataset) == 6
+    np.testing.assert_array_equal(dataset.images[:4], [pixels] * 4)
+    [line] = dataset.left_out
+    assert "2 .heic, 1 .txt, 1 without an ending" in line and "pillow-heif" in line
+    for i in range(6):
+        next(tmp_path.glob(f"{i}.*")).unlink()
+    message = error(f"image_folder:{tmp_path}")
+    assert "holds no picture" in message and "2 .heic" in message
+
+
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    from PIL import PngImagePlugin
+
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"eXIf", bytes([0, 8, 0, 2, 1, 0x12, 0, 3]))
+    paint(tmp_path / "x.png", pixels, pnginfo=chunks)
+    np.testing.assert_array_equal(only(tmp_path), pixels)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_broken_pictures_can_be_left_out(folder, limit):
+    whole = data.load(f"image_folder:{folder}")
+    for name in ("cat/0.png", "dog/3.png"):  # the very first, and the last
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    message = error(f"image_folder:{folder}")
+    assert "0.png" in message and "--config.data.skip_broken=True" in message
+    dataset = data.load(f"image_folder:{folder}", skip_broken=True, memory_limit_gb=limit)
+    assert (dataset.images is None) == (limit == 0)
+    np.testing.assert_array_equal(dataset.fetch(np.arange(6)), whole.images[1:7])
+    np.testing.assert_array_equal(dataset.labels, whole.labels[1:7])
+    [line] = dataset.left_out
+    assert line.startswith("2 pictures") and "0.png" in line and "3.png" in line
+    assert "skip_broken=True is for image_folder" in error("digits", skip_broken=True)
+    for path in folder.glob("*/*.png"):
+        path.write_bytes(b"")
+    assert "none of its 8 pictures" in error(f"image_folder:{folder}", skip_broken=True)
+
+
+def test_a_folder_can_be_flattened(folder):
+    paint(folder / "top.png", np.zeros((6, 5, 3)))
+    paint(folder / "cat" / "album" / "deep.png", np.zeros((6, 5, 3)))
+    assert "--config.data.flatten=True" in error(f"image_folder:{folder}")
+    dataset = data.load(f"image_folder:{folder}", flatten=True)
+    assert len(dataset) == 10 and dataset.num_classes == 0
+
+
+def test_what_lies_beside_the_splits_is_said(folder, tmp_path):
+    folder.rename(tmp_path / "train")
+    paint(tmp_path / "test" / "dog" / "a.png", np.zeros((6, 5, 3)))
+    paint(tmp_path / "bird" / "a.png", np.zeros((6, 5, 3)))
+    assert data.load(f"image_folder:{tmp_path}").left_out == ("bird/ beside train and test",)
+
+
+def test_a_path_without_its_kind_is_answered_with_it(folder, tmp_path):
+    assert f"did you mean image_folder:{folder}?" in error(str(folder))
+    save(tmp_path / "a.npz", images=np.zeros((1, 2, 2), np.uint8))
+    assert f"did you mean npz:{tmp_path / 'a.npz'}?" in error(str(tmp_path / "a.npz"))
+    assert "there is no /nowhere" in error("/nowhere")
+
+
+def test_what_lies_under_transparency_can_be_chosen(tmp_path):
+    paint(tmp_path / "x.png", np.array([[[255, 0, 0, 255], [9, 9, 9, 0]]], np.uint8))
+    assert only(tmp_path, background="black")[0, 1].tolist() == [0, 0, 0]
+    assert only(tmp_path, background="#102030")[0, 1].tolist() == [16, 32, 48]
+    assert "expected a colour" in error(f"image_folder:{tmp_path}", background="whit")
+
+
+def test_fingerprint_stays_where_data_move_and_changes_with_them(folder, tmp_path):
+    before = data.load(f"image_folder:{folder}").fingerprint()
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert data.load(f"image_folder:{moved}").fingerprint() == before
+    (moved / "cat" / "0.png").rename(moved / "cat" / "00.png")
+    assert data.load(f"image_folder:{moved}").fingerprint() != before
+    x = np.zeros((2, 2, 2), np.uint8)
+    one, same, other = (
+        data.load(save(tmp_path / f"{i}.npz", images=x + (i == 2))) for i in range(3)
+    )
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
 def test_modes_of_pictures(tmp_path):
@@ -720,7 +892,7 @@ def test_places_and_versions_of_prepared_data(prepared, place):
     load = functools.partial(data.load, data_dir=root, memory_limit_gb=0)
     assert len(load("mine/large", split="test")) == 10000
     assert len(load("mine", split="train[:1%]")) == 600
-    assert "Unknown split 'val'" in error("mine", split="val", data_dir=root)
+    assert "no split 'val'; it has train, test" in error("mine", split="val", data_dir=root)
     assert "did you mean mine/large" in error("mine/larg", data_dir=root)
 
 

@@ -51,6 +51,32 @@ def far_from_zero(params):
 KEY = jax.random.key(5)
 
 
+def test_own_betas_have_the_length_of_their_list():
+    betas = (0.1, 0.5, 0.9)
+    config = cifar10.get_config()  # whose num_timesteps is 1000
+    config.schedule.name, config.schedule.betas = "betas", betas
+    np.testing.assert_array_equal(ddpm.make_method(config).diffusion.schedule.beta, betas)
+    config.schedule.betas = ()
+    with pytest.raises(config_lib.ConfigError, match=r"config.schedule: .*needs the list"):
+        ddpm.make_method(config)
+
+
+def test_channels_of_a_head_in_a_config():
+    changes = {"model__attention_resolutions": (4,), "model__channels": 16}
+    one, four = (make_config(**changes, model__head_channels=size) for size in (0, 4))
+    params = ddpm.make_method(one).init(KEY)
+    params = far_from_zero(params)
+    x = jax.random.normal(KEY, (2, 6, 4, 2))
+    say = [
+        ddpm.make_method(config).diffusion.denoiser(params, jnp.zeros(2, jnp.int32))(
+            x, jnp.array([3, 4])
+        )
+        for config in (one, four, make_config(**changes, model__num_heads=4))
+    ]
+    np.testing.assert_array_equal(say[1].eps, say[2].eps)  # four heads of four channels
+    assert np.abs(say[0].eps - say[1].eps).max() > 1e-3
+
+
 def test_an_untrained_network_predicts_nothing():
     """Near-zero output: L_simple starts at E[ε²] = 1, whatever the images are."""
     method = ddpm.make_method(make_config())

@@ -55,6 +55,19 @@ def test_q_step_is_the_kernel():
     np.testing.assert_allclose(diffusion.q_step(schedule, x, t, eps), expected, rtol=1e-6)
 
 
+def test_a_path_is_one_step_after_another():
+    schedule = SCHEDULES[2]
+    x, keys = images(0, 3, 2, 2, 1), jax.random.split(jax.random.key(0), 3)
+    path = diffusion.q_path(schedule, x, keys)
+    assert path.shape == (3, 10, 2, 2, 1)
+    for i, t in enumerate(schedule.timesteps):
+        x = diffusion.q_step(schedule, x, i, diffusion.noise(keys, t, (2, 2, 1)))
+        np.testing.assert_allclose(path[:, i], x, rtol=1e-5, atol=1e-6)
+    # Its noise is that of the samplers and the bound at the same time, one example at a time.
+    alone = diffusion.q_path(schedule, images(0, 3, 2, 2, 1)[1:2], keys[1:2])
+    np.testing.assert_allclose(alone[0], path[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_posterior_is_a_product_of_gaussians(schedule):
     # q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0): precisions add, means add by precision.
@@ -198,3 +211,45 @@ def test_everything_is_float32_and_jits():
 
     assert f(x, jnp.array([3, 999])).dtype == jnp.float32
     np.testing.assert_allclose(f(x, jnp.array([3, 3]))[0], f(x, jnp.array(3))[0], rtol=1e-6)
+
+
+# ---- DDIM's forward process ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, schedules.make("jsd", num_timesteps=20)])
+def test_ddims_forward_process_is_bayes_rule_on_its_posterior(schedule, eta):
+    of_x_prev, std = diffusion.ddim_forward(schedule, eta)
+    a = schedule.alpha_bar
+    p = np.append(1.0, a[:-1])
+    sigma = eta * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
+    assert of_x_prev[0] == 0 and std[0] ** 2 == pytest.approx(1 - a[0])
+    # Of (x_{t−1}, x_t) given x_0: the covariance by way of the posterior, and by way of the forward step.
+    squared_line = (1 - p - sigma**2) / (1 - a)
+    assert (of_x_prev >= 0).all()
+    np.testing.assert_allclose(squared_line * (1 - a) ** 2, (of_x_prev * (1 - p)) ** 2, atol=1e-12)
+    np.testing.assert_allclose(of_x_prev**2 * (1 - p) + std**2, 1 - a, rtol=1e-9)
+    if eta == 1:  # Markov: x_0 has dropped out
+        np.testing.assert_allclose(of_x_prev[1:] ** 2, schedule.alpha[1:], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(std**2, schedule.beta, rtol=1e-9)
+    if eta == 0:  # solved, not drawn, from the second step on
+        assert (std[1:] == 0).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddims_forward_steps_have_the_marginals_of_q(eta):
+    schedule, x_0 = SCHEDULES[2], images(0, 1, 2, 2, 1)
+    zero = jnp.zeros_like(x_0)
+    mean, spread = x_0, zero  # of x_t given x_0, carried from step to step
+    for t in range(len(schedule)):
+        mean = diffusion.q_step_ddim(schedule, mean, x_0, jnp.array([t]), zero, eta=eta)
+        of_x_prev, std = (table[t] for table in diffusion.ddim_forward(schedule, eta))
+        spread = of_x_prev**2 * spread + std**2
+        expected = diffusion.q_sample(schedule, x_0, jnp.array([t]), zero)
+        np.testing.assert_allclose(mean, expected, atol=2e-6)
+        np.testing.assert_allclose(spread, 1 - schedule.alpha_bar[t], rtol=1e-5)
+        noisy = diffusion.q_step_ddim(schedule, mean, x_0, jnp.array([t]), zero + 1, eta=eta)
+        still = diffusion.q_step_ddim(schedule, mean, x_0, jnp.array([t]), zero, eta=eta)
+        np.testing.assert_allclose(noisy - still, std, atol=2e-6)
+    with pytest.raises(ValueError, match="no forward process"):
+        diffusion.ddim_forward(schedule, "hat")

@@ -191,6 +191,39 @@ def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
         assert line.endswith("delete it and evaluate again")
 
 
+def test_several_seeds_say_what_is_a_finding(tmp_path, capsys):
+    """b is lower than a by about 1 for each seed, c by as much on average and not for each."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def rows(size):\n    return {'a': {}, 'b': {}, 'c': {}}\n"
+        "def evaluations(size, row):\n    return {'p': ['--mode=nll']}\n"
+    )
+    values = {"a": (3.0, 5.0, 7.0), "b": (2.0, 4.1, 5.9), "c": (4.0, 1.0, 7.0)}
+    for row, of in values.items():
+        for seed, total in enumerate(of):
+            path = tmp_path / "mine" / "cpu" / (f"{row}_seed{seed}" if seed else row) / "eval"
+            path.mkdir(parents=True)
+            result = {"total": total, "total_stderr": 0.1, "num_images": 64}
+            (path / "p.json").write_text(json.dumps(result))
+    given = [str(file), "--size=cpu", f"--root={tmp_path}", "--seeds=3"]
+    sweep.main([*given, "--table"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| row | p |",
+        "| --- | --- |",
+        "| a | 5.000 ± 2.000 (3 seeds) |",
+        "| b | 4.000 ± 1.952 (3 seeds) |",
+        "| c | 4.000 ± 3.000 (3 seeds) |",
+        "| b less a | -1.000 ± 0.058 |",
+        "| c less a | -1.000 ± 1.528, not distinguishable here |",
+    ]
+    commands = printed(capsys, *given, "--row=b")
+    trainings = [command for command in commands if is_training(command)]
+    assert [command[-1] for command in trainings[1:]] == ["--config.seed=1", "--config.seed=2"]
+    assert not any("config.seed" in argument for argument in trainings[0])
+    assert trainings[2][4].endswith("b_seed2") and len(commands) == 6
+    assert "at least 1" in refused(capsys, str(file), "--seeds=0")
+
+
 def refused(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as exit:
         sweep.main(list(arguments))
@@ -277,7 +310,7 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
     def score(workdir, **options):
         asked.append(options)
         mean = 1.0 + 100 * int(options.get("steps", 0)) + 0.125 * (options["sampler"] == "ddim")
-        return {"fid_300": {"mean": mean}}
+        return {"fid_300": {"values": [mean]}}
 
     class Run:
         method = make_method(digits.get_config())
@@ -291,3 +324,10 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
     assert lines[0] == "| S | 2 | 4 | 50 | T |"
     assert lines[2] == "| DDIM η 0.0 | 201.12 | 401.12 |  |  |"
     assert lines[-1] == "| ancestral |  |  | 5001.00 | 1.00 |"
+    seeds = {"a": {5: {"fid": [3.0, 5.0, 7.0]}}, "b": {5: {"fid": [2.0, 4.1, 5.9]}}}
+    seeds |= {"c": {5: {"fid": [4.0, 1.0, 7.0]}}}
+    assert table1.show(seeds, "fid").splitlines()[2:] == [
+        "| a | 5.00 ± 2.00 |",
+        "| b | 4.00 ± 1.95 (-17.3) |",
+        "| c | 4.00 ± 3.00 |",
+    ]

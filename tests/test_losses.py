@@ -97,6 +97,87 @@ def test_min_snr_weighs_the_image_the_same_whatever_is_predicted(gamma):
         np.testing.assert_allclose(ours, expected, rtol=2e-3 if kind == "mean" else 5e-5)
 
 
+def test_own_weights():
+    network = diffusion.denoiser(FULL, lambda x_t, t: 0.3 * x_t)
+    gamma = np.full(1000, 1 / (1000 * X_0[0].size))
+    simple = losses.simple(FULL, network, X_0, T_S, EPS)
+    loss = losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma)
+    np.testing.assert_allclose(loss, simple, rtol=1e-6)
+    gamma[50] = 0.0
+    loss = losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma)
+    np.testing.assert_allclose(loss, np.where(T_S == 50, 0.0, simple), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"\(999,\), one weight for each of 1000"):
+        losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma[1:])
+    for eta in (0, "hat", 1.5):
+        with pytest.raises(ValueError, match="eta"):
+            losses.ddim_gamma(FULL, eta)
+
+
+CHAINS = [
+    schedules.make("linear", num_timesteps=6, start=0.05, end=0.5),
+    schedules.shorten(FULL, "2,2,1"),
+    schedules.make("cosine", num_timesteps=4),
+]
+
+
+def objective(chain, eta, slope, shift, x_0):
+    """J_σ of one number x_0 by its definition E_q[log q_σ(x_1 … x_S | x_0) − log p_θ(x_0 … x_S)], float64.
+
+    With ε̂ = slope_t x_t + shift_t all of it is normal. Mean and covariance of x_S … x_1 are composed by the
+    posteriors of Lemma 2.1, the densities of p_θ by its Gaussian steps; nothing of ddpm_jax is used.
+    """
+    a = chain.alpha_bar
+    p, S = np.append(1.0, a[:-1]), len(a)
+    std = eta * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
+    keep = np.sqrt(1 - p - std**2)
+    mean, covariance = np.zeros(S), np.zeros((S, S))
+    mean[-1], covariance[-1, -1] = np.sqrt(a[-1]) * x_0, 1 - a[-1]
+    for t in range(S - 1, 0, -1):  # x_{t−1} of the loop's t is a line in x_t, plus noise
+        line = keep[t] / np.sqrt(1 - a[t])
+        mean[t - 1] = np.sqrt(p[t]) * x_0 + line * (mean[t] - np.sqrt(a[t]) * x_0)
+        covariance[t - 1] = covariance[:, t - 1] = line * covariance[t]
+        covariance[t - 1, t - 1] = line**2 * covariance[t, t] + std[t] ** 2
+    entropy = 0.5 * np.linalg.slogdet(2 * np.pi * np.e * covariance)[1]
+    square = mean[-1] ** 2 + covariance[-1, -1]
+    cross = 0.5 * (np.log(2 * np.pi) + square)  # −E log p(x_S)
+    std[0] = np.sqrt((1 - p[1]) / (1 - a[1]) * (1 - a[1] / p[1]))  # fixed_small's at the first step
+    for t in range(S):
+        of_x = np.sqrt(p[t] / a[t])  # μ_θ = √ᾱ_{t−1} x̂_0 + keep ε̂
+        of_eps = keep[t] - np.sqrt(p[t] * (1 - a[t]) / a[t])
+        factor, constant = of_x + of_eps * slope[t], of_eps * shift[t]
+        below = (x_0, 0.0, 0.0) if t == 0 else (mean[t - 1], *covariance[t - 1, [t - 1, t]])
+        bias = below[0] - factor * mean[t] - constant
+        spread = below[1] - 2 * factor * below[2] + factor**2 * covariance[t, t]
+        cross += 0.5 * (np.log(2 * np.pi * std[t] ** 2) + (bias**2 + spread) / std[t] ** 2)
+    return cross - entropy
+
+
+@pytest.mark.parametrize("eta", [0.05, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_ddim_has_the_objective_of_ddpm_up_to_a_constant(chain, eta):
+    """J_σ − L_γ is the same for any network; Song et al. 2021, Theorem 1."""
+    S, draws = len(chain), np.random.default_rng(1)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(3)  # exact for squares of ε
+    t, n = (index.ravel() for index in np.indices((S, 3)))
+    constants, values = [], []
+    for x_0 in (0.4, 0.4, 0.4):
+        slope, shift = draws.normal(size=(2, S))
+
+        def denoise_fn(x_t, t, slope=slope, shift=shift):
+            of_x, constant = (diffusion.at(table, t, x_t) for table in (slope, shift))
+            return diffusion.Denoised(x_t, x_t, of_x * x_t + constant)
+
+        images = jnp.full((3 * S, 1, 1, 1), x_0)
+        eps = jnp.asarray(nodes[n], jnp.float32).reshape(-1, 1, 1, 1)
+        gamma = losses.ddim_gamma(chain, eta)
+        loss = losses.weighted(chain, denoise_fn, images, t, eps, gamma=gamma)
+        mean_over_t = np.sum(np.float64(loss) * weights[n] / weights.sum()) / S
+        values.append(objective(chain, eta, slope, shift, x_0))
+        constants.append(values[-1] - mean_over_t)
+    assert np.ptp(values) > 0.5
+    np.testing.assert_allclose(constants, constants[0], atol=1e-4 * max(values))
+
+
 def test_first_term_is_the_discretised_likelihood():
     levels = diffusion.from_uint8(np.arange(96, dtype=np.uint8).reshape(6, 4, 4, 1))
     t = jnp.zeros(6, jnp.int32)

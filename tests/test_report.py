@@ -169,7 +169,7 @@ def test_results_are_those_of_their_files(trained):
 
 
 def list_of_pictures(workdir):
-    names = [*report._names(f"{workdir}/samples"), "data_preview.png"]
+    names = [*report._names(f"{workdir}/samples"), "data_preview.png", "forward.png"]
     return [name for name in names if name.endswith(".png")]
 
 

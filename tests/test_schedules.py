@@ -110,6 +110,51 @@ def test_a_chain_that_stops_short_is_reported():
     assert "does not reach" in health.warning
 
 
+def sequences(n):
+    """β_1 … β_n of series whose sum is known to grow without end, or to stay finite."""
+    k = np.arange(2.0, n + 2)
+    return {
+        True: [np.full(n, 3e-5), 1 / k, 0.5 / k, 0.9 / (k * np.log(k))],
+        False: [1 / k**2, 0.3 / k**1.5],
+    }
+
+
+def test_the_product_goes_to_0_exactly_if_the_sum_diverges():
+    """Tang, Proposition 1.1, and 1.2 for the divergence of q(x_t | x_0 = 1) from N(0, 1)."""
+    lengths = (10**2, 10**4, 10**6)
+    ends = [sequences(n) for n in lengths]
+    for diverges in (True, False):
+        for betas in zip(*(end[diverges] for end in ends), strict=True):
+            health = [schedules.health(schedules.from_betas(beta)) for beta in betas]
+            left = np.array([h.alpha_bar_T for h in health])
+            sums = np.array([h.sum_beta for h in health])
+            bits = np.array([h.prior_bits_per_dim for h in health])
+            # Between two bounds by the sum, as −ln(1 − β) is convex: one goes to 0 with the other or not.
+            largest = betas[0].max()
+            assert (left <= [h.alpha_bar_bound for h in health]).all()
+            assert (left >= 0.999 * np.exp(sums * np.log1p(-largest) / largest)).all()
+            if diverges:
+                assert (sums[1:] > sums[:-1] + 0.1).all() and (left[1:] < 0.9 * left[:-1]).all()
+                assert (bits[1:] < 0.9 * bits[:-1]).all()
+            else:
+                assert sums[-1] - sums[-2] < 0.01 and left[-1] > 0.99 * left[-2] > 0.1
+                assert bits[-1] > 0.97 * bits[-2] > 1e-2 and health[-1].warning
+    # ∏(1 − 1/k²) over k = 2, 3 … is ½, and ∏(1 − 1/k) up to n + 1 is 1/(n + 1).
+    telescopes = schedules.from_betas(1 / np.arange(2.0, 1002) ** 2)
+    np.testing.assert_allclose(telescopes.alpha_bar[-1], 0.5 * 1002 / 1001, rtol=1e-12)
+    harmonic = schedules.from_betas(1 / np.arange(2.0, 1002))
+    np.testing.assert_allclose(harmonic.alpha_bar[-1], 1 / 1001, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*schedules.NAMED])
+def test_the_sum_of_beta_bounds_what_is_left(name):
+    schedule = make(name, num_timesteps=300)
+    health = schedules.health(schedule)
+    np.testing.assert_allclose(health.sum_beta, sum(schedule.beta.tolist()), rtol=1e-12)
+    assert health.alpha_bar_T <= health.alpha_bar_bound == np.exp(-health.sum_beta)
+    assert (health.alpha_bar_T > 0) == (name != "jsd")
+
+
 # ---- shortened chains ------------------------------------------------------------------------------
 
 
@@ -134,6 +179,63 @@ def test_subsequence_tables(steps, T, count, head, tail):
     assert tau[-len(tail) :].tolist() == tail
 
 
+def space_timesteps(T, counts):
+    """Nichol & Dhariwal's rule, written from its description: parts, strides added up, Python's round."""
+    times, start = [], 0
+    for part, count in enumerate(counts):
+        size = T // len(counts) + (1 if part < T % len(counts) else 0)
+        position, stride = 0.0, 1.0 if count <= 1 else (size - 1) / (count - 1)
+        for _ in range(count):
+            times.append(start + round(position))
+            position = position + stride
+        start += size
+    return times
+
+
+@pytest.mark.parametrize(
+    "T, counts",
+    [
+        (300, [10, 15, 20]),
+        (301, [10, 15, 20]),  # parts of 101, 100, 100
+        (302, [101, 101, 100]),  # every step of every part
+        (300, [1, 1, 1]),
+        (7, [3, 1, 0]),
+        (1000, [29, 31, 43, 59]),  # halves that adding up rounds the other way
+        (24, [23]),
+        (1000, [21]),
+        (4000, [95, 1, 333]),
+    ],
+)
+def test_parts_are_those_of_improved_ddpm(T, counts):
+    steps = ",".join(map(str, counts))
+    assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts)
+    chain = schedules.shorten(make("cosine", num_timesteps=T), steps)
+    assert chain.timesteps.tolist() == space_timesteps(T, counts)
+
+
+def test_parts_of_any_length_and_number():
+    words = np.random.default_rng(0)
+    for _ in range(2000):
+        T = int(words.integers(2, 1200))
+        n = int(words.integers(1, min(T, 8) + 1))
+        counts = [int(words.integers(0, T // n + (i < T % n) + 1)) for i in range(n)]
+        if sum(counts) > 1:
+            steps = ",".join(map(str, counts))
+            assert schedules.subsequence(steps, T).tolist() == space_timesteps(T, counts), (
+                T,
+                steps,
+            )
+
+
+def test_parts_are_spaced_uniformly_and_not_otherwise():
+    full = make("linear", num_timesteps=301)
+    chain = schedules.shorten(full, "10,15,20", spacing="uniform")
+    assert chain.timesteps.tolist() == space_timesteps(301, [10, 15, 20])
+    for spacing in ("linear", "quadratic", "log_snr"):
+        with pytest.raises(ValueError, match="such as steps=50; got steps='10,15,20'"):
+            schedules.shorten(full, "10,15,20", spacing=spacing)
+
+
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
 @pytest.mark.parametrize("notation", ["{}", "ddim{}", "quad{}", "logsnr{}"])
 def test_every_length_without_repeats(notation, T):
@@ -152,6 +254,9 @@ def test_every_length_without_repeats(notation, T):
         ("ddim0", "1 to 1000"),
         ("quad2000", "1 to 1000"),
         ("10,600", "600 of 500"),
+        ("10,-1", "-1 of 500"),
+        ("0,0", "0 of 1000"),
+        ("10,,20", "cannot read"),
         ("fifty", "cannot read"),
         ("quad5,6", "cannot read"),
         ("logsnr5", "SNR stays above 0"),

@@ -76,15 +76,11 @@ def test_numbers_are_those_of_the_features_and_carry_what_moved_them(workdir, ca
     assert manifest["reference"]["num_images"] == 1500
     assert manifest["reference"]["split"] == "train" and "jax" in manifest["software"]
     assert manifest["generated"]["step"] == 3 and manifest["generated"]["spread"] == 0.1
-    said = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("pixels_fid_40 ="))
-    for words in (
-        "±",
-        "2 seeds",
-        "40 images",
-        "1500 of digits/train",
-        "ema weights of step 3",
-        "uint8",
-    ):
+    printed = capsys.readouterr().out.splitlines()
+    row = next(line for line in printed if line.startswith("pixels_fid_40 "))
+    assert "±" in row and "2 seeds" in row and row.endswith("[1]")
+    [said] = (line for line in printed if line.startswith("["))  # one set of settings for all rows
+    for words in ("40 images", "1500 of digits/train", "ema weights of step 3", "uint8"):
         assert words in said
 
 

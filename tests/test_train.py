@@ -15,11 +15,12 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from ddpm_jax import checkpoints, data, parallel, runs, train, writers
+from ddpm_jax import checkpoints, data, parallel, runs, schedules, train, writers
 from ddpm_jax import config as config_lib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -41,6 +42,13 @@ def make_config(num_steps=6, **changes):
         section = functools.reduce(lambda node, key: node[key], path, config)
         with section.ignore_type():
             section[name] = value
+    return config
+
+
+def make_diffusion():
+    config = make_config(num_steps=2, method="tiny")
+    config.preview = ConfigDict({"every": 100, "num_images": 2, "steps": "2"})
+    config.schedule.num_timesteps = 30
     return config
 
 
@@ -69,6 +77,39 @@ def test_a_run_directory(tmp_path, capsys):
     assert lines[0] == lines[-1] == f"run directory: {tmp_path}"
     assert any("1500 images 8×8×1, 10 classes" in line for line in lines)
     assert any("step 6/6  100 %" in line and "images/s" in line for line in lines)
+
+
+def test_the_forward_process_is_a_picture_of_every_diffusion(tmp_path, capsys):
+    train.train(make_config(num_steps=2), tmp_path / "other")
+    assert not (tmp_path / "other" / "forward.png").exists()  # affine.py is no diffusion
+    assert "alpha_bar" not in capsys.readouterr().out
+    config = make_diffusion()
+    train.train(config, tmp_path / "run")
+    assert "30 steps, sum of beta 0.3015" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "run" / "forward.png")).astype(float)
+    assert picture.shape == (16 + 4 * 58 + 2, 11 * 58 + 2, 3)
+    columns = [picture[16:, 58 * k + 2 : 58 * k + 58] for k in range(11)]
+    # What is left of the data falls from left to right; the last column of so short a chain shows some.
+    alike = [np.corrcoef(columns[0].ravel(), column.ravel())[0, 1] for column in columns]
+    assert alike[1] > 0.99 and 0.5 < alike[-1] < 0.95
+    before = (tmp_path / "run" / "forward.png").read_bytes()
+    config.training.num_steps = 3
+    train.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "forward.png").read_bytes() == before
+
+
+def test_a_method_with_another_chain_shows_its_own(tmp_path, capsys, monkeypatch):
+    make = tiny.make
+
+    def make_another(config):
+        method = make(config)
+        chain = schedules.from_betas([0.1, 0.7])
+        return method._replace(diffusion=method.diffusion._replace(schedule=chain))
+
+    monkeypatch.setattr(tiny, "make", make_another)
+    train.train(make_diffusion(), tmp_path)
+    assert "schedule: 2 steps, sum of beta 0.8" in capsys.readouterr().out
+    assert np.asarray(Image.open(tmp_path / "forward.png")).shape[1] == 3 * 58 + 2
 
 
 def test_resuming_is_exact(tmp_path):
@@ -198,6 +239,77 @@ def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
     train.refuse_another_config(make_config(), path)  # both have their defaults
     with pytest.raises(config_lib.ConfigError, match=r"t_sampling is '.no such field.' there"):
         train.refuse_another_config(make_config(diffusion__t_sampling="antithetic"), path)
+
+
+@pytest.mark.parametrize(
+    "section, name, other",
+    [
+        ("data", "memory_limit_gb", 1.0),
+        ("model", "head_channels", 8),
+        ("model", "attention_resolutions", (8,)),
+        ("schedule", "end", 0.5),
+        ("diffusion", "label_dropout", 0.1),
+        ("optimizer", "weight_decay", 0.1),
+        ("step", "ema_warmup", True),
+    ],
+)
+def test_a_field_that_a_run_lacks_stands_for_its_default(tmp_path, section, name, other):
+    defaults = {
+        "memory_limit_gb": 4.0,
+        "attention_resolutions": (16,),
+        "ema_warmup": False,
+    }
+    new = make_config()
+    with new.ignore_type(), new.unlocked():
+        for key, value in defaults.items():
+            home = "data" if key == "memory_limit_gb" else "step" if "ema" in key else "model"
+            new[home][key] = value
+    old = new.copy_and_resolve_references()
+    with old.unlocked():
+        del old[section][name]
+    path = tmp_path / "config.json"
+    config_lib.save(old, path)
+    train.refuse_another_config(new, path)
+    config_lib.save(new, path)
+    train.refuse_another_config(old, path)  # and the other way round: a config file of one's own
+    config_lib.save(old, path)
+    with new.ignore_type():
+        new[section][name] = other
+    with pytest.raises(config_lib.ConfigError, match=f"{name} is '.no such field.' there"):
+        train.refuse_another_config(new, path)
+
+
+def test_a_field_without_a_default_is_missed(tmp_path):
+    config = make_config()
+    config_lib.save(config, tmp_path / "config.json")
+    del config.affine["scale"]
+    with pytest.raises(config_lib.ConfigError, match=r"affine.scale is 1.0 there and '.no such"):
+        train.refuse_another_config(config, tmp_path / "config.json")
+
+
+def test_a_run_of_own_betas_needs_no_number_of_steps(tmp_path):
+    betas = {"schedule__name": "betas", "schedule__betas": (0.1, 0.5, 0.9)}
+    train.train(make_config(num_steps=3, **betas), tmp_path)  # the base config says 1000
+    assert config_lib.load(tmp_path / "config.json").schedule.num_timesteps == 3
+    for length in (1000, 3, None):  # how such a run was begun before, too
+        again = make_config(num_steps=3, **betas, schedule__num_timesteps=length)
+        train.train(again, tmp_path)
+        saved = again.copy_and_resolve_references()
+        config_lib.save(saved, tmp_path / "other.json")
+        train.refuse_another_config(make_config(**betas), tmp_path / "other.json")
+    betas["schedule__betas"] = (0.1, 0.5, 0.8)
+    with pytest.raises(config_lib.ConfigError, match=r"0\.9\] there and \[0\.1, 0\.5, 0\.8\] here"):
+        train.train(make_config(num_steps=3, **betas), tmp_path)
+
+
+def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
+    train.train(make_config(num_steps=3), tmp_path)
+    config = config_lib.load(tmp_path / "config.json")
+    del config.model["head_channels"]  # from before there was this field: recipes digest the config
+    config_lib.save(config, tmp_path / "config.json")
+    before = (tmp_path / "config.json").read_bytes()
+    train.train(make_config(num_steps=3), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from scipy import stats
 from test_configs import trace_step
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import sample, train, training
+from ddpm_jax import data, sample, train, training
 from ddpm_jax.ddpm import make_method
 from experiments import vae
 from experiments.vae import __main__ as command
 from experiments.vae import config as vae_config
+from experiments.vae import draws
 
 Z = np.linspace(-14, 14, 14001)
 DZ = Z[1] - Z[0]
@@ -210,6 +211,66 @@ def test_mistakes_are_one_line(name, value, said):
         make_method(config)
 
 
+def test_the_loss_of_several_draws_is_their_mean(one_latent):
+    _, _, params, image = one_latent
+    n, key = 6, jax.random.key(3)
+    batch = {"image": np.repeat(image, n, axis=0), "index": np.arange(n, dtype=np.int32)}
+    keys = jax.vmap(lambda k: jax.random.split(k)[0])(vae.fold_in_each(key, batch["index"]))
+    for count in (1, 5):
+        config = make_config()
+        with config.unlocked():
+            config.vae.draws = count
+        method = make_method(config)
+        network = vae.make_network(config.data.image_shape, **config.vae)
+        loss, metrics, _ = method.loss(params, (), key, batch)
+        eps = jax.vmap(lambda k, n=count: jax.random.normal(k, (n, 1)))(keys)  # [B, K, J]
+        each = [
+            vae.parts(network, params, vae.grey(batch["image"]), eps[None, :, k])
+            for k in range(count)
+        ]
+        np.testing.assert_allclose(
+            loss,
+            np.mean([kl - reconstruction[0] for reconstruction, kl, _ in each], axis=0),
+            rtol=1e-5,
+        )
+        np.testing.assert_allclose(loss, metrics["reconstruction"][0] + metrics["kl"][0], rtol=1e-6)
+    # One draw is what it was before there were several: the same noise.
+    once = jax.vmap(lambda k: jax.random.normal(k, (1,)))(keys)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda k: jax.random.normal(k, (1, 1)))(keys)[:, 0], once
+    )
+    with pytest.raises(config_lib.ConfigError, match="draws must be at least 1"):
+        config.vae.draws = 0
+        make_method(config)
+
+
+def test_the_gradient_s_variance_is_taken_apart(one_latent):
+    _, network, params, image = one_latent
+    several = np.random.default_rng(0).integers(0, 256, (50, 2, 2, 1), np.uint8)
+    key = jax.random.key(0)
+    D, Z = draws.gradient_variances(network, params, np.repeat(image, 400, axis=0), key)
+    assert Z > 0.1 and abs(D) < 0.1 * Z  # one image: all of it is between draws
+    still = jax.tree.map(np.copy, params)
+    still["encoder_log_variance"]["kernel"] *= 0.0
+    still["encoder_log_variance"]["bias"] -= 60.0  # σ of z is e^−30: no noise is left
+    D, Z = draws.gradient_variances(network, still, several, key)
+
+    def loss(params, x):
+        log_p, kl, _ = vae.parts(network, params, x[None], jnp.zeros((1, 1, 1)))
+        return (kl - log_p[0])[0]
+
+    gradients = [jax.grad(loss)(still, x) for x in vae.grey(several)]
+    flat = np.stack([np.concatenate([g.ravel() for g in jax.tree.leaves(g)]) for g in gradients])
+    assert Z < 1e-6 * D and pytest.approx(np.var(flat, axis=0, ddof=1).sum(), rel=1e-4) == D
+
+
+def test_the_table_of_draws_compares_seed_by_seed():
+    found = {(1, 10): [(-5.0, 3.0), (-7.0, 2.0)], (5, 10): [(-4.0, 9.0), (-6.5, 8.0)]}
+    first, second = draws.table(found).splitlines()[2:]
+    assert first == "| 1 | 10 | -6.00 ± 1.00 |  | 2 |"
+    assert second == "| 5 | 10 | -5.25 ± 1.25 | 0.75 ± 0.25 | 8 |"
+
+
 def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ddpm_jax.writers.save_loss_curve", lambda *args: None)  # takes a second
     workdir = str(tmp_path / "run")
@@ -228,9 +289,9 @@ def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypa
 
     # By hand, in one batch: the same images and the same draws.
     run, network = command.load(workdir, "ema")
-    images = command.runs.load_data(run.config, split="test").images[:10]
-    key = training.make_keys(0).evaluate
-    values = command.make_bounds(network, 3)(run.params, key, images, np.arange(10))
+    images = command.runs.load_data(run.config, split="test").images
+    rows, key = data.choose(len(images), 10), training.make_keys(0).evaluate
+    values = command.make_bounds(network, 3)(run.params, key, images[rows], rows)
     for name, each in values.items():
         assert result[name] == pytest.approx(float(np.mean(each)), rel=1e-5)
 

@@ -34,4 +34,5 @@ def make(config):
         schedule=schedules.make(**config.schedule),
         unet=Network(shape[-1] * (1 + learned), classes),
         image_shape=shape,
+        flip=config.data.flip,
     )

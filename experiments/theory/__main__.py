@@ -38,7 +38,8 @@ over an α too many or too few. Each line below is a small function in float64 (
 three times: from the definition, by the printed formula, and by the right one. The definition is the one-step kernel
 q(x_t | x_{{t−1}}) = N(√α_t x_{{t−1}}, β_t) with Ho et al.'s linear schedule, composed step by step or integrated on a
 grid ([chain.py](chain.py)). None of it shares code with ddpm_jax, which has a column of its own. {right} lines are about
-places that were suspected and are right; {words} are decided by words.
+places that were suspected and are right, {notation} about slips of notation from which nothing follows; {words}
+are decided by words.
 
 The numbers are those of the first case that the last column names. In brackets stands the largest relative distance
 from the truth over all the cases, absolute where the truth is 0. Documents count t = 1 … T, and ᾱ_0 = 1. They were
@@ -68,7 +69,7 @@ def distance(value, truth, tolerance: float) -> str:
 
 def line(erratum: Erratum) -> tuple[str, ...]:
     """The cells of a row."""
-    verdict = "erratum" if erratum.is_one else "**no erratum**"
+    verdict = erratum.verdict()
     words = erratum.place, erratum.printed, erratum.right
     if isinstance(erratum.decide, str):
         return *words, *4 * ("—",), verdict, erratum.reason()
@@ -91,8 +92,11 @@ def table(rows) -> str:
 def page() -> str:
     """The whole text, Markdown."""
     every = [erratum for module, _ in DOCUMENTS.values() for erratum in module.ERRATA]
-    count, words = sum(e.is_one for e in every), sum(isinstance(e.decide, str) for e in every)
-    parts = [INTRODUCTION.format(count=count, right=len(every) - count, words=words)]
+    verdicts = [erratum.verdict() for erratum in every]
+    count, notation = verdicts.count("erratum"), verdicts.count("notation")
+    words = sum(isinstance(erratum.decide, str) for erratum in every)
+    right = len(every) - count - notation
+    parts = [INTRODUCTION.format(count=count, right=right, notation=notation, words=words)]
     for name, (module, title) in DOCUMENTS.items():
         parts.append(f"## {name}\n\n{title}\n\n{table(map(line, module.ERRATA))}\n")
     return "\n".join(parts)

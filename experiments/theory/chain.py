@@ -64,6 +64,28 @@ def posterior(t: int, x_t: float, x_0: float, before: int | None = None):
     return x, normalise(log_density, x)
 
 
+def ddim_posterior(t: int, x_t, x_0: float, eta: float):
+    """Mean and variance of DDIM's q_σ(x_{t−1} | x_t, x_0), Lemma 2.1 of Liu, with σ = η √β̃_t."""
+    (factor, spread), (earlier, earlier_spread) = forward(t), forward(t - 1)
+    variance = eta**2 * BETA[t - 1] * earlier_spread / spread
+    line = np.sqrt((earlier_spread - variance) / spread)
+    return earlier * x_0 + line * (x_t - factor * x_0), variance
+
+
+def ddim_forward(t: int, x_before: float, x_0: float, eta: float):
+    """log q_σ(x_t | x_{t−1}, x_0) on a grid by Bayes' rule: x [N], log density [N]."""
+    factor, spread = forward(t)
+    line = ddim_posterior(t, 1.0, 0.0, eta)[0]
+    middle, variance = ddim_posterior(t, 0.0, x_0, eta)
+    middle = (
+        x_before - middle
+    ) / line  # where q_σ(x_{t−1} | x_t, x_0) is largest as a function of x_t
+    x = middle + np.linspace(-12, 12, 20001) * np.sqrt(variance) / line
+    mean, _ = ddim_posterior(t, x, x_0, eta)
+    log_density = log_normal(x_before, mean, variance) + log_normal(x, factor * x_0, spread)
+    return x, normalise(log_density, x)
+
+
 def moments(x, log_density) -> tuple[float, float]:
     """Mean and variance of a density on a grid."""
     p = np.exp(log_density) * (x[1] - x[0])

@@ -29,7 +29,8 @@ class Erratum(NamedTuple):
       tolerance: how far from the truth, relatively, a formula may be that agrees with it.
       ours: () -> what ddpm_jax has for the same quantity, or None.
       ours_tolerance: the same for it, most of which is float32.
-      is_one: False where the printed formula turns out to be right.
+      is_one: False where the printed formula turns out to be right, or where, in words, the slip is one of
+        notation from which nothing follows.
     """
 
     place: str
@@ -40,6 +41,12 @@ class Erratum(NamedTuple):
     ours: Callable | None = None
     ours_tolerance: float = 1e-4
     is_one: bool = True
+
+    def verdict(self) -> str:
+        """One word, or two."""
+        if self.is_one:
+            return "erratum"
+        return "notation" if isinstance(self.decide, str) else "**no erratum**"
 
     def reason(self) -> str:
         """What decides, in a sentence."""

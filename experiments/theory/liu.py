@@ -59,32 +59,97 @@ def weight_of_ddim() -> Numbers:
     half of DDPM's σ, integrated on a grid, at t + 1 = 500; also at 2, 10, 100, 1000.
     """
 
-    def parts(t):  # t is the document's t + 1
-        alpha, beta, bar, before = symbols(t)
-        variance = 0.25 * beta * (1 - before) / (1 - bar)
-        return alpha, bar, before, variance
-
-    def truth(t):
-        _, _, _, variance = parts(t)
-        (factor, spread), (earlier, earlier_spread) = chain.forward(t), chain.forward(t - 1)
+    def truth(t):  # t is the document's t + 1
+        factor, spread = chain.forward(t)
         x_t = 0.2
-
-        def mean(eps):
-            x_0 = (x_t - np.sqrt(spread) * eps) / factor
-            keep = np.sqrt((earlier_spread - variance) / spread)
-            return earlier * x_0 + keep * (x_t - factor * x_0)
-
-        means = mean(0.5), mean(1.5)
+        x_0, x_theta = ((x_t - np.sqrt(spread) * eps) / factor for eps in (0.5, 1.5))
+        means, (variance, _) = zip(
+            *(chain.ddim_posterior(t, x_t, x, 0.5) for x in (x_0, x_theta)), strict=True
+        )
         x = np.mean(means) + np.linspace(-1, 1, 20001) * (
             abs(means[1] - means[0]) + 12 * variance**0.5
         )
         return chain.divergence(x, *(chain.log_normal(x, m, variance) for m in means))
 
     def printed(t):
-        alpha, bar, before, variance = parts(t)
+        alpha, beta, bar, before = symbols(t)
+        variance = 0.25 * beta * (1 - before) / (1 - bar)
         return (np.sqrt(1 - before - variance) - np.sqrt((1 - bar) / alpha)) ** 2 / variance
 
     return Numbers(over(truth), over(printed), over(printed) / 2)
+
+
+def variance_of_lemma() -> Numbers:
+    """The variance of q_σ(x_{k−1} | x_k, x_0) with the σ of (2.14), which makes it DDPM's, by
+    Bayes' rule on a grid, at k = 500; also at k = 2, 10, 100, 1000. What is printed is that of
+    q_σ(x_{k−1} | x_0), which the proof is about.
+    """
+
+    def right(t):
+        _, beta, bar, before = symbols(t)
+        return beta * (1 - before) / (1 - bar)
+
+    printed = over(lambda t: 1 - symbols(t)[3])
+    return Numbers(over(chain.posterior_variance), printed, over(right))
+
+
+def mean_of_x_1() -> Numbers:
+    """The mean of x_1 for x_0 = 0.3, by the kernel; also for x_0 = −0.8."""
+    x_0, root = np.array([0.3, -0.8]), np.sqrt(1 - chain.BETA[0])
+    return Numbers(chain.forward(1)[0] * x_0, np.array([root, root]), root * x_0)
+
+
+def deterministic_step() -> Numbers:
+    """The mean of q_σ(x_{t+1} | x_t, x_0) for x_t = 0.5, x_0 = −0.3, by Bayes' rule on a grid from
+    Lemma 2.1 with a hundredth of DDPM's σ, at t + 1 = 500; also at 2, 10, 100, 1000.
+    """
+
+    def truth(t):
+        return chain.moments(*chain.ddim_forward(t, 0.5, -0.3, 0.01))[0]
+
+    def solved(t):
+        _, _, bar, before = symbols(t)
+        return -0.3 * np.sqrt(bar) + np.sqrt((1 - bar) / (1 - before)) * (0.5 + 0.3 * before**0.5)
+
+    return Numbers(over(truth), over(solved), over(solved))
+
+
+# X ~ N(0.3, 0.5²) and Y given X ~ N(0.7 X − 0.2, 0.4²): Liu's Appendix B in one dimension each.
+MEAN_X, VARIANCE_X, SLOPE, SHIFT, VARIANCE_Y_X = 0.3, 0.25, 0.7, -0.2, 0.16
+
+
+def conditional(x):
+    """Mean and variance of Y given X = x, from the joint density of the two on a grid of y."""
+    y = np.linspace(-8, 8, 20001)
+    log_joint = chain.log_normal(x, MEAN_X, VARIANCE_X)
+    log_joint = log_joint + chain.log_normal(y, SLOPE * x + SHIFT, VARIANCE_Y_X)
+    return chain.moments(y, chain.normalise(log_joint, y))
+
+
+def joint():
+    """μ_1, Σ_11, Σ_12 of Appendix B for Y = X_1 and X = X_2; μ_2 and Σ_22 are those of X."""
+    variance = VARIANCE_Y_X + SLOPE**2 * VARIANCE_X
+    return SLOPE * MEAN_X + SHIFT, variance, SLOPE * VARIANCE_X
+
+
+def conditional_variance() -> Numbers:
+    """The variance of Y given X for X ~ N(0.3, 0.5²) and Y | X ~ N(0.7 X − 0.2, 0.4²), from the
+    joint density on a grid. Σ_{22|1} is the variance of X given Y, Σ_22 − Σ_21 Σ_11⁻¹ Σ_12; the
+    expression on its right is that of Σ_{11|2}.
+    """
+    _, of_y, both = joint()
+    truth = conditional(0.9)[1]
+    return Numbers(truth, VARIANCE_X - both**2 / of_y, of_y - both**2 / VARIANCE_X)
+
+
+def conditional_mean() -> Numbers:
+    """The mean of Y given X = 0.9 for X ~ N(0.3, 0.5²) and Y | X ~ N(0.7 X − 0.2, 0.4²), from the
+    joint density on a grid; also given X = −1.
+    """
+    x = np.array([0.9, -1.0])
+    mean, _, both = joint()
+    printed = both / VARIANCE_X * (x - MEAN_X)
+    return Numbers(np.array([conditional(value)[0] for value in x]), printed, mean + printed)
 
 
 def variance_of_a_jump() -> Numbers:
@@ -143,6 +208,33 @@ ERRATA = (
         "KL = ((√(1−ᾱ_t−σ²) − √((1−ᾱ_{t+1})/α_{t+1}))/σ)² ‖ε_θ − ε‖²",
         "½ (…)²; (2.15) itself is right for this γ_t",
         weight_of_ddim,
+        ours=ours.weight_of_ddim,
+        ours_tolerance=1e-9,
+    ),
+    Erratum(
+        "§2.2, the end of the proof of Lemma 2.1",
+        "q_σ(x_{k−1}∣x_k, x_0) ~ N(√ᾱ_{k−1} x_0, (1−ᾱ_{k−1}) I)",
+        "q_σ(x_{k−1}∣x_0) ~ …; q_σ(x_{k−1}∣x_k, x_0) has the variance σ_k²",
+        variance_of_lemma,
+        ours=ours.posterior_variance,
+        ours_tolerance=1e-9,
+    ),
+    Erratum(
+        "§2.2, “The forward process in this case”",
+        "q_α(x_1∣x_0) ~ N(√α_1, (1−α_1) I)",
+        "q_σ(x_1∣x_0) ~ N(√α_1 x_0, (1−α_1) I)",
+        mean_of_x_1,
+        ours=lambda: ours.mean_of_x_1([0.3, -0.8]),
+    ),
+    Erratum(
+        "§2.2, (2.13) read forwards for σ ≡ 0",
+        "x_t = √ᾱ_t x_0 + √((1−ᾱ_t)/(1−ᾱ_{t+1})) (x_{t+1} − √ᾱ_{t+1} x_0), solved for x_{t+1}",
+        "the same",
+        deterministic_step,
+        tolerance=1e-3,
+        ours=lambda: ours.ddim_step(0.5, -0.3),
+        ours_tolerance=1e-3,
+        is_one=False,
     ),
     Erratum(
         "§2.2, σ_{τ_i}",
@@ -151,5 +243,17 @@ ERRATA = (
         variance_of_a_jump,
         ours=ours.variance_of_a_jump,
         ours_tolerance=1e-9,
+    ),
+    Erratum(
+        "Appendix B, the last system, second line",
+        "Σ_{Y∣X} = Σ_{22∣1} = Σ_11 − Σ_12 Σ_22⁻¹ Σ_21",
+        "Σ_{Y∣X} = Σ_{11∣2} = …, as in its Theorem B.1",
+        conditional_variance,
+    ),
+    Erratum(
+        "Appendix B, after “only need to solve”",
+        "Ax + b = Σ_12 Σ_22⁻¹ (x − μ_2) = μ_1 + …",
+        "Ax + b = μ_1 + Σ_12 Σ_22⁻¹ (x − μ_2) = μ_1 + …",
+        conditional_mean,
     ),
 )

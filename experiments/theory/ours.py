@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import diffusion, gaussians, likelihood, samplers, schedules, unet
+from ddpm_jax import diffusion, gaussians, likelihood, losses, samplers, schedules, unet
 from experiments.theory.chain import TIMES
 
 SCHEDULE = schedules.make("linear")
@@ -137,3 +137,36 @@ def variance_of_a_jump():
     variance = diffusion.posterior_variance(schedules.respace(SCHEDULE, row(tau)))
     first = list(tau).index(500)
     return np.append(variance[first], np.delete(variance, first)[1:])
+
+
+def weight_of_ddim():
+    return losses.ddim_gamma(SCHEDULE, 0.5)[row(TIMES)]
+
+
+def mean_of_x_1(x_0):
+    zero = np.zeros(len(x_0))
+    return np.ravel(diffusion.q_sample(SCHEDULE, image(x_0), np.array([0]), image(zero)))
+
+
+def ddim_step(x_before, x_0):
+    t, one = row(TIMES), np.ones(len(TIMES))
+    x = image(x_before * one), image(x_0 * one), t, image(0 * one)
+    return np.ravel(diffusion.q_step_ddim(SCHEDULE, *x, eta=0.0))
+
+
+def correlation(times):
+    """Of two pixels that are the same in the data, 1 or −1 each time."""
+    t = row(times)
+    x_t = np.ravel(diffusion.q_sample(SCHEDULE, image(np.ones(len(t))), t, image(0.0 * t)))
+    return np.float64(x_t) ** 2  # their covariance; the variance of each is 1
+
+
+def first_term():
+    x_0 = float(diffusion.from_uint8(np.uint8(128)))
+    std = np.sqrt(SCHEDULE.beta[0])
+    off = std / np.sqrt(SCHEDULE.alpha[0])
+    return float(_log_p(x_0, x_0, std) - _log_p(x_0, x_0 + off, std))
+
+
+def time_embedding(t, width):
+    return np.ravel(unet.time_embedding(jnp.array([t]), width))

@@ -8,6 +8,7 @@ from experiments.theory.chain import BETA, over, symbols
 from experiments.theory.erratum import Erratum, Numbers
 
 EARLY = (2, 10, 100, 500, 1000)  # where β̃_t and β_t differ most comes first
+CORRELATED = (100, 10, 500, 1000)  # where a good part of the data is left comes first
 
 
 def density() -> Numbers:
@@ -31,6 +32,57 @@ def first_factor() -> Numbers:
 
     right = over(lambda t: 1 - symbols(t)[2], times=times)
     return Numbers(over(chain.variance, times=times), over(printed, times=times), right)
+
+
+def correlation() -> Numbers:
+    """The correlation of two pixels of x_t that are the same in the data, both 1 or both −1 with
+    probability ½: their covariance matrix, carried through the kernel C → α_t C + β_t I step by step,
+    at t = 100; also at t = 10, 500, 1000. Given x_{t−1}, or x_0, it is 0.
+    """
+
+    def truth(t):
+        covariance = np.ones((2, 2))
+        for beta in BETA[:t]:
+            covariance = (1 - beta) * covariance + beta * np.eye(2)
+        return covariance[0, 1] / covariance[0, 0]
+
+    return Numbers(
+        over(truth, times=CORRELATED),
+        np.zeros(len(CORRELATED)),
+        over(lambda t: symbols(t)[2], times=CORRELATED),
+    )
+
+
+def first_term() -> Numbers:
+    """By how much −log p(x_0 | x_1) of one pixel grows if ε_θ is 1 off, for x_0 = 0 (nearest level)
+    and σ_1² = β_1, from exact normal integrals over the level. Right is β_1²/(2σ_1² α_1 (1−ᾱ_1)), the
+    true weight that L_simple leaves out at t = 1 as at all others.
+    """
+    alpha, beta, bar, _ = symbols(1)
+    x_0, std = 128 / 127.5 - 1, np.sqrt(beta)
+    off = beta / np.sqrt(1 - bar) / np.sqrt(alpha)
+
+    def log_p(mean):
+        edges = (x_0 + np.array([-1, 1]) / 255 - mean) / std
+        return np.log(special.ndtr(edges[1]) - special.ndtr(edges[0]))
+
+    return Numbers(log_p(x_0) - log_p(x_0 + off), 0.0, beta**2 / (2 * beta * alpha * (1 - bar)))
+
+
+def sinusoids() -> Numbers:
+    """The embedding of t = 500 in 8 numbers by get_timestep_embedding of Ho et al.'s code
+    (diffusion_tf/nn.py), written out; the second number is shown. A network trained with one
+    order reads another's without an error and with wrong results: ddpm_jax has Ho et al.'s, and
+    weights from elsewhere (Improved DDPM: cosines first, divisor half) need their own.
+    """
+    t, half = 500.0, 4
+    ho = np.array([t * np.exp(-np.log(10000) * k / (half - 1)) for k in range(half)])
+    truth = [np.sin(angle) for angle in ho] + [np.cos(angle) for angle in ho]
+    transformer = t / 10000.0 ** (2 * np.arange(half) / (2 * half))
+    printed = np.stack([np.sin(transformer), np.cos(transformer)], axis=1).ravel()
+    angles = t * 10000.0 ** (-np.arange(half) / (half - 1))
+    right = np.concatenate([np.sin(angles), np.cos(angles)])
+    return Numbers(*(np.roll(v, -1) for v in (np.array(truth), printed, right)))
 
 
 def ratio(t):
@@ -204,6 +256,13 @@ def pixels_lost() -> Numbers:
 ERRATA = (
     Erratum("(1)", "q : ℝᴰ → [0, 1]", "[0, ∞): q is a density", density, tolerance=1e-6),
     Erratum(
+        "§2.1, after (1)",
+        "the pixels of x_t are mutually independent, since β_t I is diagonal",
+        "they are so given x_{t−1}, or given x_0; x_t itself keeps ᾱ_t of the data's covariance",
+        correlation,
+        ours=lambda: ours.correlation(CORRELATED),
+    ),
+    Erratum(
         "(9), after (47)",
         "ᾱ_t = ∏_{i=0…t} α_i",
         "from i = 1; ᾱ_0 = 1",
@@ -269,6 +328,15 @@ ERRATA = (
         ours=lambda: ours.divergence_of_eps(EARLY, "fixed_large"),
     ),
     Erratum(
+        "§2.2.2, before (96)",
+        "the authors also ignored the entire term L_0",
+        "it is the term t = 1 of L_simple, by Ho et al. §3.4 with density · width for the integral",
+        first_term,
+        tolerance=0.06,
+        ours=ours.first_term,
+        ours_tolerance=1e-3,
+    ),
+    Erratum(
         "Algorithm 2, line 3",
         "z ~ N(0, I) if t > 0 (with t = T … 1)",
         "if t > 1, else z = 0",
@@ -294,5 +362,12 @@ ERRATA = (
         "the encoder's result is concatenated with the decoder's",
         "the block returns x + h(x); the concatenation is the U-Net's skip connection, another thing",
         "Words: He et al. 2016 (1), and the last line of resnet_block in Ho et al.'s code.",
+    ),
+    Erratum(
+        "(97), (98)",
+        "sine at 2i, cosine at 2i + 1, of pos/10000^(2i/d): the Transformer's, and so Ho et al.'s",
+        "all sines, then all cosines, of t/10000^(i/(d/2 − 1)): what Ho et al.'s code has",
+        sinusoids,
+        ours=lambda: np.roll(ours.time_embedding(500, 8), -1),
     ),
 )

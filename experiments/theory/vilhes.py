@@ -116,6 +116,19 @@ def bracket() -> Numbers:
     return Numbers(over(chain.posterior_variance), over(formula, 1.0), over(formula, -0.5))
 
 
+def blue() -> Numbers:
+    """The variance of q(x_{t−1} | x_t, x_0), by Bayes' rule on a grid, at t = 500; also at t = 2,
+    10, 100, 1000. Printed is that of red · blue / green as a density of x_{t−1}: with blue a density
+    of x_t, only red is left, whose exponent has −½ α_t/β_t before x²_{t−1}.
+    """
+
+    def printed(t):
+        alpha, beta, _, _ = symbols(t)
+        return beta / alpha
+
+    return Numbers(over(chain.posterior_variance), over(printed), over(beta_tilde))
+
+
 def prior_term() -> Numbers:
     """L_T of a chain that stops at t = 100, for x_0 = 0.3: KL(q(x_T | x_0) ‖ N(0, 1)) integrated
     on a grid. Printed and right are the expectations under q of what stands there.
@@ -192,6 +205,21 @@ ERRATA = (
         bracket,
         ours=ours.posterior_variance,
         ours_tolerance=1e-9,
+    ),
+    Erratum(
+        "§8.4, “blue =”",
+        "q(x_{t−1}∣x_0) = N(x_t; √ᾱ_{t−1} x_0, (1−ᾱ_{t−1}) I)",
+        "N(x_{t−1}; …), as the line with ∝ has",
+        blue,
+        ours=ours.posterior_variance,
+        ours_tolerance=1e-9,
+    ),
+    Erratum(
+        "§8.5, the second line with “using property 9”",
+        "(μ_θ − μ_θ)ᵀ β̃_t⁻¹ (μ_θ − μ_θ) + tr(…)",
+        "(μ̃_t − μ̃_t)ᵀ β̃_t⁻¹ (μ̃_t − μ̃_t) + tr(…): the expectation is about μ̃_t, which is its u too",
+        "Words: both differences are 0, and the line after it, with J for the trace, is right.",
+        is_one=False,
     ),
     Erratum(
         "§8.3, the last two lines",

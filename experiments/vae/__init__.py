@@ -23,11 +23,16 @@ SECTIONS = ("vae",)  # of a config, beside those that every Method has
 
 
 class Network(nn.Module):
-    """Encoder and decoder; D pixels in a row, J latents. Kingma & Welling, appendix C."""
+    """Encoder and decoder; D pixels in a row, J latents. Kingma & Welling, appendix C.
+
+    Attributes:
+      draws: of z for each image in training, their L; see `experiments/vae/draws.py`.
+    """
 
     pixels: int
     latents: int
     hidden: int
+    draws: int = 1
 
     def setup(self):
         self.encoder_hidden = nn.Dense(self.hidden)
@@ -49,15 +54,19 @@ class Network(nn.Module):
         return self.decode(self.encode(x)[0])
 
 
-def make_network(image_shape: tuple[int, ...], *, latents: int, hidden: int = 500) -> Network:
+def make_network(
+    image_shape: tuple[int, ...], *, latents: int, hidden: int = 500, draws: int = 1
+) -> Network:
     """The network of a config's section vae.
 
     Raises:
-      ValueError: no latents or no hidden units.
+      ValueError: no latents, no hidden units or no draws.
     """
-    if latents < 1 or hidden < 1:
-        raise ValueError(f"latents and hidden must be at least 1, got {latents} and {hidden}")
-    return Network(int(np.prod(image_shape)), latents, hidden)
+    if min(latents, hidden, draws) < 1:
+        raise ValueError(
+            f"latents, hidden and draws must be at least 1, got {latents}, {hidden} and {draws}"
+        )
+    return Network(int(np.prod(image_shape)), latents, hidden, draws)
 
 
 def grey(images):
@@ -106,9 +115,10 @@ def make(config) -> Method:
         keys = jax.vmap(jax.random.split)(fold_in_each(key, batch["index"]))
         eps_keys, flip_keys = keys[:, 0], keys[:, 1]
         images = mirror_at_random(flip_keys, batch["image"]) if flip else batch["image"]
-        eps = jax.vmap(lambda key: jax.random.normal(key, (network.latents,)))(eps_keys)
-        reconstruction, kl, _ = parts(network, params, grey(images), eps[None])
-        error = -reconstruction[0]
+        shape = (network.draws, network.latents)
+        eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(eps_keys)
+        reconstruction, kl, _ = parts(network, params, grey(images), eps)
+        error = -jnp.mean(reconstruction, axis=0)
         once = jnp.ones_like(kl)
         return error + kl, {"reconstruction": (error, once), "kl": (kl, once)}, ()
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import special
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import diffusion, parallel, runs, training, writers
+from ddpm_jax import data, diffusion, parallel, runs, training, writers
 from ddpm_jax import main as command_line
 from ddpm_jax.ddpm import fold_in_each
 from ddpm_jax.evaluate import mean_and_error
@@ -77,7 +77,7 @@ def measure(
     batch_size: int | None = None,
     data_dir: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Measures the first images of a split with a run's last checkpoint, prints the means, writes a .json.
+    """Measures images of a split, chosen by `data.choose`, with a run's last checkpoint, prints the means, writes a .json.
 
     Args:
       num_images: how many; None for all of the split.
@@ -96,8 +96,7 @@ def measure(
     run, network = load(workdir, weights)
     with config_lib.errors_at("--seed"):
         key = training.make_keys(seed).evaluate
-    where = {"image_shape": run.method.image_shape} | ({"data_dir": data_dir} if data_dir else {})
-    dataset = runs.load_data(run.config, split=split, **where)
+    dataset = runs.data_of(run, split, data_dir)
     count = num_images or len(dataset)
     if count > len(dataset):
         raise runs.RunError(f"{count} images asked of the {len(dataset)} in {dataset.name}/{split}")
@@ -107,8 +106,9 @@ def measure(
     batch_size = min(batch_size or 128 * jax.local_device_count(), count)
     progress = writers.Progress("image", count, 0, unit="images")
     found, spoke = [], time.perf_counter()
+    chosen = data.choose(len(dataset), count)
     for first in range(0, count, batch_size):
-        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        rows = chosen[np.minimum(first + np.arange(batch_size), count - 1)]  # one shape for all
         found.append(mapped(params, key, dataset.fetch(rows), rows))
         progress.done = min(first + batch_size, count)
         if time.perf_counter() - spoke > 10:

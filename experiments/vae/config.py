@@ -3,6 +3,7 @@
     python -m ddpm_jax.main --config=experiments/vae/config.py --workdir=runs/vae_20       815,824 parameters
     python -m ddpm_jax.main --config=experiments/vae/config.py:2 --workdir=runs/vae_2      788,788 parameters
     python -m experiments.vae --workdir=runs/vae_20                                        measures it
+    python -m experiments.vae.draws --out=runs/vae_draws                                   with more draws of z
 
 A hundred epochs of Adam in batches of a hundred, where Kingma & Welling have Adagrad and a small weight decay.
 

@@ -1,0 +1,357 @@
+"""Runs on data that lie in an unlucky order, place or size: two classes of pictures, sorted into folders."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import digits
+from ddpm_jax import config as config_lib
+from ddpm_jax import data, edit, evaluate, runs, sample, score, train, training, writers
+
+RNG = np.random.default_rng(0)
+NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
+
+
+def pictures(count: int, kind: str) -> np.ndarray:
+    """uint8 [N, 8, 8]."""
+    if kind == "flat":
+        return np.broadcast_to(RNG.integers(0, 256, (count, 1, 1)), (count, 8, 8)).astype(np.uint8)
+    return RNG.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+
+
+def paint(folder, images, names=None):
+    os.makedirs(folder, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"{folder}/{names[i] if names else f'{i:03d}'}.png")
+
+
+def make_folder(root, *, per_class=40, labelled_test=True):
+    for split in ("train", "test"):
+        for kind in NAMES:
+            sub = kind if split == "train" or labelled_test else ""
+            names = [f"{kind}{i:03d}" for i in range(per_class)]
+            paint(root / split / sub, pictures(per_class, kind), names)
+    return root
+
+
+def make_config(name, **changes):
+    config = digits.get_config()
+    config.method = "tiny"
+    config.data.name = str(name)
+    config.schedule.num_timesteps = 20
+    config.schedule.end = 0.5
+    config.training.num_steps = 6
+    config.training.batch_size = 8
+    config.preview = ConfigDict({"every": 1000, "num_images": 4, "sampler": "ddim", "steps": "4"})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Diagrams take longer than the numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "save_panels", lambda *args: None)
+        patch.setattr(writers, "save_loss_curve", lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, folder):
+    place = str(tmp_path_factory.mktemp("run"))
+    train.train(make_config(f"image_folder:{folder}"), place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def with_classes(tmp_path_factory, folder):
+    place = str(tmp_path_factory.mktemp("classes"))
+    train.train(make_config(f"image_folder:{folder}", **{"model.num_classes": -1}), place)
+    return place
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def total(workdir, **options):
+    return evaluate.nll(str(workdir), steps=5, **options).scalars["total"]
+
+
+# ---- order -----------------------------------------------------------------------------------------
+
+
+def test_some_images_stand_for_all(workdir):
+    """The first 16 in the order of the files are all flat, and cost far less than the mean."""
+    every, some = total(workdir), total(workdir, num_images=16, seed=1)
+    error = np.std(every) / 4
+    assert abs(some.mean() - every.mean()) < 3 * error
+    assert some.std() > 0.5 * every.std()  # both classes are among them
+
+
+def test_errors_of_the_analytic_variance_are_of_all_classes(workdir):
+    evaluate.nll(workdir, num_images=4, steps=5, variance="analytic")
+    path = runs.errors_path(runs.load(workdir), {"steps": 5})
+    index = runs.read_npz(path)["index"]
+    labels = data.load(f"{config_lib.load(f'{workdir}/config.json').data.name}").labels
+    assert set(labels[index].tolist()) == {0, 1} and len(index) == evaluate.ERROR_IMAGES
+
+
+def test_given_images_are_of_all_classes(workdir, tmp_path):
+    def given(command, **options):
+        return runs.read_npz(command(workdir, steps=4, out=str(tmp_path / "x.npz"), **options))
+
+    for command, options in (
+        (edit.encode, {"num_images": 8}),
+        (edit.interpolate, {"images": "data", "num_images": 8}),
+        (edit.denoise, {"from_t": 3, "num_images": 8}),
+        (edit.inpaint, {"num_images": 8, "resample": 1, "jump": 1}),
+    ):
+        arrays = given(command, **options)
+        assert min(arrays["index"]) < 40 <= max(arrays["index"]), command
+        (tmp_path / "x.npz").unlink()
+    # All of them, and there are fewer than by default: in their own order.
+    paint(tmp_path / "few", pictures(9, "noise"))
+    arrays = given(edit.encode, images=str(tmp_path / "few"))
+    assert arrays["index"].tolist() == list(range(9))
+
+
+def test_the_preview_shows_what_the_network_is_shown(tmp_path, capsys):
+    """Pictures dark on the left, sorted by brightness: about half of them mirrored, of all levels."""
+    images = np.zeros((80, 8, 8), np.uint8)
+    images[:, :, 4:] = np.arange(80, 160, dtype=np.uint8)[:, None, None]
+    paint(tmp_path / "bars", images)
+    config = make_config(f"image_folder:{tmp_path / 'bars'}")
+    config.data.flip = True
+    train.train(config, str(tmp_path / "run"))
+    assert "mirrored" in capsys.readouterr().out
+    with Image.open(tmp_path / "run" / "data_preview.png") as picture:
+        pixels = np.asarray(picture)[:, :, 0]
+    cells = [pixels[2 + 58 * i + 28, 2 + 58 * j :][:56] for i in range(8) for j in range(8)]
+    mirrored = np.array([cell[10] > cell[-10] for cell in cells])
+    assert 16 < mirrored.sum() < 48
+    assert np.ptp([cell.max() for cell in cells]) > 60
+
+
+# ---- classes ---------------------------------------------------------------------------------------
+
+
+def test_a_test_split_without_labels_is_refused_by_a_model_of_classes(tmp_path):
+    make_folder(tmp_path / "pictures", labelled_test=False)
+    place = str(tmp_path / "run")
+    name = f"image_folder:{tmp_path / 'pictures'}"
+    train.train(make_config(name, **{"model.num_classes": -1}), place)
+    for command in (
+        lambda: evaluate.nll(place, num_images=4, steps=5),
+        lambda: evaluate.best_steps(place, steps=5, num_images=4),
+    ):
+        with pytest.raises(data.DataError, match=r"no label that the model knows.*--split=train"):
+            command()
+    with pytest.raises(runs.RunError, match="no such labels; give --labels=3"):
+        edit.encode(place, num_images=4, steps=4)
+    assert total(place, num_images=4, split="train").shape == (4,)
+    edit.encode(place, num_images=4, steps=4, labels="noise")
+
+
+def test_classes_are_called_by_their_names(with_classes, tmp_path, capsys):
+    out = sample.sample(with_classes, num_samples=4, steps="4", labels="noise,flat")
+    arrays = runs.read_npz(out)
+    assert arrays["labels"].tolist() == [1, 0, 1, 0]
+    assert arrays["class_names"].tolist() == list(NAMES)
+    assert "1 noise, 0 flat" in capsys.readouterr().out
+    same = sample.sample(with_classes, num_samples=4, steps="4", labels="1,0")
+    np.testing.assert_array_equal(runs.read_npz(same)["images"], arrays["images"])
+    with pytest.raises(runs.RunError, match="no class 'nois'; did you mean 'noise'"):
+        sample.sample(with_classes, num_samples=4, labels="nois")
+    with open(f"{with_classes}/log.txt", encoding="utf-8") as file:
+        assert "classes: 0 flat, 1 noise" in file.read()
+    with open(f"{with_classes}/data.json", encoding="utf-8") as file:
+        assert json.load(file)["class_names"] == list(NAMES)
+
+
+def test_names_that_are_numbers_count_as_names(tmp_path):
+    for i, name in enumerate((10, 9, 2)):
+        paint(tmp_path / "numbers" / str(name), np.full((4, 8, 8), i, np.uint8))
+    config = make_config(f"image_folder:{tmp_path / 'numbers'}", **{"model.num_classes": -1})
+    train.train(config, str(tmp_path / "run"))
+    run = runs.load(str(tmp_path / "run"))
+    assert run.class_names == ("2", "9", "10")
+    assert runs.class_numbers(run, "10,2") == "2,0"
+
+
+# ---- places ----------------------------------------------------------------------------------------
+
+
+def test_pictures_may_move(workdir, folder, tmp_path):
+    place, there = copy_of(workdir, tmp_path), tmp_path / "moved"
+    config = config_lib.load(f"{place}/config.json")
+    config.data.name = f"image_folder:{tmp_path / 'nowhere'}"
+    config_lib.save(config, f"{place}/config.json")
+    shutil.copytree(folder, there)
+    with pytest.raises(data.DataError, match="if it has moved, say where to: --data_dir"):
+        total(place, num_images=4)
+    moved = total(place, num_images=4, data_dir=str(there))
+    np.testing.assert_array_equal(moved, total(workdir, num_images=4)[:4])
+    out = str(tmp_path / "x.npz")
+    edit.nearest(str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
+    assert score.score(str(place), metrics="nll", num_images=4, data_dir=str(there))
+    # Training goes on with the name of the new place.
+    config = make_config(f"image_folder:{there}", **{"training.num_steps": 8})
+    assert int(train.train(config, str(place)).step) == 8
+    # Other pictures are not those of the run.
+    shutil.rmtree(there / "train" / "flat")
+    with pytest.raises(data.DataError, match=r"num_classes was 2 and is 1.*count was 80 and is 40"):
+        edit.nearest(str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
+
+
+def test_a_relative_path_means_the_same_from_any_folder(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a" / "pictures", per_class=8)
+    make_folder(tmp_path / "b" / "pictures", per_class=8)
+    monkeypatch.chdir(tmp_path / "a")
+    train.train(make_config("image_folder:pictures"), "run")
+    here = total("run")
+    monkeypatch.chdir(tmp_path / "b")
+    os.rename(tmp_path / "a" / "run" / "eval", tmp_path / "eval")
+    np.testing.assert_array_equal(total(tmp_path / "a" / "run"), here)
+    monkeypatch.chdir(tmp_path / "a")
+    train.train(make_config("image_folder:pictures"), "run")  # the same run: nothing left to do
+
+
+def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, capsys):
+    place, name = str(tmp_path / "run"), f"image_folder:{tmp_path / 'p'}"
+    paint(tmp_path / "p", pictures(50, "noise"))
+    train.train(make_config(name), place)
+    paint(tmp_path / "p", pictures(140, "noise"))
+    longer = {"training.num_steps": 8}
+    with pytest.raises(data.DataError, match=r"count was 50 and is 140.*--change=data"):
+        train.train(make_config(name, **longer), place)
+    assert int(train.train(make_config(name, **longer), place, change=["data"]).step) == 8
+    assert "the data have changed: count was 50 and is 140" in capsys.readouterr().out
+    # Admitted once, and then they are the data of the run; other names or sizes are worth a word.
+    os.rename(tmp_path / "p" / "000.png", tmp_path / "p" / "zzz.png")
+    train.train(make_config(name, **{"training.num_steps": 10}), place)
+    assert "differs in names, sizes or pixels" in capsys.readouterr().out
+    with pytest.raises(config_lib.ConfigError, match="unknown change 'date'; did you mean 'data'"):
+        train.train(make_config(name), place, change=["date"])
+
+
+# ---- results belong to their data ------------------------------------------------------------------
+
+
+def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
+    """Test pictures overwritten under the same names: the old numbers are set aside, not repeated."""
+    folder, place = make_folder(tmp_path / "p", per_class=10), str(tmp_path / "run")
+    train.train(make_config(f"image_folder:{folder}"), place)
+    before = total(place, num_images=8)
+    errors = runs.errors_path(runs.load(place), {"steps": 5})
+    total(place, num_images=8, variance="analytic")
+    old_errors = runs.read_npz(errors)["images_sha256"]
+    np.testing.assert_array_equal(total(place, num_images=8), before)  # nothing has changed
+    assert "compiling" in capsys.readouterr().out
+    total(place, num_images=8)
+    assert "compiling" not in capsys.readouterr().out  # it is there
+    out = str(tmp_path / "named.json")
+    total(place, num_images=8, out=out)
+    for split in ("train", "test"):
+        for kind in NAMES:
+            paint(
+                folder / split / kind, pictures(10, "noise"), [f"{kind}{i:03d}" for i in range(10)]
+            )
+    after = total(place, num_images=8)
+    assert not np.array_equal(after, before)
+    assert "or of other images: it is now" in capsys.readouterr().out
+    with pytest.raises(runs.RunError, match="of other images"):
+        total(place, num_images=8, out=out)  # what a user has named is not moved
+    total(place, num_images=8, variance="analytic")
+    assert not np.array_equal(runs.read_npz(errors)["images_sha256"], old_errors)
+
+
+# ---- said, not hidden ------------------------------------------------------------------------------
+
+
+def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
+    assert training.initial_share(600, ema_decay=0.9999, ema_warmup=False) == pytest.approx(
+        0.9999**600
+    )
+    assert training.initial_share(9, ema_decay=0.5, ema_warmup=True) == pytest.approx(
+        np.prod([min(0.5, (1 + k) / (10 + k)) for k in range(9)])
+    )
+    assert training.initial_share(5, ema_decay=0.0, ema_warmup=False) == 0
+    config = make_config("digits", **{"step.ema_warmup": False, "step.ema_decay": 0.9999})
+    place = str(tmp_path / "run")
+    train.train(config, place)
+    assert "EMA weights are still 100 %" in capsys.readouterr().out
+    sample.sample(place, num_samples=2, steps="4")
+    assert "use --weights=raw" in capsys.readouterr().out
+    sample.sample(place, num_samples=2, steps="4", weights="raw")
+    assert "EMA weights" not in capsys.readouterr().out
+
+
+def test_images_that_are_not_finite_are_refused(workdir, tmp_path):
+    """A parameter that is infinite: rounded to uint8, its images would be black."""
+    run = runs.load(workdir)
+    broken = run._replace(params={**run.params})
+    broken.params["Dense_0"] = {**run.params["Dense_0"], "bias": np.full(1, np.inf, np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "load", lambda *args: broken)
+        out = str(tmp_path / "x.npz")
+        for command in (
+            lambda: sample.sample(workdir, num_samples=3, steps="4", clip_x0=False, out=out),
+            lambda: sample.progressive(workdir, num_samples=3, steps="4", clip_x0=False, out=out),
+            lambda: edit.encode(workdir, steps=4, clip_x0=False, out=out),
+            lambda: edit.reconstruct(workdir, steps="4", clip_x0=False, out=out),
+            lambda: edit.denoise(workdir, from_t=3, clip_x0=False, out=out),
+            lambda: edit.interpolate(workdir, steps=4, clip_x0=False, out=out),
+            lambda: edit.inpaint(workdir, steps=4, clip_x0=False, resample=1, jump=1, out=out),
+        ):
+            with pytest.raises(runs.RunError, match=r"\d of \d+ images are not finite.*--clip"):
+                command()
+            assert not os.path.exists(out)
+            shutil.rmtree(f"{out}.partial", ignore_errors=True)
+
+
+def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys):
+    out = str(tmp_path / "x.npz")
+    sample.sample(workdir, num_samples=3, steps="4", out=out)
+    capsys.readouterr()
+    sample.sample(workdir, num_samples=3, steps="4", out=out)
+    said = capsys.readouterr().out
+    assert "3 images of this recipe are there already" in said and "recipe:" not in said
+
+
+def test_names_of_results_can_be_read(workdir):
+    run = runs.load(workdir)
+    name = run.name(
+        "denoise", from_t=[250, 500, 750], images="/somewhere/my pictures", steps="5,10"
+    )
+    assert "from_t_250-500-750" in name and "images_mypictures-" in name and "steps_5-10" in name
+
+
+def test_nearest_needs_no_test_split(tmp_path, capsys):
+    paint(tmp_path / "p", pictures(12, "noise"))
+    train.train(make_config(f"image_folder:{tmp_path / 'p'}"), str(tmp_path / "run"))
+    edit.nearest(str(tmp_path / "run"), num_samples=2, steps="4")
+    assert "no test images to compare with" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match=r"no split 'test'.*--split=train"):
+        evaluate.nll(str(tmp_path / "run"), num_images=2, steps=5)
+
+
+def test_a_number_is_said_with_what_it_means(workdir, capsys):
+    evaluate.nll(workdir, num_images=4, steps=5)
+    said = capsys.readouterr().out
+    assert "uniform noise costs 8 bits/dim" in said and "--split=train" in said
+    assert "the loss in training at step 6 was" in said
+    evaluate.nll(workdir, num_images=4, steps=5, split="train")
+    capsys.readouterr()
+    evaluate.nll(workdir, num_images=4, steps=5)
+    assert "4 training images" in capsys.readouterr().out
