@@ -694,7 +694,7 @@ def get_config():
     "while_compiling, numbers",
     [
         (False, [signal.SIGTERM]),
-        (False, [signal.SIGINT]),
+        (False, [signal.SIGINT, signal.SIGINT]),
         (True, [signal.SIGTERM]),
         (True, [signal.SIGINT, signal.SIGINT]),
     ],
