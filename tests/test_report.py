@@ -286,7 +286,7 @@ def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
     assert "fid_300, the best10T" in reader.text  # T of the list of contents
     assert ["fid_300", "1", "npz:mine.npz, 300 images"] in reader.rows
     assert reader.row("number of steps") == ["5", "10"] and reader.row("fid_300") == ["10", "20"]
-    reader = read(report.report(f"{tmp_path}/a,{tmp_path}/b"))
+    reader = read(report.report(f"{tmp_path}/a,{tmp_path}/b", out=str(tmp_path / "c.html")))
     rows = [row[1:] for row in reader.rows if row[0].startswith("fid_300")]
     assert rows == [["5", "10"], ["10", "20"], ["–", "1"]]
 

@@ -709,9 +709,11 @@ def test_a_first_step_that_never_ends_is_left(tmp_path, while_compiling, numbers
     with subprocess.Popen(
         command, cwd=os.path.dirname(HERE), env=environment, **streams
     ) as process:
+        watch = threading.Timer(90, process.kill)  # the line that is waited for may never come
+        watch.start()
         try:
             for line in process.stdout:
-                if ("schedule linear" if while_compiling else "compiled in") in line:
+                if ("schedule: " if while_compiling else "compiled in") in line:
                     break
             time.sleep(1.5)  # into it
             assert workdir.exists() and process.poll() is None
@@ -720,6 +722,7 @@ def test_a_first_step_that_never_ends_is_left(tmp_path, while_compiling, numbers
                 time.sleep(0.3)
             output, _ = process.communicate(timeout=20)
         finally:
+            watch.cancel()
             process.kill()
     assert process.returncode in (128 + number, -number), output
     assert "nothing is saved: the same command begins at step 0" in output
