@@ -35,6 +35,9 @@ logging.get_absl_logger().addFilter(
 )
 
 
+LOCK = ".lock"  # file that `lock` holds
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used: one line with what, where and what to do."""
 
@@ -161,7 +164,7 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a+") as file:
+    with open(directory / LOCK, "a+") as file:
         try:
             import fcntl  # not on Windows
 

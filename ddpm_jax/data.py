@@ -39,6 +39,7 @@ from absl import logging
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10", "synthetic")
 THREADS = min(32, os.cpu_count() or 1)  # decoding releases the GIL, so threads are enough
 SPLITS = ("train", "test", "val", "validation")  # sub-folders that may be splits, not classes
+_SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "testing": "test"}
 CHOICE = 2**32 - 1  # stream of the permutation in `choose`; epochs of training have 0, 1, …
 # Formats that Pillow recognises by their ending and does not decode by itself.
 NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -112,6 +113,17 @@ def choose(total: int, count: int | None = None) -> np.ndarray:
     return _permutation(total, 0, CHOICE)[:count].copy()
 
 
+def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """A data set whose classes have the numbers that these names have; −1 for a class that is not among them."""
+    if not dataset.class_names or tuple(class_names) == dataset.class_names:
+        return dataset
+    number = {name: i for i, name in enumerate(class_names)}
+    table = np.array([number.get(name, NO_LABEL) for name in dataset.class_names], np.int32)
+    labels = np.where(dataset.labels < 0, NO_LABEL, table[dataset.labels])
+    names = tuple(class_names)
+    return dataclasses.replace(dataset, labels=labels, num_classes=len(names), class_names=names)
+
+
 def image_digests(images: np.ndarray) -> np.ndarray:
     """The first 16 bytes of the SHA-256 of each image: uint8 [N, 16] from uint8 [N, H, W, C]."""
     digests = [hashlib.sha256(np.ascontiguousarray(image)).digest()[:16] for image in images]
@@ -164,7 +176,7 @@ def load(
         DataError: whatever is wrong, in one line.
     """
     kind, _, path = name.partition(":")
-    root = Path(data_dir).expanduser()
+    root = _path(data_dir)
     shape = _checked_shape(image_shape)
     decoding = (shape, memory_limit_gb, skip_broken, _checked_colour(background))
     try:
@@ -188,7 +200,7 @@ def load(
             pictures = _tensorflow_datasets(name, split, root)
             return _from_pictures(name, split, pictures, *decoding)
     except OSError as error:
-        raise DataError(f"{name}: {error}") from error
+        raise DataError(f"{name}: {error} (data_dir is {root})") from error
     return _from_arrays(name, split, *arrays, shape)
 
 
@@ -585,9 +597,10 @@ def _from_pictures(
         if picture.shape == (*shape[:2], 1):
             return np.broadcast_to(picture, shape)  # a grey picture among colour ones
         if picture.shape != shape:
+            colour = (*shape[:2], max(shape[2], picture.shape[2]))
             raise DataError(
                 f"{where} is {_times(picture.shape)}, but {first_name} is {_times(shape)}; "
-                f"{_option(shape)} resizes and crops them all"
+                f"{_option(colour)} resizes and crops them all"
             )
         return picture
 
@@ -604,7 +617,7 @@ def _from_pictures(
                 continue
             try:
                 found = pixels(file, where)
-            except _CannotDecode as error:
+            except CannotDecode as error:
                 if not skip_broken:
                     raise
                 broken[i] = str(error)
@@ -639,8 +652,8 @@ def _from_pictures(
     return Dataset(name, split, shape, num_classes, labels, fetch, **about)
 
 
-class _CannotDecode(DataError):
-    pass
+class CannotDecode(DataError):
+    """One picture is damaged or of an unknown kind."""
 
 
 def _decode(file, where, shape=None, background="white"):
@@ -672,9 +685,8 @@ def _decode(file, where, shape=None, background="white"):
                 picture = ImageOps.fit(picture, (shape[1], shape[0]), Image.Resampling.BICUBIC)
             return np.asarray(picture).reshape(picture.height, picture.width, channels)
     except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, …
-        raise _CannotDecode(
-            f"{where} cannot be decoded: {_line(error)}; repair or remove it, or leave out such pictures"
-            " with --config.data.skip_broken=True"
+        raise CannotDecode(
+            f"{where} cannot be decoded: {_line(error)}; repair or remove it"
         ) from error
 
 
@@ -712,14 +724,16 @@ def picture_endings() -> tuple[str, ...]:
 
 def _image_folder(folder, split, flatten):
     places = {place.name: place for place in folder.iterdir() if place.is_dir()}
-    parts = {part: places[part] for part in SPLITS if part in places}
+    places = {name: place for name, place in places.items() if not _is_hidden(name)}
+    parts = {_SPLIT_NAMES[name.lower()]: name for name in places if name.lower() in _SPLIT_NAMES}
+    parts = {part: places[parts[part]] for part in SPLITS if part in parts}
     if "train" not in parts or len(parts) == 1 < len(places):  # `train` beside `bus` is a class
         parts = {"train": folder}
     if split not in parts:
         raise _no_split(folder, split, parts)
     files, left_out = _picture_files(parts[split], flatten)
     if len(parts) > 1:
-        beside = [f"{name}/" for name in places if name not in parts and not name.startswith(".")]
+        beside = [f"{name}/" for name, place in places.items() if place not in parts.values()]
         left_out += [f"{', '.join(sorted(beside))} beside {' and '.join(parts)}"] if beside else []
     if not files:
         unread = f"; left out: {'; '.join(left_out)}" if left_out else ""
@@ -745,9 +759,21 @@ def _image_folder(folder, split, flatten):
         for name in (_in_order(files))
         for path in files[name]
     ]
-    listing = [(os.path.relpath(p, parts[split]), p.stat().st_size) for p, _, _ in examples]
+    listing = [(os.path.relpath(path, parts[split]), _size(path)) for path, _, _ in examples]
     about = (len(examples), tuple(classes), _sha256(listing), tuple(left_out))
     return _Pictures(lambda indices: [examples[i] for i in indices], *about)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _size(path) -> int:
+    """Bytes of a file; −1 for a link to nowhere, which decoding will name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _in_order(names) -> list[str]:
@@ -769,7 +795,7 @@ def _picture_files(folder, flatten):
 
     files, others = collections.defaultdict(list), collections.Counter()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         relative = Path(place).relative_to(folder).parts
         for name in names:
             if name.startswith("."):
@@ -836,7 +862,7 @@ def _tensorflow_datasets(name, split, root):
 
 def _tfds_folders(root):
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return root / "tfds", root, Path(default).expanduser()
+    return root / "tfds", root, _path(default)
 
 
 def _prepared(name, root, file_format="array_record"):
@@ -880,7 +906,7 @@ def _advice(name, root):
             f"{folder} is prepared as tfrecord, which only TensorFlow reads; prepare it once more "
             f"as array_record: {prepare}"
         )
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir() or path.is_file() or name.startswith(("/", "./", "../", "~")):
         kind = "npz" if path.suffix == ".npz" else "image_folder"
         there = "" if path.exists() else f", and there is no {path}"
@@ -917,17 +943,23 @@ _HARD_TO_PREPARE = {
 def _existing(kind, path):
     if not path:
         raise DataError(f"{kind} needs a path, as in {kind}:/home/me/pictures")
-    place = Path(path).expanduser()
+    place = _path(path)
     if not (place.is_dir() if kind == "image_folder" else place.is_file()):
         raise DataError(
             f"{kind}: there is no {'folder' if kind == 'image_folder' else 'file'} {place}; if it has moved,"
-            f" say where to: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train on"
+            f" give the new place: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train"
         )
     return place
 
 
+def _path(text) -> Path:
+    return Path(os.path.expanduser(text))  # leaves ~nobody as it is, where Path.expanduser fails
+
+
 def _no_split(name, split, there):
-    first = next(iter(there))
+    first = next(
+        (part for part in ("test", "val", "validation") if part in there), next(iter(there))
+    )
     return DataError(
         f"{name} has no split {split!r}; it has {', '.join(there)}; choose one, such as --split={first}"
     )

@@ -97,7 +97,7 @@ def load_images(
         )
     digest = hashlib.sha256(pixels.tobytes() + chosen.tobytes()).hexdigest()
     recipe = {"images": dataset.name, "split": dataset.split, "images_sha256": digest}
-    order = "all" if num_images == len(dataset) else "by a fixed permutation"
+    order = "all" if num_images == len(dataset) else runs.CHOSEN
     return Given(pixels, chosen, rows, recipe | {"num_images": num_images, "chosen": order})
 
 
@@ -606,7 +606,7 @@ def nearest(
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
             origin["workdir"] = ""  # a run may be moved
     else:
-        labels = "0" if run.method.num_classes else None  # which does not matter here
+        labels = "cycle" if run.method.num_classes else None  # which does not matter here
         loaded = load_images(run, images, num_images=num_samples, default=8, labels=labels)
         queries, origin = loaded.images, loaded.recipe
         num_samples = len(queries)
@@ -614,19 +614,22 @@ def nearest(
         unseen = runs.data_of(run, "test", data_dir)
     except data.DataError as error:  # a folder without one
         unseen = None
-        print(f"no test images to compare with: {error}", flush=True)
+        print(f"no test images to compare with: {str(error).partition(';')[0]}", flush=True)
+    if unseen is not None:
+        unseen = unseen.fetch(data.choose(len(unseen), len(queries)))
 
     def make():
         index, distance = nearest_of(queries, train, neighbours)
         result = {"images": queries, "index": index, "distance": distance}
         result["neighbours"] = train.fetch(index.ravel()).reshape(*index.shape, *queries.shape[1:])
         if unseen is not None:
-            rows = data.choose(len(unseen), len(queries))
-            result["distance_of_test"] = nearest_of(unseen.fetch(rows), train, 1)[1][:, 0]
+            result["distance_of_test"] = nearest_of(unseen, train, 1)[1][:, 0]
         return result
 
     recipe = {"seed": seed, "of": origin, "data": train.name, "neighbours": neighbours}
     recipe |= {"num_samples": num_samples, "data_sha256": train.digest()}
+    test = None if unseen is None else hashlib.sha256(unseen.tobytes()).hexdigest()
+    recipe |= {"test_sha256": test}
     name = {"images": images, "num_samples": num_samples, "neighbours": neighbours}
     name |= runs.given(options)
     out, arrays = _write(run, "nearest", recipe, make, out, f"seed{seed}", **name)

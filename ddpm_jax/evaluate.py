@@ -292,7 +292,7 @@ def _measure(
     given, said = runs.with_errors(run, options)
     chain, bound = _make_bound(run, given)
     recipe = run.recipe() | {"data": dataset.name, "split": dataset.split, "seed": seed}
-    recipe |= {"chosen": "by a fixed permutation"}
+    recipe |= {"chosen": runs.CHOSEN}
     recipe |= all_options(run.method.make_bound, said)
     rows = data.choose(len(dataset))
     check = functools.partial(_same_images, dataset, rows)
@@ -313,7 +313,13 @@ def _measure(
                 mapped = runs.compiled(_with_rows(bound), progress, params, key, *examples)
             digests = data.image_digests(images[:new])
             digests = np.concatenate([tally.get(DIGESTS, digests[:0]), digests])
-            tally = _add(tally, mapped(params, key, *examples), count, new)
+            parts = mapped(params, key, *examples)
+            if not np.isfinite(parts["total"][:new]).all():
+                raise runs.RunError(
+                    f"the bound is not finite for {np.sum(~np.isfinite(parts['total'][:new]))} of {new}"
+                    " images; try the other weights (--weights), or an earlier checkpoint: see loss.png"
+                )
+            tally = _add(tally, parts, count, new)
             tally[DIGESTS] = digests
             count = progress.done = len(tally["total"])
             writers.save_npz(unfinished, **tally)
@@ -391,14 +397,17 @@ def _in_context(result: Evaluation) -> str:
     """What a bound is to be compared with: chance, and what training saw."""
     parts, recipe = ["for comparison, uniform noise costs 8 bits/dim"], result.recipe
     own = f"_nll_{recipe['split']}_"
-    of_train = f"{result.path[:-4]}.json".replace(own, "_nll_train_")
+    folder, name = os.path.split(f"{result.path[:-4]}.json")
+    of_train, found = os.path.join(folder, name.replace(own, "_nll_train_")), {}
     if recipe["split"] != "train" and os.path.exists(of_train):
         with open(of_train, encoding="utf-8") as file:
             found = json.load(file)
+    same = ("weights_sha256", "chosen")
+    if found and all(found["recipe"].get(name) == recipe[name] for name in same):
         value = _pm((found["total"], found["total_stderr"]))
         parts.append(f"{found['num_images']} training images {value}")
     elif recipe["split"] != "train":
-        parts.append("training images what --split=train says")
+        parts.append("for training images, run --split=train")
     rows = writers.read_metrics(os.path.join(recipe["workdir"], "metrics.jsonl"))
     rows = [row for row in rows if row["step"] <= recipe["step"] and row.get("loss") is not None]
     if rows and rows[-1].get("vlb") is not None:

@@ -278,7 +278,7 @@ def load(path: str | os.PathLike = "") -> Extractor:
       DataError: there is no such file, or it is another or damaged, in one line.
     """
     try:
-        path = Path(path).expanduser() if path else _cached()
+        path = Path(os.path.expanduser(path)) if path else _cached()
         if not path.is_file():
             raise data.DataError(
                 f"no Inception weights at {path}: put {URLS[0]} there, or give no path to download it"
@@ -295,7 +295,7 @@ def load(path: str | os.PathLike = "") -> Extractor:
 
 def _cached():
     """The first copy in a cache, of pytorch-fid and torch-fidelity too; else it is downloaded."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     ours, torch = cache / "ddpm_jax", Path(os.environ.get("TORCH_HOME") or cache / "torch")
     names = [url.rpartition("/")[2] for url in URLS]
     places = [folder / name for folder in (ours, torch / "hub/checkpoints") for name in names]

@@ -345,8 +345,8 @@ def given_config():
     for field, text in changes.items():
         config.override(result, field, text)
     after = config.fields(result).get("data.name")
-    own_files = after != before and str(after).startswith(("image_folder:", "npz:"))
-    if own_files and "data.image_shape" not in changes:
+    own_data = after != before and after not in data.BUILT_IN
+    if own_data and "data.image_shape" not in changes:
         config.override(result, "data.image_shape", "None")
     return result
 

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax import data
+
 BLOCK = 2048  # rows at a time: 32 MiB of float64 for a block of features of 2,048 numbers, or of distances
 
 
@@ -160,22 +162,18 @@ def short_name(metric: str, num_images: int) -> str:
 # ---- Inception Score -------------------------------------------------------------------------------
 
 
-def inception_score(
-    logits: np.ndarray, *, splits: int = 10, seed: int | None = 0
-) -> tuple[float, float]:
+def inception_score(logits: np.ndarray, *, splits: int = 10) -> tuple[float, float]:
     """exp E_x KL(p(y|x) ‖ p(y)), Salimans et al. 2016: mean and standard deviation over splits.
 
     Args:
       logits: [N, K] of a classifier.
-      splits: the images are cut into so many parts, each with a p(y) of its own.
-      seed: of the permutation before they are cut, since neighbours in a folder are often of one class;
-        None keeps their order.
+      splits: the images are cut into so many parts, each with a p(y) of its own, after one fixed
+        permutation, since neighbours in a folder are often of one class.
     """
     _check_at_least(1, splits=splits)
     _check(f"an Inception Score of {splits} splits", 2 * splits, logits, less="splits")
     logits = np.asarray(logits, np.float64)
-    if seed is not None:
-        logits = logits[_permutation(len(logits), seed, 0)]
+    logits = logits[data.choose(len(logits))]
     scores = []
     for i in range(splits):
         part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits]
@@ -212,7 +210,8 @@ def kid(
     _check(asked, subset_size, features_1, features_2, less="subset_size")
     values = []
     for subset in range(subsets):
-        bits = _bits(seed, subset)
+        # Sorted raw bits, as in `data`: NumPy keeps their stream for ever, that of Generator.choice not.
+        bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(subset,)))
         chosen = (
             np.asarray(
                 features[np.argsort(bits.random_raw(len(features)))[:subset_size]], np.float64
@@ -311,15 +310,6 @@ def _squared_distances(x, y, centre) -> np.ndarray:
 
 
 # ---- what all have in common -----------------------------------------------------------------------
-
-
-def _bits(seed: int, stream: int) -> np.random.PCG64:
-    """Raw bits, to be sorted: NumPy keeps their stream for ever, that of Generator.choice not."""
-    return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,)))
-
-
-def _permutation(n: int, seed: int, stream: int) -> np.ndarray:
-    return np.argsort(_bits(seed, stream).random_raw(n), kind="stable")
 
 
 def _blocks(n: int) -> Iterator[slice]:

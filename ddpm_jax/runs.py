@@ -22,8 +22,9 @@ from absl import logging
 
 from ddpm_jax import checkpoints, data, diffusion, parallel, schedules, training, writers
 from ddpm_jax import config as config_lib
-from ddpm_jax.ddpm import Method, make_method
+from ddpm_jax.ddpm import Method, all_options, make_method
 
+CHOSEN = "by a fixed permutation"  # how recipes call `data.choose`
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 EMA_SHARE = (
     0.02  # share of the random initial weights in the average, above which it is worth a word
@@ -91,6 +92,8 @@ def _short(value) -> str:
     """A value as a part of a file name: 250-500-750 for a list, the last part of a path."""
     text = str(value)
     listed = "-".join(text.strip("[]()").replace(" ", "").split(","))
+    if isinstance(value, str) and text.startswith("["):  # times themselves, not numbers of steps
+        listed = f"t{listed}"
     if re.fullmatch(r"[\w.-]{1,24}", listed):
         return listed
     last = re.sub(r"[^\w.-]", "", os.path.basename(text.rstrip("/")).partition(".")[0])
@@ -141,7 +144,13 @@ def ema_warning(config, step: int) -> str:
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
-    return config_lib.call("config.data", data.load, section | changes, split=split)
+    try:
+        return config_lib.call("config.data", data.load, section | changes, split=split)
+    except data.CannotDecode as error:
+        if not str(section.get("name")).startswith("image_folder:"):
+            raise
+        option = "or leave out such pictures: --config.data.skip_broken=True"
+        raise data.DataError(f"{error}, {option}") from error
 
 
 def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
@@ -154,10 +163,18 @@ def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
     Raises:
       DataError: they are not there, or are not those of the run.
     """
-    changes = {"image_shape": run.method.image_shape}
+    changes, name = {"image_shape": run.method.image_shape}, run.config.data.name
     if data_dir is not None:
-        changes |= moved(run.config.data.name, data_dir)
-    dataset = load_data(run.config, split=split, **changes)
+        changes |= moved(name, data_dir)
+    elif (kind_and_path := name.partition(":"))[0] in data.WITH_PATH:
+        path = os.path.expanduser(kind_and_path[2])
+        if not os.path.isabs(path):  # saved by an earlier version
+            place = os.path.abspath(path)
+            print(
+                f"WARNING: the run names its data {path}, taken as {place}; else --data_dir",
+                flush=True,
+            )
+    dataset = as_numbered(run.workdir, load_data(run.config, split=split, **changes))
     for line in check_data(run.workdir, dataset):
         logging.warning(line)
     say_left_out(dataset)
@@ -170,18 +187,36 @@ def load_images(run: Run, path: str) -> data.Dataset:
     Raises:
       DataError: as `data.load`.
     """
-    kind = "npz" if path.endswith(".npz") else "image_folder"
+    kind, path = "npz" if path.endswith(".npz") else "image_folder", config_lib.path(path)
+    if not (os.path.isfile(path) if kind == "npz" else os.path.isdir(path)):
+        what = "file" if kind == "npz" else "folder"
+        raise data.DataError(f"--images: there is no {what} {path}")
     background = run.config.data.get("background", "white")
     shape = run.method.image_shape
     dataset = data.load(f"{kind}:{path}", image_shape=shape, background=background)
     say_left_out(dataset)
-    return dataset
+    return data.renumbered(dataset, run.class_names) if run.class_names else dataset
 
 
 def say_left_out(dataset: data.Dataset) -> None:
     """Prints what was not read of the files of a data set."""
     for line in dataset.left_out:
         print(f"{dataset.name}/{dataset.split}, left out: {line}", flush=True)
+
+
+def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
+    """A data set with the numbers that its classes have in a run.
+
+    A run that is older than data.json numbered folders in the order of text, 10 before 2.
+    """
+    saved = saved_data(workdir)
+    names = sorted(dataset.class_names) if saved is None else saved.get("class_names", ())
+    old_order = tuple(names) != dataset.class_names
+    if not old_order or set(names) != set(dataset.class_names):
+        return dataset
+    result = data.renumbered(dataset, names)
+    print(f"classes have the numbers that the run began with: {class_list(result)}", flush=True)
+    return result
 
 
 def moved(name: str, data_dir: str) -> dict:
@@ -262,8 +297,8 @@ def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False)
     if different and not may_change:
         raise data.DataError(
             f"{dataset.name}/{dataset.split} is not the data that {workdir} was trained on:"
-            f" {'; '.join(different)}. Name the place of those (--data_dir), or go on training with these"
-            " by --change=data"
+            f" {'; '.join(different)}. Give the place of those, by --data_dir or, to train, by"
+            " --config.data.name; or train on these by --change=data"
         )
     if different:
         return [f"the data have changed: {'; '.join(different)}"]
@@ -513,38 +548,61 @@ def in_progress(
     folder = f"{out}.partial"
 
     def matches(there) -> bool:
-        return isinstance(there, dict) and there | {"workdir": ""} == recipe | {"workdir": ""}
+        return isinstance(there, dict) and _without_places(there) == _without_places(recipe)
 
     def set_aside(path):
+        line = f"{path} was made with other settings or from other images"
         if named:
-            raise RunError(
-                f"{path} was made in another way, or of other images; move it, or choose another --out"
-            )
+            raise RunError(f"{line}; move it, or choose another --out")
         aside = free_name(f"{path}.replaced")
-        print(f"{path} was made in another way, or of other images: it is now {aside}", flush=True)
-        os.rename(path, aside)
+        print(f"{line}: it is now {aside}", flush=True)
+        if path == out:
+            os.rename(out, aside)
+            return
+        os.mkdir(aside)  # the folder itself holds the lock
+        for name in set(os.listdir(folder)) - {checkpoints.LOCK}:
+            os.rename(os.path.join(folder, name), os.path.join(aside, name))
 
-    finished, recipe_path = None, os.path.join(folder, "recipe.json")
-    if os.path.exists(out):
-        finished = read_npz(out)
-        there = json.loads(str(finished.pop("recipe", "null")))
-        if not matches(there) or (check and not check(finished)):
-            set_aside(out)
-            finished = None
-    if os.path.exists(recipe_path):
+    recipe_path = os.path.join(folder, "recipe.json")
+    with checkpoints.lock(folder):  # before a look at what is there: another process may be at it
         try:
-            with open(recipe_path, encoding="utf-8") as file:
-                there = json.load(file)
-        except ValueError:
-            raise RunError(f"{recipe_path} cannot be read; delete {folder} and run again") from None
-        tally = os.path.join(folder, "tally.npz")
-        right = not check or not os.path.exists(tally) or check(read_npz(tally))
-        if not matches(there) or not right:
-            set_aside(folder)
-    with checkpoints.lock(folder):
-        writers.save_text(recipe_path, json.dumps(recipe))
+            finished = None
+            if os.path.exists(out):
+                finished = read_npz(out)
+                there = json.loads(str(finished.pop("recipe", "null")))
+                if not matches(there) or (check and not check(finished)):
+                    set_aside(out)
+                    finished = None
+            if os.path.exists(recipe_path):
+                try:
+                    with open(recipe_path, encoding="utf-8") as file:
+                        there = json.load(file)
+                except ValueError:
+                    line = f"{recipe_path} cannot be read; delete {folder} and run again"
+                    raise RunError(line) from None
+                tally = os.path.join(folder, "tally.npz")
+                right = not check or not os.path.exists(tally) or check(read_npz(tally))
+                if not matches(there) or not right:
+                    set_aside(folder)
+            writers.save_text(recipe_path, json.dumps(recipe))
+        finally:
+            if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and nothing was there
+                shutil.rmtree(folder)
         yield folder, finished
         shutil.rmtree(folder)
+
+
+def _without_places(recipe: dict) -> dict:
+    """A recipe without what may change while it stays the same: where the run and the data lie."""
+    result = {}
+    for name, value in recipe.items():
+        kind = value.partition(":")[0] if isinstance(value, str) else None
+        if isinstance(value, dict):
+            value = _without_places(value)
+        elif kind in data.WITH_PATH:
+            value = kind
+        result[name] = "" if name == "workdir" else value
+    return result
 
 
 def free_name(path: str) -> str:
@@ -620,11 +678,16 @@ def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
             f" python -m ddpm_jax.main {shlex.join(words)}"
         )
     file = read_npz(path)
-    there, recipe = json.loads(str(file.get("recipe", "{}"))), run.recipe()
-    if "curve_x_0_error" not in file or any(
-        there.get(name) != recipe[name] for name in ("weights_sha256", "model_sha256")
-    ):
-        raise RunError(f"{path} is of another model; move it away and run again")
+    there, wanted = json.loads(str(file.get("recipe", "{}"))), run.recipe()
+    kept = {"steps": _spaced(options)} | {k: v for k, v in options.items() if k == "clip_x0"}
+    wanted |= {k: v for k, v in all_options(run.method.make_bound, kept).items() if k in kept}
+    wanted |= {"chosen": CHOSEN}
+    names = ("weights_sha256", "model_sha256", "chosen", *kept)
+    if "curve_x_0_error" not in file or any(there.get(name) != wanted[name] for name in names):
+        raise RunError(
+            f"{path} was measured with another model, with other steps or by an earlier version, of the"
+            " first images; move it away and run again"
+        )
     errors, count = file["curve_x_0_error"], len(file["total"])
     digest = hashlib.sha256(errors.tobytes()).hexdigest()
     origin = {"split": "train", "num_images": count, "sha256": digest}

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import select
-import shutil
 import signal
 import socket
 import threading
@@ -35,6 +34,7 @@ from ddpm_jax.ddpm import Method, diffusion_method, fold_in_each, labels_of, mak
 from ddpm_jax.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.runs import (
     CLASSES_OF_DATA,
+    as_numbered,
     check_classes,
     check_data,
     class_list,
@@ -65,6 +65,10 @@ CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
+FIRST_FILES = (  # that a start writes before its first step
+    *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
+    checkpoints.LOCK,
+)
 GRACE_SECONDS = 2.0  # for the main thread to leave by itself
 LESS_MEMORY = (
     "Try, in this order: --config.step.accumulate=2, --config.model.remat=True, which a run may change as it"
@@ -100,6 +104,7 @@ def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.Train
         for what in change:
             config_lib.check_choice("change", what, CHANGES)
     loop = config_lib.arguments("config.training", _train, config.training, given)
+    check_types(config)
     config = with_absolute_paths(config)  # a copy: the caller's own is left as it is
     workdir = os.path.abspath(config_lib.path(workdir))
     leader = jax.process_index() == 0
@@ -172,6 +177,8 @@ def _train(
 
     # The data, and a look at them.
     dataset = dataset or load_data(config)
+    if os.path.isdir(directory):
+        dataset = as_numbered(workdir, dataset)
     say(dataset.describe())
     for line in dataset.left_out:
         say(f"left out: {line}")
@@ -187,7 +194,7 @@ def _train(
         for line in check_data(workdir, dataset, may_change="data" in change):
             say(f"WARNING: {line}")
     if method.diffusion is not None:
-        chosen = dataset.fetch(data.choose(len(dataset), 1024))
+        chosen = dataset.fetch(data.choose(len(dataset), 64))
         moment = np.mean(np.square(chosen / 127.5 - 1.0))
         say(describe_schedule(method.diffusion.schedule, second_moment=moment))
     source = functools.partial(
@@ -221,7 +228,8 @@ def _train(
         if leader:
             say.begin()
             config_lib.save(config, path("config.json"))
-            save_data(workdir, dataset)
+            if saved_data(workdir) is None:
+                save_data(workdir, dataset)
             shown = shown_images(method, dataset, keys.train, config.seed, batch_size)
             writers.save_png(path("data_preview.png"), writers.grid(shown))
             if method.diffusion is not None:
@@ -310,6 +318,8 @@ def _train(
                 if due or step % checkpoint_every == 0 or end:
                     check_finite(state, directory)
                     checkpoints.save(directory, state, step=step, keep=keep)
+                    if leader and "data" in change:
+                        save_data(workdir, dataset)  # now the state has seen them
                     saved = time.perf_counter()
                 early = not looked and now - started > FIRST_PREVIEW_SECONDS
                 early = early and step % preview_every != 0 and not end
@@ -342,6 +352,25 @@ def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str
         f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
     )
     return f"{line}\nWARNING: {health.warning}" if health.warning else line
+
+
+def check_types(config) -> None:
+    """Checks fields that are read before what they configure is made.
+
+    Raises:
+      ConfigError: one of another type, such as None.
+    """
+    given = ("method", "tx", "key", "axis_name")
+    config_lib.arguments("config.step", training.make_update, config.step, given)
+    section = {name: value for name, value in config.data.items() if name != "flip"}
+    config_lib.arguments("config.data", data.load, section, ("split",))
+    whole = {"config.seed": config.get("seed")}
+    whole |= {
+        f"config.preview.{name}": config.preview.get(name) for name in ("every", "num_images")
+    }
+    for field, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise config_lib.ConfigError(f"{field} must be int, got {value!r}")
 
 
 def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:
@@ -520,7 +549,8 @@ def run_directory(workdir: str):
     """Makes and locks a run directory.
 
     Yields:
-      a function that takes back what was made in it since, and the directory itself if it was made here.
+      a function that takes back what a start makes in it, and the directory itself if it was made here. What
+      other programs have put there stays.
 
     Raises:
       CheckpointError: another process trains there.
@@ -532,12 +562,8 @@ def run_directory(workdir: str):
     before = () if made else os.listdir(workdir)
 
     def undo():
-        for name in os.listdir(workdir):
-            path = os.path.join(workdir, name)
-            if name not in before and os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            elif name not in before:
-                os.remove(path)
+        for name in set(FIRST_FILES) & set(os.listdir(workdir)) - set(before):
+            os.remove(os.path.join(workdir, name))
         for folder in made:
             os.rmdir(folder)
 

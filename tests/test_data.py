@@ -639,7 +639,7 @@ def test_broken_pictures_can_be_left_out(folder, limit):
     for name in ("cat/0.png", "dog/3.png"):  # the very first, and the last
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
     message = error(f"image_folder:{folder}")
-    assert "0.png" in message and "--config.data.skip_broken=True" in message
+    assert "0.png" in message
     dataset = data.load(f"image_folder:{folder}", skip_broken=True, memory_limit_gb=limit)
     assert (dataset.images is None) == (limit == 0)
     np.testing.assert_array_equal(dataset.fetch(np.arange(6)), whole.images[1:7])
@@ -660,6 +660,28 @@ def test_a_folder_can_be_flattened(folder):
     assert len(dataset) == 10 and dataset.num_classes == 0
 
 
+def test_hidden_folders_and_capitals_do_not_turn_splits_into_classes(folder, tmp_path):
+    folder.rename(tmp_path / "Training")
+    paint(tmp_path / "Test" / "dog" / "a.png", np.zeros((6, 5, 3)))
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    train, test = (
+        data.load(f"image_folder:{tmp_path}", split=split) for split in ("train", "test")
+    )
+    assert train.class_names == ("cat", "dog") and len(test) == 1
+    (tmp_path / "Test").rename(tmp_path / "away")
+    (tmp_path / "away" / "dog" / "a.png").unlink()
+    (tmp_path / "away" / "dog").rmdir()
+    (tmp_path / "away").rmdir()
+    assert data.load(f"image_folder:{tmp_path}").class_names == ("cat", "dog")
+
+
+def test_a_link_to_nowhere_is_a_picture_that_cannot_be_decoded(folder):
+    (folder / "cat" / "gone.png").symlink_to(folder / "nowhere.png")
+    assert "gone.png cannot be decoded" in error(f"image_folder:{folder}")
+    assert len(data.load(f"image_folder:{folder}", skip_broken=True)) == 8
+
+
 def test_what_lies_beside_the_splits_is_said(folder, tmp_path):
     folder.rename(tmp_path / "train")
     paint(tmp_path / "test" / "dog" / "a.png", np.zeros((6, 5, 3)))
@@ -672,6 +694,7 @@ def test_a_path_without_its_kind_is_answered_with_it(folder, tmp_path):
     save(tmp_path / "a.npz", images=np.zeros((1, 2, 2), np.uint8))
     assert f"did you mean npz:{tmp_path / 'a.npz'}?" in error(str(tmp_path / "a.npz"))
     assert "there is no /nowhere" in error("/nowhere")
+    assert "there is no folder ~no_such_user/at" in error("image_folder:~no_such_user/at")
 
 
 def test_what_lies_under_transparency_can_be_chosen(tmp_path):

@@ -306,7 +306,7 @@ def test_a_second_call_reads_what_the_first_one_made(workdir, tmp_path, monkeypa
     edit.denoise(workdir, from_t=5, out=out)
     monkeypatch.setattr(runs, "map_images", None)
     edit.denoise(workdir, from_t=5, out=out)
-    with pytest.raises(runs.RunError, match="another way"):
+    with pytest.raises(runs.RunError, match="other settings"):
         edit.denoise(workdir, from_t=6, out=out)
     with pytest.raises(runs.RunError, match=r"end in \.npz"):
         edit.denoise(workdir, from_t=5, out="x.png")

@@ -188,7 +188,7 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
     np.testing.assert_array_equal(strip["x_0"][:, -1], images)  # μ̃ at the last step is x̂_0
     assert 0.8 < strip["x_t"][:, 0].std() < 1.2  # it began as noise
     assert (tmp_path / "strip.png").exists()
-    with pytest.raises(runs.RunError, match="another way"):
+    with pytest.raises(runs.RunError, match="other settings"):
         sample.progressive(workdir, num_samples=3, out=str(tmp_path / "images.npz"))
 
 
@@ -228,7 +228,7 @@ def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     out = str(tmp_path / "x.json")
     evaluate.nll(workdir, num_images=4, steps=5, out=out)
     before = (tmp_path / "x.json").read_text()
-    with pytest.raises(runs.RunError, match="another way"):
+    with pytest.raises(runs.RunError, match="other settings"):
         evaluate.nll(workdir, num_images=4, steps=4, out=out)
     assert (tmp_path / "x.json").read_text() == before
 
@@ -263,7 +263,7 @@ def test_another_model_with_the_same_weights_is_another_recipe(workdir, tmp_path
     config = config_lib.load(copy / "config.json")
     config.schedule.end = 0.4
     config_lib.save(config, copy / "config.json")
-    with pytest.raises(runs.RunError, match="another way"):
+    with pytest.raises(runs.RunError, match="other settings"):
         evaluate.nll(str(copy), num_images=4, steps=5, out=out)
 
 

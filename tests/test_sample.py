@@ -79,7 +79,7 @@ def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
 def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     out = str(tmp_path / "x.npz")
     before = images(sample.sample(workdir, num_samples=3, out=out))
-    with pytest.raises(runs.RunError, match="another way"):
+    with pytest.raises(runs.RunError, match="other settings"):
         sample.sample(workdir, num_samples=3, seed=5, out=out)
     (tmp_path / "y.npz").write_bytes(b"not ours")
     with pytest.raises(runs.RunError, match="another --out"):

@@ -10,8 +10,20 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
+from ddpm_jax import (
+    checkpoints,
+    data,
+    edit,
+    evaluate,
+    report,
+    runs,
+    sample,
+    score,
+    train,
+    training,
+    writers,
+)
 from ddpm_jax import config as config_lib
-from ddpm_jax import data, edit, evaluate, report, runs, sample, score, train, training, writers
 
 RNG = np.random.default_rng(0)
 NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
@@ -191,6 +203,32 @@ def test_names_that_are_numbers_count_as_names(tmp_path):
     assert runs.class_numbers(run, "10,2") == "2,0"
 
 
+def test_a_run_without_saved_names_keeps_its_numbers(tmp_path):
+    """Before names were saved, folders were numbered as text: 0, 1, 10, 11, 2 …"""
+    for i in range(12):
+        paint(tmp_path / "p" / str(i), np.full((3, 8, 8), 20 * i, np.uint8))
+    config = make_config(f"image_folder:{tmp_path / 'p'}", **{"model.num_classes": -1})
+    train.train(config, str(tmp_path / "run"))
+    os.remove(tmp_path / "run" / "data.json")
+    run = runs.load(str(tmp_path / "run"))
+    dataset = runs.data_of(run, "train")
+    assert dataset.class_names == tuple(sorted(map(str, range(12))))
+    assert set(dataset.labels[dataset.images[:, 0, 0, 0] == 200].tolist()) == {2}  # folder 10
+    config.training.num_steps = 8
+    train.train(config, str(tmp_path / "run"))
+    assert run.class_names == dataset.class_names
+
+
+def test_labels_of_other_images_are_by_name(with_classes, tmp_path):
+    paint(tmp_path / "p" / "noise", pictures(2, "noise"))
+    paint(tmp_path / "p" / "zebra", pictures(2, "flat"))
+    given = {"images": str(tmp_path / "p"), "steps": 4, "out": str(tmp_path / "x.npz")}
+    with pytest.raises(runs.RunError, match="no such labels"):
+        edit.encode(with_classes, **given)
+    shutil.rmtree(tmp_path / "p" / "zebra")
+    assert runs.read_npz(edit.encode(with_classes, **given))["labels"].tolist() == [1, 1]
+
+
 # ---- places ----------------------------------------------------------------------------------------
 
 
@@ -200,13 +238,14 @@ def test_pictures_may_move(workdir, folder, tmp_path):
     config.data.name = f"image_folder:{tmp_path / 'nowhere'}"
     config_lib.save(config, f"{place}/config.json")
     shutil.copytree(folder, there)
-    with pytest.raises(data.DataError, match="if it has moved, say where to: --data_dir"):
+    with pytest.raises(data.DataError, match="if it has moved, give the new place: --data_dir"):
         total(place, num_images=4)
     moved = total(place, num_images=4, data_dir=str(there))
     np.testing.assert_array_equal(moved, total(workdir, num_images=4)[:4])
     out = str(tmp_path / "x.npz")
     edit.nearest(str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
     assert score.score(str(place), metrics="nll", num_images=4, data_dir=str(there))
+    assert not list((place / "eval").glob("*.replaced*"))  # the results are still theirs
     # Training goes on with the name of the new place.
     config = make_config(f"image_folder:{there}", **{"training.num_steps": 8})
     assert int(train.train(config, str(place)).step) == 8
@@ -243,6 +282,11 @@ def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, caps
     os.rename(tmp_path / "p" / "000.png", tmp_path / "p" / "zzz.png")
     train.train(make_config(name, **{"training.num_steps": 10}), place)
     assert "differs in names, sizes or pixels" in capsys.readouterr().out
+    train.train(make_config(name, **{"training.num_steps": 10}), place)
+    assert "differs in names, sizes or pixels" in capsys.readouterr().out  # as long as it is so
+    paint(tmp_path / "p", pictures(150, "noise"))
+    train.train(make_config(name, **{"training.num_steps": 10}), place, change=["data"])
+    assert runs.saved_data(place)["count"] == 140  # nothing was trained on the new ones
     with pytest.raises(config_lib.ConfigError, match="unknown change 'date'; did you mean 'data'"):
         train.train(make_config(name), place, change=["date"])
 
@@ -271,11 +315,57 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
             )
     after = total(place, num_images=8)
     assert not np.array_equal(after, before)
-    assert "or of other images: it is now" in capsys.readouterr().out
-    with pytest.raises(runs.RunError, match="of other images"):
+    assert "or from other images: it is now" in capsys.readouterr().out
+    with pytest.raises(runs.RunError, match="from other images"):
         total(place, num_images=8, out=out)  # what a user has named is not moved
     total(place, num_images=8, variance="analytic")
     assert not np.array_equal(runs.read_npz(errors)["images_sha256"], old_errors)
+
+
+def test_errors_of_another_chain_are_not_used(workdir):
+    evaluate.nll(workdir, num_images=4, steps=[0, 1, 2], variance="analytic")
+    run = runs.load(workdir)
+    assert runs.errors_path(run, {"steps": "[0,1,2]"}) != runs.errors_path(run, {"steps": "0,1,2"})
+    path = runs.errors_path(run, {"steps": "[0,1,2]"})
+    arrays = runs.read_npz(path)
+    old = json.loads(str(arrays["recipe"]))
+    options = {"variance": "analytic", "steps": "[0,1,2]"}
+    assert runs.with_errors(run, options)
+    for change in ({"steps": "[0,1,3]"}, {"chosen": None}):
+        np.savez(path, **arrays | {"recipe": json.dumps(old | change)})
+        with pytest.raises(runs.RunError, match="measured with another model, with other steps"):
+            runs.with_errors(run, options)
+    os.remove(path)
+
+
+def test_a_process_at_work_is_left_alone(tmp_path):
+    """Another recipe under the same name, while the first is at it, and afterwards."""
+    out = str(tmp_path / "x.npz")
+    with runs.in_progress(out, {"a": 1}) as (folder, _):
+        open(f"{folder}/half", "w").close()
+        for named in (False, True):
+            other = runs.in_progress(out, {"a": 2}, named=named)
+            with pytest.raises(checkpoints.CheckpointError, match="in use"), other:
+                pass
+        assert os.path.exists(f"{folder}/half")
+        writers.save_npz(out, x=np.zeros(1), recipe=json.dumps({"a": 1}))
+    with pytest.raises(runs.RunError, match="other settings"), runs.in_progress(out, {"a": 2}):
+        pass
+    assert os.listdir(tmp_path) == ["x.npz"]
+    with runs.in_progress(out, {"a": 2}, named=False) as (_, finished):
+        assert finished is None
+    assert os.listdir(tmp_path) == ["x.npz.replaced"]
+
+
+def test_nearest_is_of_the_test_images_that_are_there(tmp_path):
+    folder, place = make_folder(tmp_path / "p", per_class=8), str(tmp_path / "run")
+    train.train(make_config(f"image_folder:{folder}"), place)
+    given = {"num_samples": 2, "steps": "4"}
+    before = runs.read_npz(edit.nearest(place, **given))["distance_of_test"]
+    shutil.rmtree(folder / "test" / "noise")
+    paint(folder / "test" / "flat", pictures(8, "noise"), [f"flat{i:03d}" for i in range(8)])
+    after = runs.read_npz(edit.nearest(place, **given))["distance_of_test"]
+    assert not np.array_equal(before, after)
 
 
 # ---- said, not hidden ------------------------------------------------------------------------------
@@ -320,6 +410,54 @@ def test_images_that_are_not_finite_are_refused(workdir, tmp_path):
                 command()
             assert not os.path.exists(out)
             shutil.rmtree(f"{out}.partial", ignore_errors=True)
+
+
+def test_a_bound_that_is_not_finite_is_refused(workdir, tmp_path):
+    run = runs.load(workdir)
+    broken = run._replace(params={**run.params})
+    broken.params["Dense_0"] = {**run.params["Dense_0"], "bias": np.full(1, np.nan, np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "load", lambda *args: broken)
+        with pytest.raises(runs.RunError, match="bound is not finite for 4 of 4 images"):
+            evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["data.data_dir", "data.name", "seed", "preview.num_images", "step.accumulate"]
+)
+def test_none_is_answered_in_one_line(tmp_path, field):
+    config = make_config("digits")
+    with config.ignore_type():
+        config.update_from_flattened_dict({field: None})
+    with pytest.raises(config_lib.ConfigError, match=f"config.{field} must be"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_takes_back_its_own_files_alone(tmp_path, monkeypatch):
+    place = tmp_path / "run"
+
+    def look(*args, **kwargs):  # while a start is under way, another program writes a result
+        (place / "eval").mkdir()
+        (place / "eval" / "hours_of_work.npz").touch()
+        raise data.DataError("the data are damaged")
+
+    monkeypatch.setattr(train, "shown_images", look)
+    with pytest.raises(data.DataError):
+        train.train(make_config("digits"), str(place))
+    assert [path.name for path in place.rglob("*")] == ["eval", "hours_of_work.npz"]
+
+
+def test_a_broken_picture_names_the_option(tmp_path):
+    paint(tmp_path / "p", pictures(4, "noise"))
+    (tmp_path / "p" / "001.png").write_bytes(b"")
+    config = make_config(f"image_folder:{tmp_path / 'p'}")
+    with pytest.raises(data.DataError, match=r"001.png.*--config\.data\.skip_broken=True"):
+        train.train(config, str(tmp_path / "run"))
+    config.data.skip_broken = True
+    train.train(config, str(tmp_path / "run"))
+    assert "1 pictures that cannot be decoded" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys):

@@ -7,11 +7,11 @@ Ten seconds of one CPU core, half of them to start jax; nothing is drawn at rand
 """
 
 import argparse
+import os
 import re
 
 import numpy as np
 
-from ddpm_jax import config as config_lib
 from experiments.theory import liu, sedykh, tang, tavares, vilhes
 from experiments.theory.erratum import Erratum, error
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     text = page()
     try:
-        with open(config_lib.path(out), "w", encoding="utf-8") as file:
+        with open(os.path.expanduser(out), "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         parser.error(str(error))
