@@ -714,7 +714,7 @@ def test_a_first_step_that_never_ends_is_left(tmp_path, while_compiling, numbers
         watch.start()
         try:
             for line in process.stdout:
-                if ("schedule: " if while_compiling else "compiled in") in line:
+                if ("in memory" if while_compiling else "compiled in") in line:
                     break
             time.sleep(1.5)  # into it
             assert workdir.exists() and process.poll() is None
