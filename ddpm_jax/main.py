@@ -178,7 +178,8 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "labels",
     None,
-    "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7.",
+    "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7;"
+    " classes that have names also by them, as cat,dog.",
 )
 flags.DEFINE_string(
     "latents", None, "An .npz that --mode=encode wrote, to be decoded in place of noise."
@@ -259,7 +260,7 @@ flags.FLAGS["clip"].parser = _OrWord(flags.BooleanParser(), "dynamic")
 flags.DEFINE_string(
     "out",
     None,
-    "The file to write, in a folder that is there: .npz of images, .json of measurements or .html of a"
+    "The file to write, in an existing folder: .npz of images, .json of measurements or .html of a"
     " report, with pictures of the same name beside it.",
 )
 flags.DEFINE_integer("batch_size", None, "How many images are computed at a time.", 1)
