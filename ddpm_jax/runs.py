@@ -668,14 +668,15 @@ def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
             " or choose fixed_small or fixed_large"
         )
     path = errors_path(run, options)
+    words = ["--mode=nll", f"--workdir={run.workdir}", "--variance=analytic", "--num_images=8"]
+    words += [f"--weights={run.weights}"] if run.weights != "ema" else []
+    words += [f"--steps={_spaced(options)}"] if "steps" in options else []
+    words += [f"--{'' if options['clip_x0'] else 'no'}clip"] if "clip_x0" in options else []
+    command = f"python -m ddpm_jax.main {shlex.join(words)}"
     if not os.path.exists(path):
-        words = ["--mode=nll", f"--workdir={run.workdir}", "--variance=analytic", "--num_images=8"]
-        words += [f"--weights={run.weights}"] if run.weights != "ema" else []
-        words += [f"--steps={_spaced(options)}"] if "steps" in options else []
-        words += [f"--{'' if options['clip_x0'] else 'no'}clip"] if "clip_x0" in options else []
         raise RunError(
             "variance 'analytic' needs the errors of this model on training images: measure them with"
-            f" python -m ddpm_jax.main {shlex.join(words)}"
+            f" {command}"
         )
     file = read_npz(path)
     there, wanted = json.loads(str(file.get("recipe", "{}"))), run.recipe()
@@ -685,8 +686,8 @@ def with_errors(run: Run, options: dict) -> tuple[dict, dict]:
     names = ("weights_sha256", "model_sha256", "chosen", *kept)
     if "curve_x_0_error" not in file or any(there.get(name) != wanted[name] for name in names):
         raise RunError(
-            f"{path} was measured with another model, with other steps or by an earlier version, of the"
-            " first images; move it away and run again"
+            f"{path} was measured with another model, with other steps or, by an earlier version, on the"
+            f" first images of the files; measure it anew with {command}"
         )
     errors, count = file["curve_x_0_error"], len(file["total"])
     digest = hashlib.sha256(errors.tobytes()).hexdigest()
