@@ -580,11 +580,21 @@ def _from_pictures(
         raise DataError(f"{name}/{split} holds no image")
     if image_shape and image_shape[2] not in (1, 3):
         raise DataError(f"{name}: pictures have 1 or 3 channels, not {_times(image_shape)}")
+    # Decoded now or on demand, a picture that stops a run is answered with the option that leaves it out.
+    option = "; training leaves out such pictures with --config.data.skip_broken=True"
+    option = option if name.startswith("image_folder:") and not skip_broken else ""
+
+    def decode(file, where):
+        try:
+            return _decode(file, where, image_shape, background)
+        except CannotDecode as error:
+            raise CannotDecode(f"{error}{option}") from error
+
     shape, first_name = image_shape, None
     for i in range(count if image_shape is None else 0):  # all have the size of the first
         [(file, _, first_name)] = read([i])
         try:
-            shape = _decode(file, first_name, background=background).shape
+            shape = decode(file, first_name).shape
             break
         except DataError:
             if not skip_broken:
@@ -593,7 +603,7 @@ def _from_pictures(
         raise DataError(f"{name}/{split}: none of its {count} pictures can be decoded")
 
     def pixels(file, where):
-        picture = _decode(file, where, image_shape, background)
+        picture = decode(file, where)
         if picture.shape == (*shape[:2], 1):
             return np.broadcast_to(picture, shape)  # a grey picture among colour ones
         if picture.shape != shape:

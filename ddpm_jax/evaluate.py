@@ -304,12 +304,13 @@ def _measure(
         print(f"evaluating {run.workdir} on {where}, {len(chain)} steps", flush=True)
         batch_size = min(batch_size or parallel.examples_at_once(), num_images)
         progress = writers.Progress("image", num_images, count, unit="images")
-        params, mapped = parallel.place(run.params), None
+        params, mapped = None, None
         while count < num_images:
             batch = rows[np.minimum(count + np.arange(batch_size), num_images - 1)]  # one shape
             images, new = dataset.fetch(batch), min(batch_size, num_images - count)
             examples = (images, dataset.labels[batch], batch)
             if mapped is None:
+                params = parallel.place(run.params)
                 mapped = runs.compiled(_with_rows(bound), progress, params, key, *examples)
             digests = data.image_digests(images[:new])
             digests = np.concatenate([tally.get(DIGESTS, digests[:0]), digests])

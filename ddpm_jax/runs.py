@@ -26,9 +26,7 @@ from ddpm_jax.ddpm import Method, all_options, make_method
 
 CHOSEN = "by a fixed permutation"  # how recipes call `data.choose`
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
-EMA_SHARE = (
-    0.02  # share of the random initial weights in the average, above which it is worth a word
-)
+EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
 RESULTS = ("eval", "samples")  # folders in a run directory that commands write to
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
 
@@ -144,13 +142,7 @@ def ema_warning(config, step: int) -> str:
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
-    try:
-        return config_lib.call("config.data", data.load, section | changes, split=split)
-    except data.CannotDecode as error:
-        if not str(section.get("name")).startswith("image_folder:"):
-            raise
-        option = "or leave out such pictures: --config.data.skip_broken=True"
-        raise data.DataError(f"{error}, {option}") from error
+    return config_lib.call("config.data", data.load, section | changes, split=split)
 
 
 def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
@@ -167,7 +159,7 @@ def data_of(run: Run, split: str, data_dir: str | None = None) -> data.Dataset:
     if data_dir is not None:
         changes |= moved(name, data_dir)
     elif (kind_and_path := name.partition(":"))[0] in data.WITH_PATH:
-        path = os.path.expanduser(kind_and_path[2])
+        path = config_lib.path(kind_and_path[2])
         if not os.path.isabs(path):  # saved by an earlier version
             place = os.path.abspath(path)
             print(
@@ -211,8 +203,7 @@ def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
     """
     saved = saved_data(workdir)
     names = sorted(dataset.class_names) if saved is None else saved.get("class_names", ())
-    old_order = tuple(names) != dataset.class_names
-    if not old_order or set(names) != set(dataset.class_names):
+    if tuple(names) == dataset.class_names or set(names) != set(dataset.class_names):
         return dataset
     result = data.renumbered(dataset, names)
     print(f"classes have the numbers that the run began with: {class_list(result)}", flush=True)
@@ -224,7 +215,7 @@ def moved(name: str, data_dir: str) -> dict:
     kind, colon, path = name.partition(":")
     if not colon or kind not in data.WITH_PATH:
         return {"data_dir": data_dir}
-    place = os.path.expanduser(data_dir)
+    place = config_lib.path(data_dir)
     if kind == "npz" and os.path.isdir(place):
         place = os.path.join(place, os.path.basename(path))
     return {"name": f"{kind}:{place}"}
@@ -235,9 +226,9 @@ def with_absolute_paths(config):
     config = config.copy_and_resolve_references()
     kind, colon, path = config.data.name.partition(":")
     if colon and path and kind in data.WITH_PATH:
-        config.data.name = f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
+        config.data.name = f"{kind}:{os.path.abspath(config_lib.path(path))}"
     if "data_dir" in config.data:
-        config.data.data_dir = os.path.abspath(os.path.expanduser(config.data.data_dir))
+        config.data.data_dir = os.path.abspath(config_lib.path(config.data.data_dir))
     return config
 
 

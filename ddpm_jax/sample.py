@@ -109,7 +109,7 @@ def sample(
             growing.append(finished["images"])
         if growing.count:
             print(f"{growing.count} images of this recipe are there already", flush=True)
-        params, mapped = parallel.place(run.params), None
+        params, mapped = None, None
         batch_size = batch_size or parallel.examples_at_once()
         num_samples = max(num_samples, growing.count)
         progress = writers.Progress("image", num_samples, growing.count, unit="images")
@@ -118,6 +118,7 @@ def sample(
             index = index if start is None else np.minimum(index, len(start) - 1)
             batch = inputs(index)
             if mapped is None:
+                params = parallel.place(run.params)
                 function = lambda *args: runs.drawn(draw(*args))  # noqa: E731
                 mapped = runs.compiled(function, progress, params, key, *batch)
             images, finite = mapped(params, key, *batch)

@@ -5,7 +5,7 @@
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt,
 metrics.jsonl, loss.png, data_preview.png, forward.png (the forward process, of a diffusion),
-checkpoints/ and samples/step_XXXXXXXX.png.
+checkpoints/ and previews such as samples/step_00000500.png.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def train(config, workdir: str, *, change: Sequence[str] = ()) -> training.Train
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with
     128 + the signal's number. So is a good state when anything else ends the run, such as a picture that
-    cannot be read. A start that fails leaves the directory as it was, or none.
+    cannot be read. A start that fails takes back the files that it made, and the directory if it made that.
 
     Args:
       change: what may differ from the run that is continued: "data" for other images at the same or at

@@ -639,7 +639,7 @@ def test_broken_pictures_can_be_left_out(folder, limit):
     for name in ("cat/0.png", "dog/3.png"):  # the very first, and the last
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
     message = error(f"image_folder:{folder}")
-    assert "0.png" in message
+    assert "0.png" in message and "--config.data.skip_broken=True" in message
     dataset = data.load(f"image_folder:{folder}", skip_broken=True, memory_limit_gb=limit)
     assert (dataset.images is None) == (limit == 0)
     np.testing.assert_array_equal(dataset.fetch(np.arange(6)), whole.images[1:7])

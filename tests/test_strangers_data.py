@@ -1,5 +1,6 @@
 """Runs on data that lie in an unlucky order, place or size: two classes of pictures, sorted into folders."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -393,13 +394,21 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
     assert "EMA weights" not in capsys.readouterr().out
 
 
+@contextlib.contextmanager
+def broken_bias(workdir, value):
+    """Every command finds one parameter of the run to be this value."""
+    run = runs.load(workdir)
+    dense = {**run.params["Dense_0"], "bias": np.full(1, value, np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runs, "load", lambda *args: run._replace(params={**run.params, "Dense_0": dense})
+        )
+        yield
+
+
 def test_images_that_are_not_finite_are_refused(workdir, tmp_path):
     """A parameter that is infinite: rounded to uint8, its images would be black."""
-    run = runs.load(workdir)
-    broken = run._replace(params={**run.params})
-    broken.params["Dense_0"] = {**run.params["Dense_0"], "bias": np.full(1, np.inf, np.float32)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "load", lambda *args: broken)
+    with broken_bias(workdir, np.inf):
         out = str(tmp_path / "x.npz")
         for command in (
             lambda: sample.sample(workdir, num_samples=3, steps="4", clip_x0=False, out=out),
@@ -417,13 +426,9 @@ def test_images_that_are_not_finite_are_refused(workdir, tmp_path):
 
 
 def test_a_bound_that_is_not_finite_is_refused(workdir, tmp_path):
-    run = runs.load(workdir)
-    broken = run._replace(params={**run.params})
-    broken.params["Dense_0"] = {**run.params["Dense_0"], "bias": np.full(1, np.nan, np.float32)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "load", lambda *args: broken)
-        with pytest.raises(runs.RunError, match="bound is not finite for 4 of 4 images"):
-            evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
+    refused = pytest.raises(runs.RunError, match="bound is not finite for 4 of 4 images")
+    with broken_bias(workdir, np.nan), refused:
+        evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
     assert not (tmp_path / "x.json").exists()
 
 

@@ -414,7 +414,7 @@ def test_a_truncated_picture_met_on_the_way(tmp_path, capsys):
     broken.write_bytes(content[: len(content) // 2])
     changes = {"data__name": f"image_folder:{pictures}", "data__memory_limit_gb": 0.0}
     config = make_config(num_steps=12, training__checkpoint_every=100, **changes)
-    with pytest.raises(Exception, match=broken.name):
+    with pytest.raises(data.DataError, match=rf"{broken.name}.*--config\.data\.skip_broken=True"):
         train.train(config, tmp_path / "run")
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 9
     broken.write_bytes(content)
