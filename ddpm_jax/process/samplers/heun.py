@@ -1,0 +1,57 @@
+"""Heun's method for the probability-flow ODE, Karras et al. 2022."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.process import diffusion
+from ddpm_jax.process.samplers.chain import flow, scan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heun:
+    """Heun's method on dx̄/ds = ε̂, with x̄ = x/α and s = σ/α: 2S − 1 network calls, order 2.
+
+    The ODE is Song et al. 2021 (14), the method Karras et al. 2022, Algorithm 1 without churn: a DDIM step, then the same
+    step with the mean of ε̂ at both of its ends. The last step, to where no network was trained, is DDIM's, and so is one
+    that falls to less than a tenth from s above 10: the slope at its end would be weighted by a length of which the end
+    is a small part. (With the cosine schedule and 10 steps, for normal data of standard deviation 0.5, samples had 7.4
+    without that rule, 0.48 with it.)
+    """
+
+    def check(self, chain) -> None:
+        """Refuses a chain that ends in noise alone, where s is infinite.
+
+        Raises:
+          ValueError: α is 0 at the last step.
+        """
+        if not chain.alpha[-1] > 0:
+            raise ValueError(
+                "heun integrates over σ/α, which is infinite where this schedule ends; use dpm_solver"
+            )
+
+    def __call__(self, chain, denoiser, x_T, keys, **loop):
+        self.check(chain)
+        S, at = len(chain), diffusion.at
+        ratio_prev = chain.sigma_prev / chain.alpha_prev
+        too_far = jnp.asarray((chain.ratio > 10.0) & (chain.ratio > 10.0 * ratio_prev))
+        of_x, of_eps = flow(chain.alpha, chain.sigma, chain.alpha_prev, chain.sigma_prev)
+        # The network is evaluated at the last step, then twice at each below: where Euler's step ends, and where the
+        # corrected one does.
+        rows = np.append(S - 1, np.repeat(np.arange(S - 1)[::-1], 2))
+
+        def step(k, i, x, denoised, carry):
+            start, slope = carry  # of the step that is being corrected
+            euler = at(chain.alpha_prev, i, x) * denoised.x_0
+            euler += at(chain.sigma_prev, i, x) * denoised.eps
+            above = jnp.minimum(i + 1, S - 1)
+            mean_slope = 0.5 * (slope + denoised.eps)
+            corrected = at(of_x, above, x) * start + at(of_eps, above, x) * mean_slope
+            corrected = jnp.where(too_far[above], x, corrected)
+            return jnp.where(k % 2 == 1, corrected, euler), (x, denoised.eps)
+
+        carry = (x_T, jnp.zeros_like(x_T))
+        return scan(chain, denoiser, x_T, step, rows=rows, carry=carry, **loop)

@@ -1,0 +1,339 @@
+"""Noise schedules: tables of (α_t, σ_t) in float64, with x_t = α_t x_0 + σ_t ε and ε ~ N(0, I).
+
+A row of a `Schedule` is a step of the chain. Before the first row x is data: α = 1 and σ = 0. A variance-preserving
+chain (α² + σ² = 1), an exploding one (α = 1) and a straight path (α + σ = 1) are the same type, so posterior, bound,
+samplers and respacing are written once. Every table is float64 and is cast to float32 only where it enters a
+computation on the device.
+
+    one step   α_{t|s} = α_t / α_s,   σ²_{t|s} = σ_t² − α²_{t|s} σ_s²       for neighbours s < t     Kingma et al. 2021
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, UInt32
+
+PRIOR_STREAM = 2**32 - 1  # noise id of x_T, which no step of a chain has
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a static jit argument
+class Schedule:
+    """The coefficients of a diffusion over S steps.
+
+    Attributes:
+      alpha: [S] float64 ≥ 0, the factor of x_0. It may be 0 at the end, where nothing of x_0 is left.
+      sigma: [S] float64 > 0, the standard deviation of the noise. σ/α increases.
+      times: [S], strictly increasing: the time that the network is given at each step. int32 where all are whole
+        numbers, otherwise float32. None stands for 0 … S−1; a shortened chain keeps the times of the full one.
+      step_variance: [S] float64 > 0, σ²_{t|s} of each step: β_t of a variance-preserving chain. None computes it as a
+        difference, which loses digits where a step is short; who knows it exactly gives it.
+
+    Raises:
+      ValueError: shapes that differ, values outside these ranges.
+    """
+
+    alpha: Float64[np.ndarray, " S"]
+    sigma: Float64[np.ndarray, " S"]
+    times: np.ndarray = None
+    step_variance: Float64[np.ndarray, " S"] = None
+
+    def __post_init__(self):
+        alpha, sigma = (np.array(table, np.float64) for table in (self.alpha, self.sigma))
+        if alpha.ndim != 1 or alpha.size == 0 or alpha.shape != sigma.shape:
+            raise ValueError(
+                f"alpha and sigma must be two lists of equal length, got {alpha.shape} and {sigma.shape}"
+            )
+        if not (np.isfinite(alpha) & np.isfinite(sigma) & (alpha >= 0) & (sigma > 0)).all():
+            raise ValueError("alpha must be at least 0, sigma above 0, and both finite")
+        times = np.arange(alpha.size) if self.times is None else np.array(self.times, np.float64)
+        whole = (times == np.round(times)).all()
+        times = times.astype(np.int32 if whole else np.float32)
+        if times.shape != alpha.shape or (np.diff(times) <= 0).any() or (whole and times[0] < 0):
+            raise ValueError(
+                "times must increase strictly, one for each step; whole ones from 0 or later"
+            )
+        with np.errstate(divide="ignore"):
+            ratio = sigma / alpha
+        if not (ratio[1:] >= ratio[:-1]).all():
+            raise ValueError(
+                "sigma / alpha must increase: each step adds noise, and none takes it away"
+            )
+        step_variance = self.step_variance
+        if step_variance is None:
+            before = np.append(1.0, alpha[:-1])
+            share = np.divide(alpha, before, out=np.zeros_like(alpha), where=before > 0)
+            step_variance = sigma**2 - share**2 * np.append(0.0, sigma[:-1]) ** 2
+        step_variance = np.array(step_variance, np.float64)
+        if step_variance.shape != alpha.shape or not (step_variance > 0).all():
+            raise ValueError("every step must add noise: two steps are too near each other")
+        for name, table in (
+            ("alpha", alpha),
+            ("sigma", sigma),
+            ("times", times),
+            ("ratio", ratio),
+            ("step_variance", step_variance),
+        ):
+            table.flags.writeable = False
+            object.__setattr__(self, name, table)
+
+    def __len__(self) -> int:
+        return self.alpha.size
+
+    # ratio: [S] float64, σ/α, infinite where α is 0; set in __post_init__.
+
+    @functools.cached_property
+    def alpha_prev(self) -> Float64[np.ndarray, " S"]:
+        """α of the step before; 1 before the first."""
+        return np.append(1.0, self.alpha[:-1])
+
+    @functools.cached_property
+    def sigma_prev(self) -> Float64[np.ndarray, " S"]:
+        """σ of the step before; 0 before the first."""
+        return np.append(0.0, self.sigma[:-1])
+
+    @functools.cached_property
+    def step_alpha(self) -> Float64[np.ndarray, " S"]:
+        """α_{t|s} = α_t / α_s of each step; 0 once nothing of x_0 is left."""
+        before = self.alpha_prev
+        return np.divide(self.alpha, before, out=np.zeros_like(before), where=before > 0)
+
+    @property
+    def beta(self) -> Float64[np.ndarray, " S"]:
+        """β_t of a variance-preserving chain, Ho et al. (2): another name of `step_variance`."""
+        return self.step_variance
+
+    @functools.cached_property
+    def alpha_bar(self) -> Float64[np.ndarray, " S"]:
+        """ᾱ_t = α_t² of a variance-preserving chain, Ho et al. (4)."""
+        return self.alpha**2
+
+    @functools.cached_property
+    def snr(self) -> Float64[np.ndarray, " S"]:
+        """The signal-to-noise ratio α²/σ²."""
+        return self.alpha_bar / self.sigma**2
+
+    @functools.cached_property
+    def prior_std(self) -> float:
+        """The standard deviation of x_T for data of unit variance, which sampling begins with; 1 if variance-preserving."""
+        std = float(np.hypot(self.alpha[-1], self.sigma[-1]))
+        return 1.0 if abs(std - 1.0) < 1e-9 else std
+
+    @functools.cached_property
+    def noise_ids(self) -> UInt32[np.ndarray, " S"]:
+        """What is folded into the key of an example for the noise of each step.
+
+        The time itself where times are whole numbers, so that a shortened chain draws the same noise at the same time;
+        the bits of the float32 time otherwise.
+        """
+        if self.times.dtype == np.int32:
+            return self.times.astype(np.uint32)
+        return self.times.view(np.uint32)
+
+    def at(self, ratio: Sequence[float]) -> Schedule:
+        """The chain with the levels σ/α = `ratio`, which need not be rows of this one.
+
+        log α and the time are interpolated linearly in log σ/α, so the times are fractional.
+
+        Args:
+          ratio: [K], strictly increasing, within the range of this chain.
+
+        Raises:
+          ValueError: a level outside the chain.
+        """
+        ratio, rows = np.asarray(ratio, np.float64), np.isfinite(self.ratio)
+        known = self.ratio[rows]
+        slack = 1e-9
+        if ratio.min() < known[0] * (1 - slack) or ratio.max() > known[-1] * (1 + slack):
+            raise ValueError(
+                f"levels sigma/alpha must lie within {known[0]:.4g} and {known[-1]:.4g}, got"
+                f" {ratio.min():.4g} to {ratio.max():.4g}"
+            )
+        level, known = np.log(ratio), np.log(known)
+        alpha = np.exp(np.interp(level, known, np.log(self.alpha[rows])))
+        return Schedule(alpha, ratio * alpha, np.interp(level, known, self.times[rows]))
+
+
+# ---- variance-preserving chains ----------------------------------------------------------------------
+
+
+def from_betas(betas: Sequence[float]) -> Schedule:
+    """The variance-preserving chain of β_0 … β_{T−1}, each in (0, 1]; Ho et al. (2)."""
+    beta = np.array(betas, np.float64)
+    if beta.ndim != 1 or beta.size == 0:
+        raise ValueError(f"betas must be a non-empty list of numbers, got shape {beta.shape}")
+    bad = np.flatnonzero(~((1.0 - beta < 1.0) & (beta <= 1)))
+    if bad.size:
+        raise ValueError(
+            f"every beta must lie in (0, 1], but beta[{bad[0]}] = {beta[bad[0]]:g}"
+            f" ({bad.size} of {beta.size} are outside)"
+        )
+    alpha_bar = np.cumprod(1.0 - beta)
+    return Schedule(np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), step_variance=beta)
+
+
+def linear(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
+    """β from `start` to `end` in even steps; Ho et al. §4 (T = 1000, 1e-4 to 0.02)."""
+    return from_betas(np.linspace(start, end, num_timesteps))
+
+
+def quadratic(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
+    """√β in even steps; an option of Ho et al.'s code."""
+    return from_betas(np.linspace(start**0.5, end**0.5, num_timesteps) ** 2)
+
+
+def constant(num_timesteps: int = 1000, *, end: float = 0.02) -> Schedule:
+    """β = `end` at every step; an option of Ho et al.'s code."""
+    return from_betas(np.full(num_timesteps, end))
+
+
+def jsd(num_timesteps: int = 1000) -> Schedule:
+    """β = 1/T, 1/(T−1), …, 1 (Sohl-Dickstein et al. 2015 §2.4.1): ᾱ falls linearly and ends at exactly 0."""
+    return from_betas(1.0 / np.linspace(num_timesteps, 1, num_timesteps))
+
+
+def warmup(
+    num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02, fraction: float = 0.1
+) -> Schedule:
+    """β linear over the first `fraction` of the chain, then constant; an option of Ho et al.'s code."""
+    beta = np.full(num_timesteps, end, np.float64)
+    warm = int(num_timesteps * fraction)
+    beta[:warm] = np.linspace(start, end, warm)
+    return from_betas(beta)
+
+
+def warmup50(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
+    """`warmup` over the first half."""
+    return warmup(num_timesteps, start=start, end=end, fraction=0.5)
+
+
+def sigmoid(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
+    """β follows a logistic curve over [−6, 6]; an option of Song et al.'s DDIM code."""
+    return from_betas(start + (end - start) / (1.0 + np.exp(-np.linspace(-6, 6, num_timesteps))))
+
+
+def cosine(
+    num_timesteps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999
+) -> Schedule:
+    """ᾱ(u) = cos²((u + offset)/(1 + offset) · π/2), β clipped at `max_beta`; Nichol & Dhariwal (17)."""
+    u = np.arange(num_timesteps + 1) / num_timesteps
+    log_alpha_bar = 2.0 * np.log(np.abs(np.cos((u + offset) / (1 + offset) * np.pi / 2)))
+    return from_betas(np.minimum(-np.expm1(np.diff(log_alpha_bar)), max_beta))
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """A variance-preserving chain rescaled to α_T = 0; Lin et al. 2024, Algorithm 1.
+
+    α is shifted and stretched, so that its last value is 0 and its first stays. Predict v or x_0 with it: at α = 0 the
+    noise says nothing of x_0.
+
+    Raises:
+      ValueError: a chain that is not variance preserving, or of one step.
+    """
+    alpha = schedule.alpha
+    if not np.allclose(alpha**2 + schedule.sigma**2, 1.0) or len(schedule) < 2:
+        raise ValueError(
+            "zero_terminal_snr needs a variance-preserving chain of at least two steps"
+        )
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    # The beginning of a chain is almost noiseless: 1 − α² as a product keeps its digits.
+    return Schedule(alpha, np.sqrt((1.0 - alpha) * (1.0 + alpha)), schedule.times)
+
+
+# ---- other paths -------------------------------------------------------------------------------------
+
+
+def exploding(
+    num_timesteps: int = 1000,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Schedule:
+    """The variance-exploding chain α = 1 with σ^(1/ρ) in even steps; Karras et al. 2022 (5).
+
+    A uniformly shortened chain has Karras et al.'s spacing again, up to the rounding of its rows.
+    """
+    if not (0 < sigma_min < sigma_max and rho > 0):
+        raise ValueError(
+            f"sigma_min and sigma_max must be positive and in this order, and rho positive; got {sigma_min},"
+            f" {sigma_max} and {rho}"
+        )
+    ends = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return Schedule(np.ones(num_timesteps), np.linspace(*ends, num_timesteps) ** rho)
+
+
+def straight(num_timesteps: int = 1000) -> Schedule:
+    """The straight path α = 1 − u, σ = u with u = 1/T, 2/T, …, 1, as in flow matching; Lipman et al. 2023 (22)."""
+    u = np.arange(1, num_timesteps + 1) / num_timesteps
+    return Schedule(1.0 - u, u)
+
+
+SCHEDULES = {
+    "linear": linear,
+    "quadratic": quadratic,
+    "constant": constant,
+    "jsd": jsd,
+    "warmup10": warmup,
+    "warmup50": warmup50,
+    "sigmoid": sigmoid,
+    "cosine": cosine,
+    "exploding": exploding,
+    "straight": straight,
+    "quad": quadratic,  # names in older configs
+    "const": constant,
+}
+
+
+# ---- does a chain reach its prior? --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """Whether a finite chain reaches its prior N(0, prior_std² I).
+
+    Attributes:
+      alpha_bar_T: α_T², the share of the data's variance that is left at the end.
+      prior_bits_per_dim: L_T = KL(q(x_T | x_0) ‖ prior) in bits per dimension.
+      sum_beta: Σβ_t, which for longer and longer chains must grow without end (Tang, Proposition 1.1).
+      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds.
+      warning: empty, or one line that says why sampling from the prior begins in the wrong place.
+    """
+
+    alpha_bar_T: float
+    prior_bits_per_dim: float
+    sum_beta: float
+    alpha_bar_bound: float
+    warning: str
+
+
+def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
+    """Measures the end of a chain: of a variance-preserving one Σβ_t must be so large that ∏(1 − β_t) is nearly 0.
+
+    For an endless chain ∏(1 − β_t) = 0 exactly if Σβ_t diverges, and then x_t tends to N(0, I) from any x_0
+    (Tang, Propositions 1.1 and 1.2). Of a finite one −ln(1 − β) ≥ β leaves ᾱ_T ≤ e^−Σβ.
+
+    Args:
+      second_moment: E[x_0²] of the data scaled to [−1, 1]; the default is an upper bound.
+
+    A chain is called short if L_T exceeds 0.001 bits/dim: that of Ho et al. has 1e-5, and a thousandth of a bit is the
+    resolution at which likelihoods are compared.
+    """
+    left = float(schedule.alpha_bar[-1])
+    scale = schedule.prior_std**2
+    if scale == 1.0:  # log1p keeps the digits of a small ᾱ
+        nats = 0.5 * (left * (second_moment - 1.0) - np.log1p(-left))
+    else:
+        share = schedule.sigma[-1] ** 2 / scale
+        nats = 0.5 * (left * second_moment / scale + share - 1.0 - np.log(share))
+    bits, sum_beta = float(nats / np.log(2.0)), float(np.sum(schedule.step_variance))
+    warning = ""
+    if bits > 1e-3:
+        warning = (
+            f"the chain does not reach its prior: alpha_bar_T = {left:.3g} leaves a prior term of {bits:.3g}"
+            " bits/dim; use more steps or larger betas"
+        )
+    return Health(left, bits, sum_beta, float(np.exp(-sum_beta)), warning)
