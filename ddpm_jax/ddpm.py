@@ -1,547 +1,430 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020): the paper on a page.
 
-`make(config)` puts the parts together: a Schedule, a U-Net, a parameterisation, a loss and the samplers.
-What comes out is a `Method`, a few pure functions and no state. An experiment writes a `make` of its own,
-usually this one with a function replaced: `make(config)._replace(loss=my_loss)`.
+A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. What a trained one is asked follows from
+its `denoiser`: samplers, the bound and the uses of given images see nothing else. To change an idea, subclass it and
+replace a method, or write a module:NAME for a part.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
+from jaxtyping import Array, Float, Int32, Key
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import diffusion, likelihood, losses, samplers, schedules
-from ddpm_jax.unet import UNet, check, init_params
+from ddpm_jax import options
+from ddpm_jax.method import Method, fold_in_each, mirror_at_random
+from ddpm_jax.names import check_choice, find
+from ddpm_jax.networks import NETWORKS, init_params
+from ddpm_jax.options import Choice, ConfigError, option
+from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
+from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
+from ddpm_jax.process.samplers import SAMPLERS, Ancestral, Sampler
+from ddpm_jax.process.samplers.chain import check_clip
+from ddpm_jax.process.schedules import Schedule
+from ddpm_jax.process.time_sampling import TIME_SAMPLERS, TimeSampler
 
-SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those that every Method has
+SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those of every Method
 
-
-class Diffusion(NamedTuple):
-    """A model as a diffusion, for what is done with images beside drawing them. Images are float32 [B, H, W, C].
-
-    Attributes:
-      schedule: the full chain that it was trained on.
-      denoiser: (params, label int32 [B], *, guidance=1.0) -> denoise_fn; see `diffusion.denoiser`.
-      make_encode: (**options) -> encode, with encode(params, label, x_0) -> x_T; see `samplers.encode`.
-      make_inpaint: (**options) -> inpaint, with inpaint(params, key, index, label, x_0, mask) -> x; see
-        `samplers.inpaint`.
-    """
-
-    schedule: schedules.Schedule
-    denoiser: Callable
-    make_encode: Callable
-    make_inpaint: Callable
-
-
-class Method(NamedTuple):
-    """A generative model as pure functions: what the trainer and the commands need of it.
-
-    A batch is a dict of image uint8 [B, H, W, C], label int32 [B], index int32 [B]. All randomness of
-    example i comes from the key that is passed and from index[i], and from nothing else, so results do
-    not depend on how a batch is split.
-
-    Attributes:
-      image_shape: (H, W, C) of what it models.
-      num_classes: of its labels; 0 if it looks at none.
-      init: (key) -> params.
-      loss: (params, memory, key, batch) -> (loss [B], metrics, record), for training: with dropout and
-        flips. The batch also has place float32 [B] in [0, 1), where an example stands in the whole batch.
-        metrics is {name: (values [B], weights [B])}; a weight of 0 leaves the example out of that mean.
-      metric_names: the keys of those metrics.
-      make_sample: (**options) -> sample, with sample(params, key, index int32 [B], label int32 [B]) ->
-        x float32 [B, H, W, C] in [−1, 1] or beyond. The options are the method's own, checked here.
-      shown: (key, batch) -> x_0 float32 [B, H, W, C], the images that `loss` shows the network for this key,
-        mirrored where it does so; None if they are those of the batch.
-      sample_options: (**options) -> the same with the defaults that this model gives them, for a recipe;
-        None if the signature of make_sample says them all.
-      make_bound: (**options) -> (chain, bound), with bound(params, key, batch) -> {name: [B] or [B, S]}:
-        the bound on −log p(x_0) as "total", its parts, and curves over the steps of the Schedule `chain`.
-        None if the model has no such bound.
-      diffusion: what it is as a diffusion, for whatever looks inside; None if it is none.
-      memory: what the loss remembers from step to step, a tree of arrays; it is part of the TrainState.
-      remember: (memory, record) -> memory, with the records of the whole batch over all devices.
-    """
-
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    init: Callable
-    loss: Callable
-    metric_names: tuple[str, ...]
-    make_sample: Callable
-    shown: Callable | None = None
-    sample_options: Callable | None = None
-    make_bound: Callable | None = None
-    diffusion: Diffusion | None = None
-    memory: Any = ()
-    remember: Callable = lambda memory, record: memory
+STEPS_HELP = (
+    "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
+    " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
+)
+CLIP_HELP = (
+    "Clips predictions of x_0 to [-1, 1]; --noclip does not, and --clip=dynamic clips by percentile. Default: as"
+    " in the config."
+)
 
 
-def fold_in_each(key, index):
-    """One key for each example: [B]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Which steps of the chain are visited, and with which model."""
 
-
-def mirror_at_random(keys, images):
-    """Mirrors each image [B, H, W, C] left to right with probability ½; keys [B]."""
-    mirror = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
-
-
-def make_parts(config) -> tuple[schedules.Schedule, UNet]:
-    """The Schedule and the network of a config, checked against its data.image_shape."""
-    if config.data.image_shape is None:
-        raise config_lib.ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
-    image_shape = tuple(config.data.image_shape)
-    section = dict(config.schedule)
-    if section.get("name") == "betas":  # as many as there are, whatever the base config says
-        section["num_timesteps"] = None
-    schedule = config_lib.call("config.schedule", schedules.make, section)
-    section = config.diffusion if "diffusion" in config else {}
-    learned = section.get("variance") in diffusion.LEARNED
-    given = {"out_channels": image_shape[-1] * (1 + learned), "name": None, "parent": None}
-    values = config_lib.arguments("config.model", UNet, config.model, given)
-    unet = config_lib.call("config.model", UNet, values, **given)
-    with config_lib.errors_at("config.model"):
-        check(image_shape, **values)
-    if unet.num_classes and section.get("label_dropout"):
-        unet = unet.clone(num_classes=unet.num_classes + 1)  # the last one stands for no label
-    if unet.num_groups >= unet.channels and not unet.scale_shift:
-        logging.warning(
-            "config.model: a group norm of %d channels in %d groups takes away what the time embedding"
-            " adds; set num_groups=%d or less",
-            *(unet.channels, unet.channels, max(1, unet.channels // 4)),
-        )
-    return schedule, unet
-
-
-def make(config) -> Method:
-    """The Method of a config: reads its sections data, model, schedule and diffusion.
-
-    Raises:
-      ConfigError: a field that is unknown, of a wrong type or impossible.
-    """
-    schedule, unet = make_parts(config)
-    given = {"image_shape": tuple(config.data.image_shape), "flip": config.data.flip}
-    return config_lib.call(
-        "config.diffusion",
-        diffusion_method,
-        config.diffusion,
-        schedule=schedule,
-        unet=unet,
-        **given,
+    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
+    spacing: Literal["uniform", "linear", "quadratic", "log_snr"] | None = option(
+        None, "How a plain number of steps is spread over the chain. Default: uniform."
+    )
+    clip_x0: bool | Literal["dynamic"] | None = option(None, CLIP_HELP, flag="clip")
+    guidance: float = option(
+        1.0,
+        "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
+        " exaggerates the labels.",
     )
 
 
-def diffusion_method(
-    schedule: schedules.Schedule,
-    unet: UNet,
-    image_shape: tuple[int, ...],
-    *,
-    flip: bool = False,
-    prediction: str = "eps",
-    variance: str = "fixed_large",
-    loss: str = "simple",
-    t_sampling: str = "uniform",
-    min_snr_gamma: float | None = None,
-    label_dropout: float = 0.0,
-    clip_x0: bool = True,
-) -> Method:
-    """A DDPM of its parts.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Chain):
+    """How images are drawn from a diffusion."""
 
-    Args:
-      schedule: the full chain.
-      unet: (x, t, labels) -> prediction; `image_shape` is (H, W, C). With a learned variance it gives 2C
-        channels.
-      flip: mirror training images left to right with probability ½.
-      prediction: what the network gives: "eps", "x_0", "mean" or "v".
-      variance: σ_t² of the reverse process: "fixed_large" or "fixed_small"; "learned", where the network
-        gives log σ_t², or "learned_range", where it chooses between the two fixed ones.
-      loss: "simple" for L_simple, "vlb" for the terms of the bound with their true weights, "hybrid" for
-        L_simple with a learned variance.
-      t_sampling: "uniform", "antithetic" (evenly over each batch) or "importance" (by the loss history).
-      min_snr_gamma: γ of Min-SNR weights for L_simple; None for none.
-      label_dropout: share of training images whose label is hidden from the network, in [0, 1), so that
-        samples can be guided (Ho & Salimans 2021). Above 0 the network has one class more than the data,
-        its last, which stands for no label.
-      clip_x0: whether samplers and the bound clip x̂_0 to [−1, 1] unless told otherwise.
+    sampler: Annotated[Sampler, Choice("sampler", SAMPLERS)] = option(
+        Ancestral(), "The sampler that draws the images: a built-in one or module:NAME."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounding:
+    """How the bound is measured."""
+
+    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
+    variance: str | None = option(
+        None,
+        "The variance of the reverse chain: fixed_small, fixed_large, analytic, or what was learned. Default:"
+        " as in the config.",
+    )
+    clip_x0: bool | None = option(None, CLIP_HELP, flag="clip")
+    cdf: Literal["normal", "tanh"] = option(
+        "normal",
+        "The distribution function of the decoder: normal, or tanh as in Ho et al.'s code.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DDPM(Method):
+    """A denoising diffusion model. The fields after the first three are the keys of config.diffusion.
+
+    Attributes:
+      schedule: the full chain of T steps that it is trained on.
+      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels]. Its
+        field out_channels is filled in here, and so is one class more for label_dropout.
+      image_shape: (H, W, C).
+      flip: mirror training images left to right with probability ½ (config.data.flip).
+
+    Raises:
+      ValueError: parts that do not go together; one line.
     """
-    config_lib.check_choice("prediction", prediction, diffusion.PREDICTIONS)
-    config_lib.check_choice("variance", variance, diffusion.VARIANCES)
-    config_lib.check_choice("loss", loss, losses.LOSSES)
-    config_lib.check_choice("t_sampling", t_sampling, losses.T_SAMPLINGS)
-    losses.check(loss, variance, min_snr_gamma)
-    diffusion.check_invertible(schedule, prediction)
-    if not 0 <= label_dropout < 1 or (label_dropout and not unet.num_classes):
-        raise ValueError(
-            f"label_dropout must lie in [0, 1), and be 0 for a model without classes; got {label_dropout}"
-        )
-    T, trained_variance, trained_clip = len(schedule), variance, clip_x0
-    num_classes = unet.num_classes - bool(label_dropout)
-    no_label = np.int32(num_classes)  # to a network that has learned what it means
 
-    def denoiser(params, label, dropout_keys=None, *, guidance: float = 1.0):
-        """See `Diffusion`. Guidance g: what is said is that of no label plus g times what the label adds."""
-        learned_variance = trained_variance in diffusion.LEARNED
+    schedule: Schedule
+    network: nn.Module
+    image_shape: tuple[int, int, int]
+    flip: bool = False
+    prediction: str | Callable = option(
+        "eps", "What the network predicts: eps, x_0, mean, v, velocity, edm, or module:NAME."
+    )
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"] = option(
+        "fixed_large", "The variance of the reverse chain; a learned one doubles the network's channels."
+    )
+    loss: str | Callable = option(
+        "simple", "simple, vlb (the bound), hybrid (a learned variance), or module:NAME."
+    )
+    t_sampling: Annotated[TimeSampler, Choice("t_sampling", TIME_SAMPLERS)] = option(
+        TIME_SAMPLERS["uniform"](), "How t is drawn in training."
+    )
+    min_snr_gamma: float | None = option(None, "γ of Min-SNR weights for L_simple; None for none.")
+    label_dropout: float = option(
+        0.0, "Share of training images whose label is hidden, so that samples can be guided."
+    )
+    clip_x0: bool = option(True, "Whether samplers and the bound clip x_0 to [-1, 1] by default.")
 
-        def network(x_t, t, label, dropout_keys=None):
-            label = label if unet.num_classes else None
-            return unet.apply({"params": params}, x_t, t, label, dropout_keys=dropout_keys)
+    Sampling = Sampling
+    Bounding = Bounding
 
-        def network_fn(x_t, t):
-            if guidance == 1:
-                return network(x_t, t, label, dropout_keys)
+    def __post_init__(self):
+        check_choice("variance", self.variance, VARIANCES)
+        if isinstance(self.loss, str) and ":" not in self.loss:
+            check_choice("loss", self.loss, losses.LOSSES)
+        losses.check(self.loss, self.variance, self.min_snr_gamma)
+        predictions.check(self.schedule, self.prediction)
+        classes = getattr(self.network, "num_classes", 0)
+        if not 0 <= self.label_dropout < 1 or (self.label_dropout and not classes):
+            raise ValueError(
+                "label_dropout must lie in [0, 1), and be 0 for a model without classes; got"
+                f" {self.label_dropout}"
+            )
+
+    # ---- the network
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """Number of classes of the data; a network with label_dropout has one more, for no label."""
+        return getattr(self.network, "num_classes", 0)
+
+    @functools.cached_property
+    def sized_network(self) -> nn.Module:
+        """The network with the channels and classes that it needs here."""
+        channels = self.image_shape[-1] * (1 + (self.variance in LEARNED))
+        sizes = {"out_channels": channels}
+        if self.label_dropout:
+            sizes["num_classes"] = self.num_classes + 1
+        fields = {field.name for field in dataclasses.fields(self.network)}
+        if missing := sizes.keys() - fields:
+            raise ValueError(
+                f"the network {type(self.network).__name__} has no field {', '.join(missing)}, which the"
+                " model fills in"
+            )
+        return self.network.clone(**sizes)
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        """The parameters before training, by the network's own initialisers."""
+        return init_params(self.sized_network, key, self.image_shape)
+
+    def denoiser(
+        self,
+        params: Any,
+        label: Int32[Array, " B"] | None = None,
+        *,
+        guidance: float = 1.0,
+        variance: str | np.ndarray | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
+    ) -> Denoiser:
+        """The model as losses and samplers see it, see `diffusion.denoiser`.
+
+        With guidance g the output is that of no label plus g times what the label adds (Ho & Salimans 2021), from one
+        batch of both; of a learned variance the label's own is taken.
+        """
+        network, learned = self.sized_network, self.variance in LEARNED
+        no_label = np.int32(self.num_classes)
+
+        def apply(x, t, label):
+            label = label if network.num_classes else None
+            return network.apply({"params": params}, x, t, label, dropout_keys=dropout_keys)
+
+        def guided(x, t):
             if guidance == 0:
-                return network(x_t, t, jnp.full_like(label, no_label))
-            both = [jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, label))]
+                return apply(x, t, jnp.full_like(label, no_label))
+            both = [jnp.concatenate([values, values]) for values in (x, t, label)]
             both[2] = both[2].at[label.shape[0] :].set(no_label)
-            with_label, without = jnp.split(network(*both), 2)
+            with_label, without = jnp.split(apply(*both), 2)
             value = without + guidance * (with_label - without)
-            if learned_variance:  # of which the label's own is taken
+            if learned:
                 mean, _ = jnp.split(value, 2, axis=-1)
-                _, variance_values = jnp.split(with_label, 2, axis=-1)
-                value = jnp.concatenate([mean, variance_values], axis=-1)
+                _, values = jnp.split(with_label, 2, axis=-1)
+                value = jnp.concatenate([mean, values], axis=-1)
             return value
 
         return diffusion.denoiser(
-            schedule, network_fn, prediction=prediction, learned_variance=learned_variance
+            self.schedule,
+            guided if guidance != 1 else lambda x, t: apply(x, t, label),
+            prediction=self.prediction,
+            learned_variance=learned,
+            variance=variance,
         )
-
-    def init(key):
-        return init_params(unet, key, image_shape)
 
     # ---- training
 
-    quarters = tuple(f"loss_t{quarter}" for quarter in (1, 2, 3, 4))
-    metric_names = quarters + (("simple", "vlb") if loss == "hybrid" else ())
-    memory, remember = (), lambda memory, record: memory
-    if t_sampling == "importance":
-        memory = losses.no_history(T)
-        remember = lambda history, record: losses.remember(history, *record)  # noqa: E731
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        quarters = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
+        return quarters + (("simple", "vlb") if self.loss == "hybrid" else ())
 
-    def draw_t(memory, key, keys, place):
-        """t int32 [B] and the weight that its loss has for it."""
-        if t_sampling == "importance":
-            return losses.importance_t(keys, losses.probabilities(memory))
-        if t_sampling == "antithetic":
-            t = losses.antithetic_t(jax.random.fold_in(key, 2**32 - 1), place, T)
-        else:
-            t = losses.uniform_t(keys, T)
-        return t, jnp.ones(t.shape, jnp.float32)
+    def init_loss_state(self) -> Any:
+        return self.t_sampling.init(self.schedule)
 
-    def example_keys(key, batch):
+    def update_loss_state(self, loss_state: Any, record: Any) -> Any:
+        return self.t_sampling.update(loss_state, *record) if record else loss_state
+
+    def example_keys(self, key, batch) -> tuple:
         """Keys of t, ε, dropout, mirroring and hidden labels: [B] each."""
-        keys = jax.vmap(lambda key: jax.random.split(key, 5))(fold_in_each(key, batch["index"]))
+        keys = fold_in_each(key, batch["index"])
+        keys = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
         return tuple(keys[:, n] for n in range(5))
 
-    def shown(key, batch):
-        x_0, (*_, flip_keys, _) = diffusion.from_uint8(batch["image"]), example_keys(key, batch)
-        return mirror_at_random(flip_keys, x_0) if flip else x_0
+    def shown(self, key, batch):
+        x_0, (*_, flip_keys, _) = diffusion.from_uint8(batch["image"]), self.example_keys(key, batch)
+        return mirror_at_random(flip_keys, x_0) if self.flip else x_0
 
-    def loss_fn(params, memory, key, batch):
-        t_keys, eps_keys, dropout_keys, _, label_keys = example_keys(key, batch)
-        x_0, label = shown(key, batch), batch["label"]
-        if label_dropout:
-            hidden = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(label_keys)
-            label = jnp.where(hidden, no_label, label)
-        t, weight = draw_t(memory, key, t_keys, batch["place"])
-        eps = jax.vmap(lambda key: jax.random.normal(key, image_shape))(eps_keys)
-        denoise_fn = denoiser(params, label, dropout_keys)
+    def loss_fn(self, params, loss_state, key, batch):
+        """One step of Ho et al. Algorithm 1: draws t and ε, and compares."""
+        t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
+        x_0, label = self.shown(key, batch), batch["label"]
+        if self.label_dropout:
+            hidden = jax.vmap(lambda key: jax.random.bernoulli(key, self.label_dropout))(label_keys)
+            label = jnp.where(hidden, np.int32(self.num_classes), label)
+        t, weight = self.t_sampling.draw(
+            self.schedule, loss_state, key, t_keys, batch["position"]
+        )
+        eps = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(eps_keys)
+        variance = None if self.loss == "simple" else self.variance
+        denoiser = self.denoiser(params, label, variance=variance, dropout_keys=dropout_keys)
+        values, parts = self.compare(denoiser(self.schedule), x_0, t, eps)
+        metrics = {name: (part, weight) for name, part in parts.items()}
+        quarter = 4 * t // len(self.schedule)
+        for q in range(4):
+            metrics[f"loss_t{q + 1}"] = values, weight * (quarter == q)
+        return values * weight, metrics, (t, values)
 
-        metrics = {}
-        args, of_simple = (schedule, denoise_fn, x_0, t, eps), {"prediction": prediction}
-        of_simple["min_snr_gamma"] = min_snr_gamma
-        if loss == "simple":
-            values = losses.simple(*args, **of_simple)
-        elif loss == "vlb":
-            values = losses.vlb(*args, variance=variance)
-        else:
-            of_mean, of_variance = losses.hybrid(*args, variance=variance, **of_simple)
-            values = of_mean + losses.HYBRID_WEIGHT * of_variance
-            metrics = {"simple": (of_mean, weight), "vlb": (of_variance, weight)}
-        quarter = 4 * t // T
-        metrics |= {name: (values, weight * (quarter == q)) for q, name in enumerate(quarters)}
-        record = (t, values) if t_sampling == "importance" else ()
-        return values * weight, metrics, record
+    def compare(self, denoise_fn, x_0, t, eps):
+        """The loss [B] of what the network makes of x_t, and its parts {name: [B]} for the log."""
+        args = (self.schedule, denoise_fn, x_0, t, eps)
+        squared = functools.partial(
+            losses.simple if self.loss == "simple" else losses.hybrid,
+            prediction=self.prediction,
+            min_snr_gamma=self.min_snr_gamma,
+        )
+        if self.loss == "simple":
+            return squared(*args), {}
+        if self.loss == "hybrid":
+            of_mean, of_variance = squared(*args)
+            parts = {"simple": of_mean, "vlb": of_variance}
+            return of_mean + losses.HYBRID_WEIGHT * of_variance, parts
+        loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
+        return loss(*args), {}
 
     # ---- what a trained model is asked
 
-    def reverse_variance(asked, chain, x_0_error):
-        """A variance as samplers and the bound take it, if this model can have it."""
-        config_lib.check_choice("variance", asked, diffusion.VARIANCES)
-        if asked in diffusion.LEARNED and asked != trained_variance:
+    def chain(
+        self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
+    ) -> Schedule:
+        """The chain of the options of sampling, after a check that this model can have them.
+
+        Args:
+          from_t: begin at this time of the full chain instead of T − 1.
+          x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
+
+        Raises:
+          ValueError: one line.
+        """
+        steps = timesteps.shorten(
+            self.schedule, sampling.steps, spacing=sampling.spacing, last=from_t
+        )
+        check_clip(self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0)
+        if not np.isfinite(sampling.guidance):
+            raise ValueError(f"guidance must be a finite number, got {sampling.guidance}")
+        if sampling.guidance != 1.0 and not self.label_dropout:
             raise ValueError(
-                f"variance {asked!r} needs outputs that this network has not: it was trained with"
-                f" {trained_variance!r}; use that, fixed_small, fixed_large or analytic"
+                "guidance needs a model that has learned to do without labels: train with classes and"
+                " config.diffusion.label_dropout above 0, such as 0.1"
             )
-        if asked == "learned" and (chain.timesteps != np.arange(len(chain))).any():
+        sampler = getattr(sampling, "sampler", None)
+        if hasattr(sampler, "variance"):
+            if sampler.variance == "analytic" and from_t is not None:
+                raise ValueError(
+                    "variance 'analytic' is measured for whole chains, not from_t; use fixed_small or"
+                    " fixed_large"
+                )
+            self.reverse_variance(sampler.variance, steps, x_0_error)
+        if hasattr(sampler, "check"):
+            sampler.check(steps)
+        return steps
+
+    def reverse_variance(self, asked: str | None, steps: Schedule, x_0_error=None):
+        """A variance as `diffusion.model_log_variance` takes it, if this model can have it on this chain."""
+        asked = asked or self.variance
+        if not isinstance(asked, str):
+            return asked
+        check_choice("variance", asked, VARIANCES)
+        if asked in LEARNED and asked != self.variance:
+            raise ValueError(
+                f"variance {asked!r} needs outputs that this network does not have: it was trained with"
+                f" {self.variance!r}; use that, fixed_small, fixed_large or analytic"
+            )
+        if asked == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
             raise ValueError(
                 "variance 'learned' is that of single steps of the full chain; in fewer steps use"
                 " fixed_small, fixed_large or analytic, or train with learned_range"
             )
         if asked != "analytic":
             return asked
-        if x_0_error is None or len(x_0_error) != len(chain):
+        if x_0_error is None or len(x_0_error) != len(steps):
             raise ValueError(
                 "variance 'analytic' needs x_0_error, the mean squared error of x̂_0 measured at each"
-                f" of the {len(chain)} steps of the chain"
+                f" of the {len(steps)} steps of the chain"
             )
-        return diffusion.analytic_log_variance(chain, x_0_error)
+        return diffusion.analytic_log_variance(steps, x_0_error)
 
-    def sample_options(*, sampler: str = "ancestral", **options):
-        """The options of a sampler, each with its default: those that it does not have are None.
-
-        Raises:
-          ValueError: an unknown sampler, or an option that belongs to another one.
-        """
-        config_lib.check_choice("sampler", sampler, samplers.SAMPLERS)
-        options = {name: value for name, value in options.items() if value is not None}
-        if "variance" in options:
-            config_lib.check_choice("variance", options["variance"], diffusion.VARIANCES)
-        own = {
-            "ancestral": {"variance": trained_variance},
-            "ddim": {"eta": 0.0},
-            "dpm_solver": {"order": 2, "singlestep": False},
-            "heun": {},
-        }
-        for name in options:
-            for owner, names in own.items():
-                if name in names and owner != sampler:
-                    raise ValueError(
-                        f"{name} is an option of sampler {owner!r}, and {sampler!r} has none"
-                    )
-        if not np.isfinite(options.get("guidance", 1.0)):
-            raise ValueError(f"guidance must be a finite number, got {options['guidance']}")
-        if options.get("variance") == "analytic" and options.get("from_t") is not None:
-            raise ValueError(
-                "variance 'analytic' is measured for whole chains, not from_t; use fixed_small or fixed_large"
-            )
-        if options.get("guidance", 1.0) != 1.0 and not label_dropout:
-            raise ValueError(
-                "guidance needs a model that has learned to do without labels: train with classes and"
-                " config.diffusion.label_dropout above 0, such as 0.1"
-            )
-        every = dict.fromkeys(name for names in own.values() for name in names)
-        every |= {"steps": None, "spacing": None, "clip_x0": trained_clip, "from_t": None}
-        every |= {"guidance": 1.0, "x_0_error": None, "frames": 0}
-        return {"sampler": sampler} | every | own[sampler] | options
-
-    def make_sample(
+    def sample(
+        self,
+        params,
+        key,
+        index,
+        label,
+        sampling: Sampling = Sampling(),  # noqa: B008
         *,
-        sampler: str = "ancestral",
-        steps: Any = None,
-        spacing: str | None = None,
-        eta: float | str | None = None,
-        order: int | None = None,
-        singlestep: bool | None = None,
-        variance: str | None = None,
-        clip_x0: bool | str = clip_x0,
-        guidance: float = 1.0,
+        x_T=None,
         from_t: int | None = None,
-        x_0_error: Any = None,
+        x_0_error=None,
         frames: int = 0,
     ):
-        """The options of sampling; None where the sampler's own default is meant.
+        """Images x_0, from x_T if that is given, otherwise from noise.
 
         Args:
-          sampler: one of `samplers.SAMPLERS`.
-          steps, spacing: see `schedules.shorten`; None for all T.
-          eta: of "ddim", 0 (the default) to 1 or "hat"; see `diffusion.ddim_std`.
-          order, singlestep: of "dpm_solver", 2 and False unless told; see `samplers.dpm_solver_weights`.
-          variance: of "ancestral", one of `diffusion.VARIANCES` that the network has the outputs for.
-          clip_x0: True, False or "dynamic"; see `samplers.clip`.
-          guidance: 1 draws from the model of the labels, 0 from the one without, more exaggerates what
-            the label adds, at the price of a network call for both in one batch.
-          from_t: begin at this time of the full chain, not at T − 1; for what is given as x_T.
-          x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
-          frames: return (x, `samplers.Trajectory`) with this many steps of the chain, evenly spaced.
-
-        Returns:
-          sample(params, key, index, label, x_T=None): as `Method` says; it begins with x_T
-          [B, H, W, C] where that is given, else with noise.
+          x_T: [B, H, W, C] of the last step of the chain; needed with `from_t`.
+          from_t, x_0_error: see `chain`.
+          frames: return (x_0, `Trajectory`) with this many steps of the chain, evenly spaced.
         """
-        options = {"steps": steps, "spacing": spacing, "eta": eta, "order": order}
-        options |= {"singlestep": singlestep, "variance": variance, "clip_x0": clip_x0}
-        options |= {"guidance": guidance, "from_t": from_t, "x_0_error": x_0_error}
-        options = sample_options(sampler=sampler, frames=frames, **options)
-        chain = schedules.shorten(schedule, steps, spacing=spacing, last=from_t)
-        names = ("eta", "order", "singlestep", "variance")
-        given = {name: options[name] for name in names if options[name] is not None}
-        if "variance" in given:
-            given["variance"] = reverse_variance(given["variance"], chain, x_0_error)
+        steps = self.chain(sampling, from_t=from_t, x_0_error=x_0_error)
+        keys, sampler, variance = fold_in_each(key, index), sampling.sampler, None
+        if hasattr(sampler, "variance"):
+            variance = self.reverse_variance(sampler.variance, steps, x_0_error)
+        if x_T is None:
+            if from_t is not None:
+                raise ValueError(f"a chain from_t={from_t} begins with an x_T that is given")
+            x_T = diffusion.prior(steps, keys, self.image_shape)
+        keep = None
         if frames:
-            given["keep"] = schedules.subsequence(min(frames, len(chain)), len(chain))[::-1]
-        reverse = samplers.make(chain, sampler, clip_x0=clip_x0, **given)
+            keep = timesteps.subsequence(min(frames, len(steps)), len(steps))[::-1]
+        denoiser = self.denoiser(params, label, guidance=sampling.guidance, variance=variance)
+        clip = self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0
+        return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
 
-        def sample(params, key, index, label, x_T=None):
-            keys = fold_in_each(key, index)
-            if x_T is None:
-                if from_t is not None:
-                    raise ValueError(f"a chain from_t={from_t} begins with an x_T that is given")
-                x_T = samplers.prior(keys, image_shape)
-            return reverse(denoiser(params, label, guidance=guidance), x_T, keys)
+    def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:  # noqa: B008
+        """The chain of the options of the bound, after a check that this model can have them."""
+        steps = timesteps.shorten(self.schedule, options.steps)
+        check_choice("cdf", options.cdf, likelihood.CDFS)
+        self.reverse_variance(options.variance, steps, x_0_error)
+        return steps
 
-        return sample
-
-    def make_encode(
+    def bound(
+        self,
+        params,
+        key,
+        batch,
+        options: Bounding = Bounding(),  # noqa: B008
         *,
-        steps: Any = None,
-        spacing: str | None = None,
-        clip_x0: bool | str = clip_x0,
-        guidance: float = 1.0,
-    ):
-        """The options of encoding, as those of `make_sample`; `encode` is to be decoded with the same ones."""
-        sample_options(sampler="ddim", guidance=guidance)
-        chain = schedules.shorten(schedule, steps, spacing=spacing)
-        samplers.check_clip(clip_x0)
-
-        def encode(params, label, x_0):
-            denoise_fn = denoiser(params, label, guidance=guidance)
-            return samplers.encode(chain, denoise_fn, x_0, clip_x0=clip_x0)
-
-        return encode
-
-    def make_inpaint(
-        *,
-        steps: Any = None,
-        spacing: str | None = None,
-        variance: str = variance,
-        clip_x0: bool | str = clip_x0,
-        guidance: float = 1.0,
-        resample: int = 10,
-        jump: int = 10,
-        x_0_error: Any = None,
-    ):
-        """The options of filling in: those of `make_sample`, and of `samplers.inpaint`."""
-        sample_options(guidance=guidance)
-        chain = schedules.shorten(schedule, steps, spacing=spacing)
-        samplers.resampling(len(chain), resample=resample, jump=jump)
-        given = {"variance": reverse_variance(variance, chain, x_0_error)}
-        given |= {"clip_x0": clip_x0, "resample": resample, "jump": jump}
-        samplers.check_clip(clip_x0)
-
-        def inpaint(params, key, index, label, x_0, mask):
-            denoise_fn = denoiser(params, label, guidance=guidance)
-            return samplers.inpaint(chain, denoise_fn, x_0, mask, fold_in_each(key, index), **given)
-
-        return inpaint
-
-    def make_bound(
-        *,
-        steps=None,
-        variance: str = variance,
-        clip_x0: bool = clip_x0,
-        cdf: str = "normal",
         x_0_error=None,
-    ):
-        """The options of the bound: those of `make_sample`, and the decoder's cdf, "normal" or "tanh"."""
-        config_lib.check_choice("cdf", cdf, likelihood.CDFS)
-        chain = schedules.shorten(schedule, steps)
-        given = {"variance": reverse_variance(variance, chain, x_0_error)}
-        given |= {"clip_x0": clip_x0, "cdf": cdf}
+    ) -> dict[str, Float[Array, "..."]]:
+        """The bound on −log p(x_0) in bits/dim: total, L_T and L_0 [B]; terms, x_0_error and eps_error [B, S]."""
+        steps = self.bound_chain(options, x_0_error=x_0_error)
+        x_0, keys = diffusion.from_uint8(batch["image"]), fold_in_each(key, batch["index"])
+        variance = self.reverse_variance(options.variance, steps, x_0_error)
+        clip = self.clip_x0 if options.clip_x0 is None else options.clip_x0
+        denoiser = self.denoiser(params, batch["label"], variance=variance)
+        parts = likelihood.bound(steps, denoiser, x_0, keys, clip_x0=clip, cdf=options.cdf)
+        total = parts.prior + jnp.sum(parts.terms, axis=1)
+        scalars = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
+        return scalars | {
+            "terms": parts.terms,
+            "x_0_error": parts.x_0_error,
+            "eps_error": parts.eps_error,
+        }
 
-        def bound(params, key, batch):
-            x_0, keys = diffusion.from_uint8(batch["image"]), fold_in_each(key, batch["index"])
-            denoise_fn = denoiser(params, batch["label"])
-            parts = likelihood.bound(chain, denoise_fn, x_0, keys, **given)
-            total = parts.prior + jnp.sum(parts.terms, axis=1)
-            scalars = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
-            curves = {name: getattr(parts, name) for name in ("terms", "x_0_error", "eps_error")}
-            return scalars | curves
+    # ---- from a config
 
-        return chain, bound
+    @classmethod
+    def from_config(cls, config) -> DDPM:
+        """The model of a config's sections data, model, schedule and diffusion.
 
-    return Method(
-        image_shape=image_shape,
-        num_classes=num_classes,
-        init=init,
-        loss=loss_fn,
-        metric_names=metric_names,
-        make_sample=make_sample,
-        shown=shown,
-        sample_options=sample_options,
-        make_bound=make_bound,
-        diffusion=Diffusion(schedule, denoiser, make_encode, make_inpaint),
-        memory=memory,
-        remember=remember,
-    )
-
-
-def make_method(config) -> Method:
-    """The Method that config.method names: a module with a `make(config)`.
-
-    A module that lists the sections it reads as `SECTIONS` has the config's other names checked.
-
-    Raises:
-      ConfigError: there is no such module, it has no `make`, or nobody reads a name of the config.
-    """
-    try:
-        module = importlib.import_module(config.method)
-    except (ImportError, TypeError, ValueError) as error:
-        missing = getattr(error, "name", None)
-        if missing and not str(config.method).startswith(missing):
-            raise  # the module is there, but not what it imports
-        raise config_lib.ConfigError(
-            f"config.method {config.method!r} is no module that can be imported from here ({error})"
-        ) from None
-    if not hasattr(module, "make"):
-        raise config_lib.ConfigError(f"config.method {config.method!r} has no make(config)")
-    if hasattr(module, "SECTIONS"):
-        known = ("method", "seed", "data", "optimizer", "step", "training", "preview")
-        config_lib.check_names(config, (*known, *module.SECTIONS))
-    return module.make(config)
+        Raises:
+          ConfigError: a field that is unknown, of a wrong type or impossible.
+        """
+        if config.data.image_shape is None:
+            raise ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
+        image_shape = tuple(config.data.image_shape)
+        with options.errors_at("config.schedule"):
+            schedule = schedules.make(**config.schedule)
+        network = make_network(config.model, image_shape)
+        parts = {"schedule": schedule, "network": network, "image_shape": image_shape}
+        parts["flip"] = bool(config.data.get("flip", False))
+        return options.build(cls, config.diffusion, "config.diffusion", **parts)
 
 
-def all_options(function: Callable, options: dict) -> dict:
-    """The options with the defaults of a maker filled in: what moves its result."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters} | options
+def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The network of a config's section model; its `name` is a key of NETWORKS (default: unet) or module:NAME."""
+    section = dict(section)
+    with options.errors_at("config.model"):
+        network = find(section.pop("name", "unet"), NETWORKS, "network")
+    network = options.build(network, section, "config.model", name=None, parent=None)
+    if hasattr(network, "check"):
+        with options.errors_at("config.model"):
+            network.check(image_shape)
+    return network
 
 
-def labels_of(
-    method: Method, index: np.ndarray, labels: str | int | Sequence[int] = "cycle", *, key=None
-) -> np.ndarray:
-    """The class of each image, int32 [N]; zeros for a model without classes.
-
-    Args:
-      index: int [N] of the images.
-      labels: "cycle" for the classes in turn; "random" for a class that depends on the key and the index
-        alone; or one class or several, which are then taken in turn. As text also: "3" or "3,5,7".
-      key: for "random".
-
-    Raises:
-      ValueError: what cannot be read, a class that there is not, a choice where there are no classes.
-    """
-    count = method.num_classes
-    labels = labels if isinstance(labels, str) else np.ravel(labels).tolist()
-    if not count:
-        if labels != "cycle":
-            raise ValueError(
-                f"labels={labels!r} is for a model with classes, and this one has none"
-            )
-        return np.zeros(len(index), np.int32)
-    if labels == "cycle":
-        return (index % count).astype(np.int32)
-    if labels == "random":
-        keys = fold_in_each(jax.random.fold_in(key, 2**32 - 1), np.asarray(index, np.uint32))
-        drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
-        return np.asarray(drawn, np.int32)
-    try:
-        chosen = np.array(
-            [int(n) for n in labels.split(",")] if isinstance(labels, str) else labels
-        )
-    except ValueError:
-        raise ValueError(
-            f"cannot read labels={labels!r}; write cycle, random, a class such as 3, or 3,5,7"
-        ) from None
-    chosen = np.atleast_1d(chosen)
-    if chosen.size == 0 or not (chosen.min() >= 0 and chosen.max() < count):
-        raise ValueError(f"labels={labels!r}: this model has the classes 0 … {count - 1}")
-    return chosen[np.asarray(index) % len(chosen)].astype(np.int32)
+def make(config) -> DDPM:
+    """The Method of `config.method = "ddpm_jax.ddpm"`."""
+    return DDPM.from_config(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import os
 import sys
 import traceback
@@ -98,12 +97,3 @@ def is_foreign(path: str) -> bool:
         and not path.startswith(os.path.dirname(os.__file__))
     )
 
-
-def missing_methods(thing: Any, protocol: type) -> list[str]:
-    """The methods of a Protocol that a thing lacks, but for those that the Protocol itself implements."""
-    wanted = [
-        name
-        for name, value in vars(protocol).items()
-        if inspect.isfunction(value) and (not name.startswith("_") or name == "__call__")
-    ]
-    return [name for name in wanted if not callable(getattr(thing, name, None))]

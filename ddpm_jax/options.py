@@ -29,7 +29,7 @@ from ddpm_jax.names import find, nearest
 EMPTY = inspect.Parameter.empty
 
 
-class OptionError(ValueError):
+class ConfigError(ValueError):
     """One line that names the option or the config field, what was expected and what to do."""
 
 
@@ -162,14 +162,14 @@ def bind(target: Callable, values: Mapping[str, Any], where: str, *, given=()) -
       given: names of parameters that do not come from `values`.
 
     Raises:
-      OptionError: a name that the target does not take (with the nearest that it does), one that it needs and is not
+      ConfigError: a name that the target does not take (with the nearest that it does), one that it needs and is not
         there, or a value of another type.
     """
     left = dict(values)
     with _at(where):
         kwargs = _bind(target, left, where, frozenset(given))
     if left:
-        raise OptionError(_unknown(target, next(iter(left)), values, where, given))
+        raise ConfigError(_unknown(target, next(iter(left)), values, where, given))
     return kwargs
 
 
@@ -177,7 +177,7 @@ def build(target: Callable, values: Mapping[str, Any], where: str, **given) -> A
     """target(**values, **given), where every mistake in the values ends as one line.
 
     Raises:
-      OptionError: as `bind`, or a ValueError of the target itself.
+      ConfigError: as `bind`, or a ValueError of the target itself.
     """
     kwargs = bind(target, values, where, given=given)
     with _at(where):
@@ -209,7 +209,7 @@ def _bind(target, left: dict, where: str, given=frozenset(), base=None) -> dict[
         elif one.name in left:
             kwargs[one.name] = convert(one, left.pop(one.name), where)
         elif one.default is EMPTY and base is None:
-            raise OptionError(f"{where} lacks the field {one.name!r}" if _is_field(where) else f"give {_called(one, where)}")
+            raise ConfigError(f"{where} lacks the field {one.name!r}" if _is_field(where) else f"give {_called(one, where)}")
     return kwargs
 
 
@@ -242,19 +242,19 @@ def _unknown(target, name: str, values, where: str, given) -> str:
 
 @contextlib.contextmanager
 def _at(where: str):
-    """Turns a ValueError inside into an OptionError that begins with the name of a section."""
+    """Turns a ValueError inside into an ConfigError that begins with the name of a section."""
     try:
         yield
-    except OptionError:
+    except ConfigError:
         raise
     except ValueError as error:
         if type(error) is not ValueError:  # its class says what it is about, such as a damaged file
             raise
-        raise OptionError(f"{where}: {error}" if _is_field(where) else str(error)) from error
+        raise ConfigError(f"{where}: {error}" if _is_field(where) else str(error)) from error
 
 
 def errors_at(where: str):
-    """A context that turns a plain ValueError into an OptionError that begins with `where`."""
+    """A context that turns a plain ValueError into an ConfigError that begins with `where`."""
     return _at(where)
 
 
@@ -265,7 +265,7 @@ def convert(one: Option, value: Any, where: str) -> Any:
     """A value as its option takes it.
 
     Raises:
-      OptionError: it is of another type, or too small.
+      ConfigError: it is of another type, or too small.
     """
     if isinstance(value, list):
         value = tuple(value)
@@ -273,13 +273,13 @@ def convert(one: Option, value: Any, where: str) -> Any:
         try:
             value = read(str(value), one.hint)
         except ValueError:
-            raise OptionError(f"{_called(one, where)} must be {expected(one.hint)}, got {str(value)!r}") from None
+            raise ConfigError(f"{_called(one, where)} must be {expected(one.hint)}, got {str(value)!r}") from None
     if value is None and _is_sequence(one.hint):
         value = ()
     if not fits(value, one.hint):
-        raise OptionError(f"{_called(one, where)} must be {expected(one.hint)}, got {value!r}")
+        raise ConfigError(f"{_called(one, where)} must be {expected(one.hint)}, got {value!r}")
     if one.least is not None and isinstance(value, int) and value < one.least:
-        raise OptionError(f"{_called(one, where)} must be at least {one.least}, got {value}")
+        raise ConfigError(f"{_called(one, where)} must be at least {one.least}, got {value}")
     return value
 
 
@@ -329,9 +329,10 @@ def _read(text: str, hint: Any) -> Any:
             return None
         raise ValueError(text)
     if typing.get_origin(hint) is Literal:
-        return next(v for v in [*typing.get_args(hint), ValueError] if v is ValueError or str(v) == text) if any(
-            str(v) == text for v in typing.get_args(hint)
-        ) else _refuse(text)
+        for value in typing.get_args(hint):
+            if str(value) == text:
+                return value
+        _refuse(text)
     if hint is bool:
         words = {"true": True, "1": True, "false": False, "0": False}
         return words[text.lower()] if text.lower() in words else _refuse(text)

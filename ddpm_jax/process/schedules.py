@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float64, UInt32
+
+from ddpm_jax import options
+from ddpm_jax.names import find, nearest
 
 PRIOR_STREAM = 2**32 - 1  # noise id of x_T, which no step of a chain has
 
@@ -272,6 +275,15 @@ def straight(num_timesteps: int = 1000) -> Schedule:
     return Schedule(1.0 - u, u)
 
 
+def betas(num_timesteps: int | None = None, *, betas: tuple[float, ...] = ()) -> Schedule:
+    """A list of one's own, see `from_betas`; num_timesteps may repeat its length."""
+    if not len(betas):
+        raise ValueError("schedule 'betas' needs the list betas=(…), T numbers in (0, 1]")
+    if num_timesteps not in (None, len(betas)):
+        raise ValueError(f"num_timesteps is {num_timesteps}, but {len(betas)} betas are given")
+    return from_betas(betas)
+
+
 SCHEDULES = {
     "linear": linear,
     "quadratic": quadratic,
@@ -283,9 +295,44 @@ SCHEDULES = {
     "cosine": cosine,
     "exploding": exploding,
     "straight": straight,
+    "betas": betas,
     "quad": quadratic,  # names in older configs
     "const": constant,
 }
+
+
+def make(
+    name: str | Callable[..., Schedule],
+    num_timesteps: int | None = None,
+    *,
+    zero_snr: bool | None = None,
+    **keywords,
+) -> Schedule:
+    """A full chain by name, as config.schedule has it.
+
+    Args:
+      name: a key of `SCHEDULES`, or module:NAME of a function (num_timesteps, **keywords) -> Schedule.
+      num_timesteps: T ≥ 1; None takes the default of the schedule, 1000.
+      zero_snr: rescale it by `zero_terminal_snr`.
+      keywords: of the named function; None takes its default.
+
+    Raises:
+      ValueError: unknown name, T < 1, an option that this schedule does not have, a β outside (0, 1].
+    """
+    function = find(name, SCHEDULES, "schedule")
+    if num_timesteps is not None and num_timesteps < 1:
+        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+    keywords |= {"num_timesteps": num_timesteps}
+    keywords = {key: value for key, value in keywords.items() if value is not None}
+    takes = [one.name for one in options.options_of(function)]
+    for key in keywords.keys() - set(takes):
+        raise ValueError(
+            f"schedule {name!r} takes {', '.join(sorted(takes))}, but not {key!r}{nearest(key, takes)}"
+        )
+    schedule = function(**options.bind(function, keywords, ""))
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule {name!r} must return a Schedule, got {type(schedule).__name__}")
+    return zero_terminal_snr(schedule) if zero_snr else schedule
 
 
 # ---- does a chain reach its prior? --------------------------------------------------------------------

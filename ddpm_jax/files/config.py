@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import importlib.util
 import inspect
 import json
 import os
 import sys
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
+from ddpm_jax import options
+from ddpm_jax.names import nearest
+from ddpm_jax.options import ConfigError, errors_at
+
 MISSING = "(no such field)"  # what `differences` shows where a config has none
-
-
-class ConfigError(ValueError):
-    """One line that names the field, what was expected and what to do."""
 
 
 def path(text: str | os.PathLike) -> str:
@@ -30,110 +27,6 @@ def path(text: str | os.PathLike) -> str:
     shell does it behind the = of --workdir=~/runs.
     """
     return os.path.expanduser(os.fspath(text))
-
-
-def nearest(word: str, words, prefix: str = "") -> str:
-    """ "; did you mean 'x'?" or nothing; the prefix stands before the x."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {prefix + close[0]!r}?" if close else ""
-
-
-def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError, with the nearest choice, if `value` is none of them."""
-    if value not in choices:
-        raise ValueError(
-            f"unknown {field} {value!r}{nearest(str(value), choices)} (choose from {', '.join(choices)})"
-        )
-
-
-def check_names(config: Mapping, known: Sequence[str]) -> None:
-    """Raises ConfigError for a name at the top of a config that nobody reads."""
-    for name in config:
-        if name not in known:
-            raise ConfigError(
-                f"config has {name!r}, which nobody reads{nearest(name, known)} (it has {', '.join(known)})"
-            )
-
-
-def _fits(value, hint) -> bool:
-    """Whether a config's value is of an annotated type; lists pass for tuples, ints for floats."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if _is_sequence(hint):
-        return isinstance(value, (tuple, list)) and all(_fits(v, arguments[0]) for v in value)
-    if hint is typing.Any or not inspect.isclass(hint):
-        return True
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _is_sequence(hint) -> bool:
-    """Whether a type is tuple[…] or Sequence[…], for which None stands for no element."""
-    origin = typing.get_origin(hint)
-    return inspect.isclass(origin) and issubclass(origin, Sequence)
-
-
-def arguments(path: str, function: Callable, section: Mapping, given=()) -> dict:
-    """The section as keyword arguments of `function`, checked against its signature and annotations.
-
-    Args:
-      path: how a user writes the section, such as "config.model".
-      function: what is to be called, or a class.
-      section: keyword arguments out of a config; lists become tuples, and None an empty one where the
-        function takes nothing but a tuple.
-      given: names of parameters that do not come from the section.
-
-    Raises:
-      ConfigError: a key that the function does not take (with the nearest that it does), one that it
-        needs and the section lacks, or a value of another type than annotated.
-    """
-    parameters = inspect.signature(function).parameters
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    names = [name for name in parameters if name not in given]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()}
-    for key, value in values.items():
-        if key not in names:
-            raise ConfigError(
-                f"{path} has no field {key!r}{nearest(key, names)} (it has {', '.join(names)})"
-            )
-        hint = hints.get(key, typing.Any)
-        if value is None and _is_sequence(hint):
-            values[key] = value = ()
-        if not _fits(value, hint):
-            expected = hint.__name__ if inspect.isclass(hint) else hint
-            raise ConfigError(f"{path}.{key} must be {expected}, got {value!r}")
-    for name in names:
-        if parameters[name].default is inspect.Parameter.empty and name not in values:
-            raise ConfigError(f"{path} lacks the field {name!r}")
-    return values
-
-
-@contextlib.contextmanager
-def errors_at(path: str):
-    """Turns a ValueError inside into a ConfigError that begins with the path of the section.
-
-    A subclass of ValueError says what it is about by its class, and keeps it: what is wrong with a file is
-    not wrong with the config that names the file.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def call(path: str, function: Callable, section: Mapping, **given):
-    """function(**section, **given), where every mistake in the section ends as one line.
-
-    Raises:
-      ConfigError: as `arguments`, or a ValueError of the function itself.
-    """
-    values = arguments(path, function, section, given)
-    with errors_at(path):
-        return function(**values, **given)
 
 
 # ---- a config file, and what a command line changes in it --------------------------------------------

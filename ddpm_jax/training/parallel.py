@@ -20,7 +20,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import config as config_lib
 
 AXIS = "batch"
 
@@ -234,6 +233,6 @@ def enable_compilation_cache() -> None:
         )
     kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
     folder = f"jaxlib-{importlib.metadata.version('jaxlib')}-{kind}"
-    root = config_lib.path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(root, "ddpm_jax", folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

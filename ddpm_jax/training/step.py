@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax import config as config_lib
+from ddpm_jax import options
+from ddpm_jax.names import check_choice
 
 NEVER = np.int32(2**31 - 1)
 STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
@@ -31,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     ema_params: Any
     opt_state: Any
-    memory: Any  # what the method's loss remembers, such as a loss history; often nothing
+    loss_state: Any  # see `Method.init_loss_state`; often ()
     metrics: Metrics  # since the last log line; here, so that a resumed run writes the same lines
 
 
@@ -58,8 +59,8 @@ def make_optimizer(
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    config_lib.check_choice("name", name, ("adam", "adamw"))
-    config_lib.check_choice("decay", decay, ("none", "cosine"))
+    check_choice("name", name, ("adam", "adamw"))
+    check_choice("decay", decay, ("none", "cosine"))
     if not learning_rate > 0 or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
         raise ValueError(
             "learning_rate and eps must be positive, warmup_steps at least 0, b1 and b2 in [0, 1); got"
@@ -83,8 +84,8 @@ def make_optimizer(
 def optimizer_of(config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """`make_optimizer` of a config's section optimizer, for a run of its training.num_steps."""
     num_steps = config.training.num_steps
-    return config_lib.call(
-        "config.optimizer", make_optimizer, config.optimizer, num_steps=num_steps
+    return options.build(
+        make_optimizer, config.optimizer, "config.optimizer", num_steps=num_steps
     )
 
 
@@ -117,7 +118,7 @@ def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),  # a donated buffer must not be shared
         opt_state=jax.jit(tx.init)(params),
-        memory=jax.tree.map(jnp.asarray, method.memory),
+        loss_state=jax.tree.map(jnp.asarray, method.init_loss_state()),
         metrics=no_metrics(method),
     )
 
@@ -151,7 +152,7 @@ def make_update(
     `accumulate` changes which noise an example gets.
 
     Args:
-      method: a `ddpm.Method`, or anything with its `loss`.
+      method: a `Method`, or anything with its `loss_fn`.
       key: of the run's training noise.
       axis_name: the mapped axis over which gradients and metrics are averaged; None on one device.
       accumulate: parts that the shard is cut into, their gradients averaged before the one update; a
@@ -165,7 +166,7 @@ def make_update(
     Raises:
       ValueError: an unknown choice or a number out of range.
     """
-    config_lib.check_choice("clip", clip, ("global", "per_replica", "none"))
+    check_choice("clip", clip, ("global", "per_replica", "none"))
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
     if accumulate < 1 or not max_grad_norm > 0:
@@ -181,27 +182,27 @@ def make_update(
             return record
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), record)
 
-    def with_place(batch):
+    def with_position(batch):
         """Adds where each example stands in the batch of all devices."""
         size = batch["index"].shape[0]
         first = size * jax.lax.axis_index(axis_name) if axis_name else 0
         total = size * (jax.lax.axis_size(axis_name) if axis_name else 1)
-        return {**batch, "place": (first + jnp.arange(size)) / np.float32(total)}
+        return {**batch, "position": (first + jnp.arange(size)) / np.float32(total)}
 
-    def loss_and_more(params, memory, key, batch):
-        loss, metrics, record = method.loss(params, memory, key, batch)
+    def loss_and_more(params, loss_state, key, batch):
+        loss, metrics, record = method.loss_fn(params, loss_state, key, batch)
         return jnp.mean(loss), (_sums(loss, metrics), record)
 
     gradient = jax.grad(loss_and_more, has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, jax.Array]:
         step_key = jax.random.fold_in(key, state.step)
-        batch, size = with_place(batch), batch["index"].shape[0]
+        batch, size = with_position(batch), batch["index"].shape[0]
         assert size % accumulate == 0, (size, accumulate)
         parts = [
             gradient(
                 state.params,
-                state.memory,
+                state.loss_state,
                 step_key,
                 jax.tree.map(lambda x: x[i : i + size // accumulate], batch),  # noqa: B023
             )
@@ -235,19 +236,10 @@ def make_update(
         bad_step = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), NEVER, state.step)
         metrics = merge(state.metrics, Metrics(sums, bad_step))
         record = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
-        memory = method.remember(state.memory, of_all_devices(record))
-        return TrainState(state.step + 1, params, ema_params, opt_state, memory, metrics), loss
+        loss_state = method.update_loss_state(state.loss_state, of_all_devices(record))
+        return TrainState(state.step + 1, params, ema_params, opt_state, loss_state, metrics), loss
 
     return update
-
-
-def initial_share(step: int, *, ema_decay: float, ema_warmup: bool) -> float:
-    """The share of the initial parameters in their average after `step` steps: the product of the decays."""
-    decay = np.full(step, ema_decay)
-    if ema_warmup:
-        first = np.arange(step)
-        decay = np.minimum(decay, (1 + first) / (10 + first))
-    return float(np.exp(np.sum(np.log(decay)))) if ema_decay > 0 or not step else 0.0
 
 
 # ---- metrics ---------------------------------------------------------------------------------------

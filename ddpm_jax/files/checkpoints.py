@@ -36,6 +36,7 @@ logging.get_absl_logger().addFilter(
 
 
 LOCK = ".lock"  # file that `lock` holds
+RENAMED = {"memory": "loss_state"}  # first parts of leaf names in older checkpoints, and today's
 
 
 class CheckpointError(RuntimeError):
@@ -96,7 +97,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
 
 
 def restore(
-    directory: str | os.PathLike, template: Any, *, step: int | None = None
+    directory: str | os.PathLike, template: Any, *, step: int | None = None, partial: bool = False
 ) -> tuple[Any, int] | None:
     """Returns the newest good checkpoint and its step, or None if there is no checkpoint at all.
 
@@ -109,6 +110,7 @@ def restore(
       template: the expected tree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` returns it; the
         result has its structure, with NumPy arrays as leaves.
       step: asks for this checkpoint and no other.
+      partial: the template may lack leaves that are saved.
 
     Raises:
       CheckpointError: the checkpoint does not fit the template, every checkpoint is damaged, or
@@ -123,8 +125,8 @@ def restore(
         path = directory / str(newest)
         try:
             meta = _read_meta(path)
-            _check_template(path, meta["leaves"], expected)
-            arrays = _read_arrays(path, meta)
+            _check_template(path, _as_today(meta["leaves"]), expected, partial)
+            arrays = _as_today(_read_arrays(path, meta))
             return jax.tree.unflatten(structure, [arrays[name] for name in expected]), newest
         except (CheckpointError, MemoryError):
             raise
@@ -269,17 +271,25 @@ def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_template(path: Path, leaves: dict[str, list], expected: dict[str, Any]) -> None:
+def _check_template(
+    path: Path, leaves: dict[str, list], expected: dict[str, Any], partial: bool
+) -> None:
     """Raises a CheckpointError that names the first leaf saved otherwise than expected."""
     saved = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in leaves.items()}
     wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in expected.items()}
-    for name in wanted | saved:
+    for name in wanted if partial else wanted | saved:
         if saved.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{path}: {name} is saved as {saved.get(name, 'nothing')} and expected as "
                 f"{wanted.get(name, 'nothing')}: the config differs from the one that wrote this "
                 "checkpoint"
             )
+
+
+def _as_today(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves by the names that they have today."""
+    parts = {name: name.partition("/") for name in leaves}
+    return {RENAMED.get(a, a) + slash + b: leaves[name] for name, (a, slash, b) in parts.items()}
 
 
 def _steps(directory: Path) -> list[int]:

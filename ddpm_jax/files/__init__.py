@@ -1,0 +1,1 @@
+"""Files: configs, run directories, results, checkpoints, pictures."""

@@ -1,0 +1,178 @@
+"""Results that an interruption does not lose, and that are never mixed with those of other settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ddpm_jax import data
+from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.run_data import RunError
+
+FOLDERS = ("eval", "samples")  # folders in a run directory that commands write to
+CHOSEN = "by a fixed permutation"  # the name of `data.choose` in recipes
+
+
+def out_path(out: str, extension: str, workdir: str | None = None) -> str:
+    """The absolute path of a file that is to be written.
+
+    Args:
+      out: as a user writes it.
+      workdir: a run directory, whose folders of results are made when they are needed.
+
+    Raises:
+      RunError: another extension, or a folder that does not exist.
+    """
+    path = os.path.abspath(config_lib.path(out))
+    if not path.endswith(extension):
+        raise RunError(f"--out must end in {extension}, got {out}")
+    folder = os.path.dirname(path)
+    made = [os.path.join(os.path.abspath(config_lib.path(workdir or "")), name) for name in FOLDERS]
+    if not os.path.isdir(folder) and not (workdir and folder in made):
+        raise RunError(
+            f"there is no folder {folder} to write {path} in; make it first, or choose another --out"
+        )
+    return path
+
+
+def read_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that this program wrote.
+
+    Raises:
+      RunError: there is none, or it cannot be opened or read.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise RunError(f"there is no file {path}") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise RunError(f"{path} cannot be opened: {error.strerror}") from None
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+        line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
+        raise RunError(line) from None
+
+
+@contextlib.contextmanager
+def in_progress(
+    out: str, recipe: dict, *, named: bool = True, check: Callable | None = None
+) -> Iterator[tuple[str, dict | None]]:
+    """A folder OUT.partial/ for what is not finished, held for this process, and gone after a good end.
+
+    Args:
+      out: the .npz that will be written, with its recipe as the JSON string `recipe`.
+      recipe: the settings that affect the result. A folder or an .npz that is there already must have the
+        same, but for where the run lies.
+      named: the user has named `out`: what is there by another recipe is refused. Otherwise it is renamed
+        to OUT.replaced, and the result is made anew.
+      check: arrays of an .npz that is there, finished or as OUT.partial/tally.npz -> whether they are
+        still right.
+
+    Yields:
+      the folder, and the arrays of an .npz that is there already, or None.
+
+    Raises:
+      RunError: they were made in another way.
+      CheckpointError: another process is at it.
+    """
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back
+    folder = f"{out}.partial"
+
+    def matches(there) -> bool:
+        return isinstance(there, dict) and _without_places(there) == _without_places(recipe)
+
+    def set_aside(path):
+        line = f"{path} was made with other settings or from other images"
+        if named:
+            raise RunError(f"{line}; move it, or choose another --out")
+        aside = free_name(f"{path}.replaced")
+        print(f"{line}: it is now {aside}", flush=True)
+        if path == out:
+            os.rename(out, aside)
+            return
+        os.mkdir(aside)  # the folder itself holds the lock
+        for name in set(os.listdir(folder)) - {checkpoints.LOCK}:
+            os.rename(os.path.join(folder, name), os.path.join(aside, name))
+
+    recipe_path = os.path.join(folder, "recipe.json")
+    with checkpoints.lock(folder):  # before a look at what is there: another process may be at it
+        try:
+            finished = None
+            if os.path.exists(out):
+                finished = read_npz(out)
+                there = json.loads(str(finished.pop("recipe", "null")))
+                if not matches(there) or (check and not check(finished)):
+                    set_aside(out)
+                    finished = None
+            if os.path.exists(recipe_path):
+                try:
+                    with open(recipe_path, encoding="utf-8") as file:
+                        there = json.load(file)
+                except ValueError:
+                    line = f"{recipe_path} cannot be read; delete {folder} and run again"
+                    raise RunError(line) from None
+                tally = os.path.join(folder, "tally.npz")
+                right = not check or not os.path.exists(tally) or check(read_npz(tally))
+                if not matches(there) or not right:
+                    set_aside(folder)
+            writers.save_text(recipe_path, json.dumps(recipe))
+        finally:
+            if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and nothing was there
+                shutil.rmtree(folder)
+        yield folder, finished
+        shutil.rmtree(folder)
+
+
+def _without_places(recipe: dict) -> dict:
+    """A recipe without what may change while it stays the same: where the run and the data lie."""
+    result = {}
+    for name, value in recipe.items():
+        if value is None or (name == "frames" and value == 0):  # older recipes list what is unused
+            continue
+        kind = value.partition(":")[0] if isinstance(value, str) else None
+        if isinstance(value, dict):
+            value = _without_places(value)
+        elif kind in data.WITH_PATH:
+            value = kind
+        result[name] = "" if name == "workdir" else value
+    return result
+
+
+def free_name(path: str) -> str:
+    """The path, or PATH2, PATH3, … if it is taken."""
+    names = (f"{path}{n}" for n in ("", *range(2, 10_000)))
+    return next(name for name in names if not os.path.exists(name))
+
+
+class GrowingFile:
+    """Rows that are kept while further ones are made: raw bytes in one file, of which after a kill all that
+    is whole is good.
+
+    Attributes:
+      count: how many rows there are.
+    """
+
+    def __init__(self, path: str, row_shape: tuple[int, ...], dtype):
+        self._path, self._shape, self._dtype = path, tuple(row_shape), np.dtype(dtype)
+        size = math.prod(row_shape) * self._dtype.itemsize
+        with open(path, "ab") as file:
+            self.count = file.tell() // size
+            file.truncate(self.count * size)
+
+    def append(self, rows: np.ndarray) -> None:
+        with open(self._path, "ab") as file:
+            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        self.count += len(rows)
+
+    def rows(self) -> np.ndarray:
+        """All of them, [count, …]."""
+        return np.fromfile(self._path, self._dtype).reshape(-1, *self._shape)

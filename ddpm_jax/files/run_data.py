@@ -1,0 +1,271 @@
+"""The data of a run: found again when they have moved, and compared with those that it was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ddpm_jax import data, options
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import writers
+from ddpm_jax.method import Method
+from ddpm_jax.names import nearest
+from ddpm_jax.options import ConfigError
+
+CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
+
+
+class RunError(RuntimeError):
+    """A run cannot give what is asked of it: one line with the reason and what to do."""
+
+
+def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
+    """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
+    section = {key: value for key, value in config.data.items() if key != "flip"}
+    return options.build(
+        data.load, section | changes, "config.data", split=split
+    )
+
+
+def data_of(run: Any, split: str, data_dir: str | None = None) -> data.Dataset:
+    """A split of the data that a run was trained on.
+
+    Args:
+      data_dir: where the data are, if not where the config says: the folder or file itself for
+        image_folder:PATH and npz:PATH, what data.data_dir names for all others.
+
+    Raises:
+      DataError: they are not there, or are not those of the run.
+    """
+    changes, name = {"image_shape": run.method.image_shape}, run.config.data.name
+    if data_dir is not None:
+        changes |= moved(name, data_dir)
+    elif (kind_and_path := name.partition(":"))[0] in data.WITH_PATH:
+        path = config_lib.path(kind_and_path[2])
+        if not os.path.isabs(path):  # saved by an earlier version
+            place = os.path.abspath(path)
+            print(
+                f"WARNING: the run names its data {path}, taken as {place}; else --data_dir",
+                flush=True,
+            )
+    dataset = as_numbered(run.workdir, load_data(run.config, split=split, **changes))
+    for line in check_data(run.workdir, dataset):
+        logging.warning(line)
+    say_left_out(dataset)
+    return dataset
+
+
+def load_images(run: Any, path: str) -> data.Dataset:
+    """Images from elsewhere, a folder of pictures or an .npz, as large as those of a run.
+
+    Raises:
+      DataError: as `data.load`.
+    """
+    kind, path = "npz" if path.endswith(".npz") else "image_folder", config_lib.path(path)
+    if not (os.path.isfile(path) if kind == "npz" else os.path.isdir(path)):
+        what = "file" if kind == "npz" else "folder"
+        raise data.DataError(f"--images: there is no {what} {path}")
+    background = run.config.data.get("background", "white")
+    shape = run.method.image_shape
+    dataset = data.load(f"{kind}:{path}", image_shape=shape, background=background)
+    say_left_out(dataset)
+    return data.renumbered(dataset, run.class_names) if run.class_names else dataset
+
+
+def say_left_out(dataset: data.Dataset) -> None:
+    """Prints what was not read of the files of a data set."""
+    for line in dataset.left_out:
+        print(f"{dataset.name}/{dataset.split}, left out: {line}", flush=True)
+
+
+def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
+    """A data set with the numbers that its classes have in a run.
+
+    A run that is older than data.json numbered folders in the order of text, 10 before 2.
+    """
+    saved = saved_data(workdir)
+    names = sorted(dataset.class_names) if saved is None else saved.get("class_names", ())
+    if tuple(names) == dataset.class_names or set(names) != set(dataset.class_names):
+        return dataset
+    result = data.renumbered(dataset, names)
+    print(f"classes have the numbers that the run began with: {class_list(result)}", flush=True)
+    return result
+
+
+def moved(name: str, data_dir: str) -> dict:
+    """The fields of config.data that say that the data set `name` is at `data_dir`."""
+    kind, colon, path = name.partition(":")
+    if not colon or kind not in data.WITH_PATH:
+        return {"data_dir": data_dir}
+    place = config_lib.path(data_dir)
+    if kind == "npz" and os.path.isdir(place):
+        place = os.path.join(place, os.path.basename(path))
+    return {"name": f"{kind}:{place}"}
+
+
+def with_absolute_paths(config):
+    """A copy of a config whose data are named by absolute paths: they stay the same from any folder."""
+    config = config.copy_and_resolve_references()
+    kind, colon, path = config.data.name.partition(":")
+    if colon and path and kind in data.WITH_PATH:
+        config.data.name = f"{kind}:{os.path.abspath(config_lib.path(path))}"
+    if "data_dir" in config.data:
+        config.data.data_dir = os.path.abspath(config_lib.path(config.data.data_dir))
+    return config
+
+
+def save_data(workdir: str, dataset: data.Dataset) -> None:
+    """Writes data.json: what identifies the training data of a run, wherever they lie."""
+    writers.save_json(os.path.join(workdir, "data.json"), _identity(dataset))
+
+
+def saved_data(workdir: str) -> dict | None:
+    """What `save_data` wrote; None for a run that is older than that."""
+    try:
+        with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        path = os.path.join(workdir, "data.json")
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it if the data are the same"
+        ) from None
+    return found
+
+
+def _identity(dataset: data.Dataset) -> dict:
+    return {
+        "name": dataset.name,
+        "count": len(dataset),
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "fingerprint": dataset.fingerprint(),
+    }
+
+
+def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False) -> list[str]:
+    """Compares a data set with the one that a run began with; of other splits, the classes alone.
+
+    Args:
+      may_change: the number of images and their classes may differ.
+
+    Returns:
+      lines for the log on what differs.
+
+    Raises:
+      DataError: it is another data set.
+    """
+    saved = saved_data(workdir)
+    if saved is None:
+        return []
+    training_split, there = dataset.split == "train", _identity(dataset)
+    fields = ["image_shape", "num_classes", "class_names", *(["count"] if training_split else [])]
+    different = [
+        f"{field} was {_brief(saved.get(field))} and is {_brief(there[field])}"
+        for field in fields
+        if saved.get(field) != there[field]
+    ]
+    if different and not may_change:
+        raise data.DataError(
+            f"{dataset.name}/{dataset.split} is not the data that {workdir} was trained on:"
+            f" {'; '.join(different)}. Give the place of those, by --data_dir or, to train, by"
+            " --config.data.name; or train on these by --change=data"
+        )
+    if different:
+        return [f"the data have changed: {'; '.join(different)}"]
+    if training_split and saved.get("fingerprint") != there["fingerprint"]:
+        return [
+            f"{dataset.name} differs in names, sizes or pixels from the data that {workdir} was trained"
+            " on; their number, shape and classes are the same"
+        ]
+    return []
+
+
+def _brief(value) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def class_list(dataset: data.Dataset) -> str:
+    """The number and name of each class in one line, of at most fifty of them."""
+    names = [f"{number} {name}" for number, name in enumerate(dataset.class_names)]
+    return ", ".join(names[:50]) + (f", … {names[-1]}" if len(names) > 50 else "")
+
+
+def class_numbers(run: Any, labels: str) -> str:
+    """Labels as a user writes them, such as "cat,dog", with the names of classes replaced by their numbers.
+
+    Where the names are numbers themselves, as of the folders 1, 2 and 3, the names count.
+    """
+    names = run.class_names
+    number = {name: str(i) for i, name in enumerate(names)}
+    if not isinstance(labels, str) or not number or labels in ("cycle", "random"):
+        return labels
+    parts = [part.strip() for part in labels.split(",")]
+    all_names = all(part in number for part in parts)
+    for part in parts:
+        if part not in number and not part.isdecimal():
+            raise RunError(
+                f"--labels={labels}: there is no class {part!r}{nearest(part, names)} (the model"
+                f" has {_brief(list(names))})"
+            )
+    chosen = [number[p] if p in number and (all_names or not p.isdecimal()) else p for p in parts]
+    known = [int(p) for p in chosen if int(p) < len(names)]
+    print(f"classes: {', '.join(f'{n} {names[n]}' for n in known)}", flush=True)
+    return ",".join(chosen)
+
+
+def fill_in(config) -> data.Dataset | None:
+    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`; and
+    the length of a list of betas.
+
+    Returns:
+      the training split, if it had to be loaded.
+
+    Raises:
+      ConfigError: the data have no labels.
+      DataError: as `data.load`.
+    """
+    if config.get("schedule", {}).get("name") == "betas" and config.schedule.get("betas"):
+        config.schedule.num_timesteps = len(config.schedule.betas)
+    classes = config.get("model", {}).get("num_classes") == CLASSES_OF_DATA
+    if config.data.image_shape is not None and not classes:
+        return None
+    dataset = load_data(config)
+    config.data.image_shape = dataset.image_shape
+    if classes:
+        if not dataset.num_classes:
+            raise ConfigError(
+                f"config.model.num_classes is {CLASSES_OF_DATA}, for those of the data, but {dataset.name}"
+                " has no labels; set it to 0"
+            )
+        config.model.num_classes = dataset.num_classes
+    return dataset
+
+
+def check_classes(method: Method, dataset: data.Dataset) -> None:
+    """Refuses data with other classes than the model knows, or without labels where it needs them.
+
+    Raises:
+      ConfigError: with the number that fits.
+      DataError: images without a label, as of a test split that has none.
+    """
+    if method.num_classes and dataset.num_classes != method.num_classes:
+        raise ConfigError(
+            f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
+            f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
+        )
+    known = (dataset.labels >= 0) & (dataset.labels < method.num_classes)
+    if method.num_classes and not known.all():
+        raise data.DataError(
+            f"{dataset.name}/{dataset.split}: {np.sum(~known)} of {len(dataset)} images have no label that"
+            f" the model knows (0 … {method.num_classes - 1}), and a model with classes needs the label of"
+            " each; put the images into folders named like those of train, or choose a split that has"
+            " labels, such as --split=train"
+        )

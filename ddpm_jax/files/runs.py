@@ -1,0 +1,159 @@
+"""A run directory as everything after training sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import data, options
+from ddpm_jax import method as method_lib
+from ddpm_jax.files import checkpoints
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.run_data import RunError, saved_data
+from ddpm_jax.names import check_choice
+
+EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
+NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
+OURS = ("ddpm_jax", "experiments", "configs")  # packages whose code a run may name without being asked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+      workdir: its absolute path.
+      config: the ConfigDict that it was trained with.
+      method: the Method of the config.
+      params: on the host.
+      step: of the checkpoint.
+      weights: "ema" or "raw".
+    """
+
+    workdir: str
+    config: Any
+    method: method_lib.Method
+    params: Any
+    step: int
+    weights: str
+
+    def recipe(self) -> dict:
+        """Where the parameters come from, and digests of them and of the model that they belong to."""
+        weights = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.params):
+            weights.update(np.ascontiguousarray(leaf))
+        settings = ("training", "step", "optimizer", "preview", "data", "seed")
+        config = json.loads(config_lib.to_json(self.config))
+        model = {name: value for name, value in config.items() if name not in settings}
+        return {
+            "workdir": self.workdir,
+            "step": self.step,
+            "weights": self.weights,
+            "weights_sha256": weights.hexdigest(),
+            "model_sha256": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        }
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes that it was trained with, by their numbers; empty if not saved."""
+        return tuple((saved_data(self.workdir) or {}).get("class_names", ()))
+
+    def name(self, *parts: str, **settings) -> str:
+        """A file name that says what affects a result: step, weights, the parts and the settings that are not None."""
+        words = [f"step_{self.step:08d}", self.weights, *parts]
+        settings = {key: value for key, value in settings.items() if value is not None}
+        words += [f"{key}_{_short(value)}" for key, value in sorted(settings.items())]
+        name = "_".join(words)
+        if len(name) <= NAME_LIMIT:
+            return name
+        return f"{name[:NAME_LIMIT]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _short(value) -> str:
+    """A value as a part of a file name: 250-500-750 for a list, the last part of a path."""
+    text = str(value)
+    listed = "-".join(text.strip("[]()").replace(" ", "").split(","))
+    if isinstance(value, str) and text.startswith("["):  # times themselves, not numbers of steps
+        listed = f"t{listed}"
+    if re.fullmatch(r"[\w.-]{1,24}", listed):
+        return listed
+    last = re.sub(r"[^\w.-]", "", os.path.basename(text.rstrip("/")).partition(".")[0])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{last[:24]}-{digest}" if last and os.sep in text else digest
+
+
+def load(workdir: str, *, weights: str = "ema", allow_code: bool = False) -> Run:
+    """The last checkpoint of a run directory, whose config is the truth. Needs no optimiser.
+
+    Args:
+      weights: "ema", the moving average of the parameters, or "raw", the last ones.
+      allow_code: import modules outside ddpm_jax and experiments that the config names.
+
+    Raises:
+      ConfigError, CheckpointError, RunError: no run there, no checkpoint yet, or none to be read.
+    """
+    workdir = os.path.abspath(config_lib.path(workdir))
+    config = config_lib.load(os.path.join(workdir, "config.json"))
+    with options.errors_at("weights"):
+        check_choice("weights", weights, ("ema", "raw"))
+    foreign = foreign_modules(config)
+    if foreign and not allow_code:
+        raise RunError(
+            f"{workdir} needs code of its own, {', '.join(foreign)}; if you trust it, give --allow_code"
+            " (allow_code=True in Python)"
+        )
+    method = method_lib.from_config(config)
+    part = {"ema": "ema_params", "raw": "params"}[weights]
+    template = {part: jax.eval_shape(method.init, jax.random.key(0))}
+    restored = checkpoints.restore(os.path.join(workdir, "checkpoints"), template, partial=True)
+    if restored is None:
+        raise RunError(f"{workdir} has no checkpoint yet; train first, or wait for one")
+    state, step = restored
+    if weights == "ema" and (warning := ema_warning(config, step)):
+        print(f"WARNING: {warning}", flush=True)
+    params = state[part]
+    return Run(
+        workdir=workdir, config=config, method=method, params=params, step=step, weights=weights
+    )
+
+
+def foreign_modules(config) -> list[str]:
+    """The modules named in a config that are neither ours nor experiments."""
+    found = []
+    for field, value in config_lib.fields(config).items():
+        is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
+        if field != "method" and not is_name:
+            continue
+        module = str(value).partition(":")[0]
+        if module.partition(".")[0] not in OURS and module not in data.WITH_PATH:
+            found.append(value)
+    return found
+
+
+def ema_warning(config, step: int) -> str:
+    """One line if the average of the parameters is still mostly what it began with; empty if not."""
+    decay, warmup = config.step.get("ema_decay", 0.9999), config.step.get("ema_warmup", False)
+    share = initial_share(step, ema_decay=decay, ema_warmup=warmup)
+    if share < EMA_SHARE:
+        return ""
+    return (
+        f"after {step:,} steps with ema_decay {decay} the EMA weights are still {100 * share:.0f} % the"
+        " random ones that training began with: use --weights=raw, train longer, or train with"
+        " --config.step.ema_warmup=True or a smaller --config.step.ema_decay"
+    )
+
+
+def initial_share(step: int, *, ema_decay: float, ema_warmup: bool) -> float:
+    """The share of the initial parameters in their average after `step` steps: the product of the decays."""
+    decay = np.full(step, ema_decay)
+    if ema_warmup:
+        first = np.arange(step)
+        decay = np.minimum(decay, (1 + first) / (10 + first))
+    return float(np.exp(np.sum(np.log(decay)))) if ema_decay > 0 or not step else 0.0

@@ -1,0 +1,186 @@
+"""What a generative model offers to the trainer and the commands, and how one is found by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key
+
+from ddpm_jax.names import find, import_module, nearest
+from ddpm_jax.options import ConfigError, errors_at
+from ddpm_jax.process.schedules import PRIOR_STREAM
+
+SHARED_SECTIONS = ("method", "seed", "data", "optimizer", "step", "training", "preview")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The options of sampling of a Method that has none."""
+
+
+class Method(Protocol):
+    """A generative model as pure functions. Subclass it, or imitate it; what has a body here is optional.
+
+    A batch is a dict of image uint8 [B, H, W, C], label int32 [B], index int32 [B]. All randomness of an example comes
+    from the key that is passed and from its index, and from nothing else, so results do not depend on how a batch is
+    split over devices.
+
+    Attributes:
+      image_shape: (H, W, C) of what it models.
+      num_classes: number of classes of its labels; 0 if it takes none.
+      metric_names: names of the metrics that `loss_fn` returns.
+      Sampling: a frozen dataclass whose fields are the options of `sample`.
+
+    A diffusion has a `schedule` and a `denoiser` too, see `ddpm.DDPM`: whatever adds noise to given images asks for
+    these.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int = 0
+    metric_names: tuple[str, ...] = ()
+    Sampling: type = NoOptions
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        """The parameters before training: a tree of arrays."""
+
+    def loss_fn(
+        self, params: Any, loss_state: Any, key: Key[Array, ""], batch: dict[str, Array]
+    ) -> tuple[Float[Array, " B"], dict[str, tuple[Array, Array]], Any]:
+        """The loss of each example in training.
+
+        Args:
+          batch: with position float32 [B] in [0, 1) too, where an example stands in the batch of all devices.
+
+        Returns:
+          loss [B]; metrics {name: (values [B], weights [B])}, where a weight of 0 leaves an example out of that mean; and
+          a record, a tree of [B, …], for `update_loss_state`.
+        """
+
+    def sample(
+        self,
+        params: Any,
+        key: Key[Array, ""],
+        index: Int32[Array, " B"],
+        label: Int32[Array, " B"],
+        sampling: Any = NoOptions(),  # noqa: B008
+    ) -> Float[Array, "B H W C"]:
+        """Images in [−1, 1] or beyond. Raises ValueError for options that it cannot use."""
+
+    def init_loss_state(self) -> Any:
+        """What the loss carries from step to step, before the first: a tree of arrays, often ()."""
+        return ()
+
+    def update_loss_state(self, loss_state: Any, record: Any) -> Any:
+        """The same after a step, from the records of the whole batch over all devices."""
+        return loss_state
+
+    def shown(self, key: Key[Array, ""], batch: dict[str, Array]) -> Float[Array, "B H W C"] | None:
+        """The images that `loss_fn` shows the network for this key, such as mirrored ones; None if those of the batch."""
+        return None
+
+
+REQUIRED = ("init", "loss_fn", "sample")
+
+
+def is_diffusion(method: Any) -> bool:
+    """Whether a Method can add noise to given images and take it away."""
+    return hasattr(method, "schedule") and hasattr(method, "denoiser")
+
+
+def fold_in_each(key: Key[Array, ""], index: Int32[Array, " B"]) -> Key[Array, " B"]:
+    """One key for each example."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def mirror_at_random(keys: Key[Array, " B"], images: Array) -> Array:
+    """Mirrors each image [B, H, W, C] left to right with probability ½."""
+    mirror = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+
+
+def from_config(config: Any) -> Method:
+    """The Method of a config.
+
+    config.method is a module with a function `make(config)`, or module:NAME: a class with a classmethod
+    `from_config(config)`, or a function of the config. A module or class that lists the sections it reads as SECTIONS
+    has the config's other names checked.
+
+    Raises:
+      ConfigError: there is no such thing, what it makes is not a Method, or nobody reads a name of the config.
+    """
+    spec = config.method
+    if not isinstance(spec, str):
+        raise ConfigError(f"config.method must be a module or module:NAME, got {spec!r}")
+    with errors_at("config.method"):
+        if ":" in spec:
+            maker = find(spec, {}, "method")
+            source = maker
+            maker = getattr(maker, "from_config", maker)
+        else:
+            source = import_module(spec, "method")
+            maker = getattr(source, "make", None)
+            if maker is None:
+                raise ValueError(f"{source.__file__} has no function make(config)")
+    sections = getattr(source, "SECTIONS", None)
+    for name in config if sections is not None else ():
+        if name not in (*SHARED_SECTIONS, *sections):
+            known = (*SHARED_SECTIONS, *sections)
+            raise ConfigError(
+                f"config has {name!r}, which nothing reads{nearest(name, known)} (it has"
+                f" {', '.join(known)})"
+            )
+    method = maker(config)
+    missing = [name for name in REQUIRED if not callable(getattr(method, name, None))]
+    missing += [] if hasattr(method, "image_shape") else ["image_shape"]
+    if missing:
+        raise ConfigError(
+            f"config.method: what {spec} makes is not a Method: it has no {', '.join(missing)}"
+        )
+    return method
+
+
+def labels_of(
+    method: Method, index: np.ndarray, labels: str | int | Sequence[int] = "cycle", *, key=None
+) -> np.ndarray:
+    """The class of each image, int32 [N]; zeros for a model without classes.
+
+    Args:
+      index: int [N] of the images.
+      labels: "cycle" for the classes in turn; "random" for a class that depends on the key and the index
+        alone; or one class or several, which are then taken in turn. As text also: "3" or "3,5,7".
+      key: for "random".
+
+    Raises:
+      ValueError: what cannot be read, a class that there is not, a choice where there are no classes.
+    """
+    count = method.num_classes
+    labels = labels if isinstance(labels, str) else np.ravel(labels).tolist()
+    if not count:
+        if labels != "cycle":
+            raise ValueError(
+                f"labels={labels!r} is for a model with classes, and this one has none"
+            )
+        return np.zeros(len(index), np.int32)
+    if labels == "cycle":
+        return (index % count).astype(np.int32)
+    if labels == "random":
+        keys = fold_in_each(jax.random.fold_in(key, PRIOR_STREAM), np.asarray(index, np.uint32))
+        drawn = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
+        return np.asarray(drawn, np.int32)
+    try:
+        chosen = np.array(
+            [int(n) for n in labels.split(",")] if isinstance(labels, str) else labels
+        )
+    except ValueError:
+        raise ValueError(
+            f"cannot read labels={labels!r}; write cycle, random, a class such as 3, or 3,5,7"
+        ) from None
+    chosen = np.atleast_1d(chosen)
+    if chosen.size == 0 or not (chosen.min() >= 0 and chosen.max() < count):
+        raise ValueError(f"labels={labels!r}: this model has the classes 0 … {count - 1}")
+    return chosen[np.asarray(index) % len(chosen)].astype(np.int32)

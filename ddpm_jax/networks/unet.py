@@ -1,0 +1,287 @@
+"""The network of Ho et al., "Denoising Diffusion Probabilistic Models" (2020), Appendix B.
+
+A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on one number per image and, if wished,
+on a label. It knows nothing of diffusion. What goes beyond Ho et al. (several heads, scale-shift conditioning, labels)
+follows Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), Section 3 and Appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ddpm_jax.names import check_choice
+from ddpm_jax.networks.layers import (
+    NEAR_ZERO,
+    NEAR_ZERO_LAYERS,
+    Attention,
+    Conv,
+    ResBlock,
+    group_norm,
+    label_initializer,
+    time_embedding,
+    variance_scaling,
+)
+
+DTYPES = ("float32", "bfloat16")
+NUM_GROUPS = 32  # groups of a norm by default, if that leaves four channels in each
+
+
+class UNet(nn.Module):
+    """Ho et al.'s U-Net: x [B, H, W, C], t [B] -> [B, H, W, out_channels] float32.
+
+    Attributes:
+      out_channels: channels of the output, which a `DDPM` fills in.
+      channels: width; level l of the network has channels * channel_mults[l].
+      channel_mults: one entry per level; each level but the last halves the image, rounding up.
+      num_res_blocks: residual blocks per level on the way down, and one more on the way up.
+      attention_resolutions: a level has attention after each block if its smaller side is one of
+        these. The middle has attention too, unless this is empty. None: the first level of at most 16.
+      num_heads: attention heads.
+      head_channels: if positive, channels per head; num_heads then stays 1 and does not count.
+      dropout: rate, in [0, 1), before the second convolution of each block.
+      scale_shift: let the embedding scale and shift the second norm (Improved DDPM).
+      num_classes: if positive, an embedding of the labels is added to that of the time.
+      num_groups: groups of each norm, or the largest divisor of its channels below. A group of one channel
+        takes away what the embedding adds to that channel. None: 32, or so many that each has four channels.
+      dtype: "float32" or "bfloat16", the type of convolutions and dense layers. Embeddings,
+        statistics of the norms, softmax and the last convolution stay float32.
+      remat: recompute each residual block in the backward pass instead of storing it.
+      plain: textbook form of every layer: same parameters, same function, other dropout masks.
+    """
+
+    out_channels: int = 3
+    channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] | None = None
+    num_heads: int = 1
+    head_channels: int = 0
+    dropout: float = 0.1
+    scale_shift: bool = False
+    num_classes: int = 0
+    num_groups: int | None = None
+    dtype: str = "float32"
+    remat: bool = False
+    plain: bool = False
+
+    @nn.compact
+    def __call__(self, x, t, labels=None, *, dropout_keys=None):
+        """Applies the network.
+
+        Args:
+          x: [B, H, W, C], any float type.
+          t: [B], the time, integer or float.
+          labels: [B] int32 in [0, num_classes); required if and only if num_classes > 0.
+          dropout_keys: None for no dropout, or [B] typed keys, one per example. The masks of an
+            example depend on its key alone, not on its place in the batch.
+
+        Returns:
+          [B, H, W, out_channels] float32.
+        """
+        assert x.ndim == 4 and t.shape == x.shape[:1], (x.shape, t.shape)
+        assert dropout_keys is None or dropout_keys.shape == t.shape, dropout_keys.shape
+        if (labels is None) == (self.num_classes > 0):
+            given = "without labels" if labels is None else "with labels"
+            raise ValueError(f"a network of num_classes={self.num_classes} was called {given}")
+        num_groups, attended = self.groups, self.attended(x.shape[1:3])
+
+        embedding = self.embed(t, labels)  # [B, 4 channels]
+        make_block = nn.remat(ResBlock) if self.remat else ResBlock
+        layer = 0
+
+        def block(h, level, name):
+            nonlocal layer
+            layer += 1
+            channels = self.channels * self.channel_mults[level]
+            options = (self.dropout, self.scale_shift, self.dtype, num_groups, self.plain)
+            return make_block(channels, *options, layer, name=name)(h, embedding, dropout_keys)
+
+        def attention(h, name):
+            heads = h.shape[-1] // self.head_channels if self.head_channels else self.num_heads
+            return Attention(heads, self.dtype, num_groups, self.plain, name=name)(h)
+
+        def block_and_attention(h, level, name):
+            h = block(h, level, name.format("block"))
+            if min(h.shape[1:3]) in attended:
+                h = attention(h, name.format("attention"))
+            return h
+
+        conv = {"dtype": self.dtype, "plain": self.plain}
+        last = len(self.channel_mults) - 1
+
+        h = Conv(self.channels, **conv, name="conv_in")(x)
+        skips = [h]
+        for level in range(last + 1):
+            for i in range(self.num_res_blocks):
+                h = block_and_attention(h, level, f"down_{level}_{{}}_{i}")
+                skips.append(h)
+            if level < last:
+                h = Conv(h.shape[-1], **conv, stride=2, name=f"down_{level}_downsample")(h)
+                skips.append(h)
+
+        h = block(h, last, "middle_block_0")
+        if attended:
+            h = attention(h, "middle_attention")
+        h = block(h, last, "middle_block_1")
+
+        for level in reversed(range(last + 1)):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block_and_attention(h, level, f"up_{level}_{{}}_{i}")
+            if level > 0:
+                h = Conv(h.shape[-1], **conv, upsample=True, name=f"up_{level}_upsample")(h)
+                h = h[:, : skips[-1].shape[1], : skips[-1].shape[2]]  # odd sizes: 4 -> 8 -> 7
+        assert not skips
+
+        norm = {"num_groups": num_groups, "plain": self.plain}
+        h = nn.swish(group_norm(h, **norm, name="norm_out"))
+        conv_out = Conv(self.out_channels, "float32", self.plain, scale=NEAR_ZERO, name="conv_out")
+        return conv_out(h)
+
+    def embed(self, t, labels):
+        """The vector that every residual block sees, [B, 4 channels] float32."""
+        width = 4 * self.channels
+        h = time_embedding(t, self.channels)
+        h = nn.Dense(width, kernel_init=variance_scaling(), name="time_dense_1")(h)
+        h = nn.Dense(width, kernel_init=variance_scaling(), name="time_dense_2")(nn.swish(h))
+        if self.num_classes > 0:
+            init = label_initializer
+            h += nn.Embed(self.num_classes, width, embedding_init=init, name="label_emb")(labels)
+        return nn.swish(h)
+
+    @property
+    def groups(self) -> int:
+        """num_groups, or its default for this width."""
+        if self.num_groups is not None:
+            return self.num_groups
+        return max(1, min(NUM_GROUPS, self.channels // 4))
+
+    def sides(self, image_size: tuple[int, ...]) -> list[int]:
+        """The smaller side of the image at each level."""
+        return [-(-min(image_size[:2]) // 2**level) for level in range(len(self.channel_mults))]
+
+    def attended(self, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        """attention_resolutions, or their default for this size."""
+        if self.attention_resolutions is not None:
+            return tuple(self.attention_resolutions)
+        sides = self.sides(image_size)
+        return (next((side for side in sides if side <= 16), sides[-1]),)
+
+    def init_params(self, key: jax.Array, image_shape: tuple[int, int, int]) -> dict:
+        """Draws the parameters, a tree of float32, for images of `image_shape` (H, W, C).
+
+        Structure, shapes and distribution are those of `self.init(...)["params"]`, but the network is only traced and
+        never compiled: CIFAR-10's network takes 3 s instead of 17 to 34 s. A leaf depends on `key`, its path and its
+        shape only.
+        """
+        x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        labels = t if self.num_classes > 0 else None
+        tree = jax.eval_shape(self.init, jax.random.key(0), x, t, labels)["params"]
+        leaves, treedef = jax.tree.flatten_with_path(tree)
+        paths = [tuple(entry.key for entry in path) for path, _ in leaves]
+        return treedef.unflatten(
+            [_draw(key, path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)]
+        )
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raises ValueError, in one line, if the network does not fit images of this shape."""
+        self._check_numbers(image_shape)
+        sides, attended = self.sides(image_shape), self.attended(image_shape)
+        if min(image_shape[:2]) < 2 ** (len(sides) - 1):
+            raise ValueError(
+                f"image {image_shape[0]}×{image_shape[1]} is too small for {len(sides)} levels; "
+                f"the smallest side that works is {2 ** (len(sides) - 1)}"
+            )
+        for resolution in attended:
+            if resolution not in sides:
+                raise ValueError(
+                    f"attention_resolutions: no level has smaller side {resolution}; "
+                    f"levels are {', '.join(map(str, sides))}"
+                )
+        self._check_heads(sides, attended)
+        if self.groups >= self.channels and not self.scale_shift:
+            logging.warning(
+                "config.model: a group norm of %d channels in %d groups takes away what the time embedding"
+                " adds; set num_groups=%d or less",
+                *(self.channels, self.channels, max(1, self.channels // 4)),
+            )
+
+    def _check_numbers(self, image_shape) -> None:
+        if len(image_shape) != 3 or not all(_is_integer(side, 1) for side in image_shape):
+            raise ValueError(
+                f"image_shape={image_shape} should be three positive integers, (H, W, C), "
+                "such as (32, 32, 3)"
+            )
+        least = {"out_channels": 1, "channels": 2, "num_res_blocks": 1, "num_heads": 1}
+        least |= {"head_channels": 0, "num_classes": 0}
+        least |= {} if self.num_groups is None else {"num_groups": 1}
+        for name, value in least.items():
+            if not _is_integer(getattr(self, name), value):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} should be an integer of at least {value}"
+                )
+        for name, empty in (("channel_mults", False), ("attention_resolutions", True)):
+            values = getattr(self, name)
+            if values is None and empty:
+                continue
+            is_sequence = isinstance(values, (tuple, list))
+            if not (is_sequence and (values or empty) and all(_is_integer(v, 1) for v in values)):
+                example = "(1, 2, 2, 2)" if name == "channel_mults" else "(16,), or () for none"
+                raise ValueError(f"{name}={values!r} should be positive integers, such as {example}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is outside [0, 1); Ho et al. use 0.1")
+        check_choice("dtype", self.dtype, DTYPES)
+
+    def _check_heads(self, sides, attended) -> None:
+        if self.num_heads > 1 and self.head_channels > 0:
+            raise ValueError(
+                f"num_heads={self.num_heads} and head_channels={self.head_channels} are both set; "
+                "give one, and leave num_heads=1 or head_channels=0"
+            )
+        widths = {
+            self.channels * mult
+            for side, mult in zip(sides, self.channel_mults, strict=True)
+            if side in attended
+        }
+        if attended:
+            widths.add(self.channels * self.channel_mults[-1])  # the middle
+        name = "head_channels" if self.head_channels else "num_heads"
+        heads = getattr(self, name)
+        for channels in sorted(widths):
+            if channels % heads != 0:
+                common = math.gcd(*widths)
+                divisors = [d for d in range(1, common + 1) if common % d == 0]
+                near = min(divisors, key=lambda d: abs(d - heads))
+                raise ValueError(
+                    f"{name}={heads} does not divide the {channels} channels of a level with "
+                    f"attention; the nearest that works is {near}"
+                )
+
+
+def _is_integer(value, least: int) -> bool:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and value >= least
+
+
+def _draw(key: jax.Array, path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter of the U-Net, by the name of its leaf and layer."""
+    *_, layer, name = path
+    leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+    if name == "embedding":
+        return label_initializer(leaf_key, leaf.shape, jnp.float32)
+    if name != "kernel":
+        return jnp.full(leaf.shape, float(name == "scale"), jnp.float32)
+    # Drawn flat, in a power of two of numbers: nine generators to compile, not one per shape.
+    fan_avg = math.prod(leaf.shape[:-2]) * sum(leaf.shape[-2:]) / 2
+    bound = math.sqrt(3 * (NEAR_ZERO if layer in NEAR_ZERO_LAYERS else 1.0) / fan_avg)
+    drawn = 2 ** math.ceil(math.log2(leaf.size))
+    flat = jax.random.uniform(leaf_key, (drawn,), jnp.float32, -bound, bound)
+    return flat[: leaf.size].reshape(leaf.shape)

@@ -1,0 +1,402 @@
+"""Training: one visible loop, from a config to a run directory.
+
+    from ddpm_jax.training.loop import train
+    train(config, "runs/digits")
+
+The same call again resumes at the last checkpoint. The directory holds config.json, log.txt, metrics.jsonl, loss.png,
+data_preview.png, forward.png (the forward process, of a diffusion), checkpoints/ and previews such as
+samples/step_00000500.png.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import data, options
+from ddpm_jax.files import checkpoints, run_data, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.runs import ema_warning
+from ddpm_jax.method import Method, from_config, is_diffusion
+from ddpm_jax.names import check_choice
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process import schedules
+from ddpm_jax.training import guards, parallel, preview, resume
+from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.signals import Signals
+from ddpm_jax.training.step import TrainState
+
+CHANGES = ("data",)  # what `change` may name
+FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
+HEARTBEAT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Length:
+    """config.training: how long a run is, and how often it looks up."""
+
+    num_steps: int
+    batch_size: int
+    log_every: int = 100
+    checkpoint_every: int = 5000
+    checkpoint_minutes: float = 10.0
+    keep: int = 3
+
+    def __post_init__(self):
+        intervals = (self.num_steps, self.log_every, self.checkpoint_every, self.keep)
+        if min(intervals) < 1 or self.checkpoint_minutes <= 0:
+            raise ValueError("num_steps, the intervals and keep must all be positive")
+
+
+def train(
+    config,
+    workdir: str,
+    *,
+    change: Annotated[
+        tuple[str, ...],
+        "What may differ from the run that is continued: data, for other images than it began with.",
+    ] = (),
+    method: Method | None = None,
+    dataset: data.Dataset | None = None,
+) -> TrainState:
+    """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
+
+    SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with 128 + the
+    signal's number. So is a good state when anything else ends the run, such as a picture that cannot be read. A start
+    that fails takes back the files that it made, and the directory if it made that.
+
+    Args:
+      change: what may differ from the run that is continued: "data" for other images at the same or at another place.
+      method, dataset: the model and the training data themselves; None for those of the config.
+
+    Returns:
+      the state after the last step, on the devices.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
+      KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
+    """
+    with options.errors_at("--change"):
+        for what in change:
+            check_choice("change", what, CHANGES)
+    check_types(config)
+    length = options.build(Length, config.training, "config.training")
+    config = run_data.with_absolute_paths(config)  # a copy: the caller's own is left as it is
+    workdir = os.path.abspath(config_lib.path(workdir))
+    leader = jax.process_index() == 0
+    say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
+    with guards.run_directory(workdir) if leader else contextlib.nullcontext(lambda: None) as undo:
+
+        def leave(words: str) -> str:
+            """Undoes a start that came to nothing, and adds to the words what is saved."""
+            if not signals.begun:
+                undo()
+            return f"{words}; {guards.what_is_saved(os.path.join(workdir, 'checkpoints'))}"
+
+        signals = Signals(say, leave)
+        try:
+            with signals, guards.out_of_memory_advice():
+                say(f"run directory: {workdir}")
+                trainer = Trainer(config, workdir, length, say, signals, change)
+                trainer.prepare(method, dataset)
+                state = trainer.run()
+                say(f"run directory: {workdir}")
+                return state
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(leave("stopped by Ctrl-C")) from None
+        except BaseException as error:
+            if not signals.begun:
+                undo()
+                if isinstance(error, SystemExit):
+                    say(leave("stopped by SIGTERM"))
+                    # As if it had not been caught: an orderly exit would wait for a step that is running.
+                    signal.raise_signal(signal.SIGTERM)
+            raise
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A training run in a directory: `prepare` refuses whatever is wrong, `run` is the loop."""
+
+    config: Any
+    workdir: str
+    length: Length
+    say: writers.Log
+    signals: Signals
+    change: Sequence[str]
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.workdir, *names)
+
+    def prepare(self, method: Method | None, dataset: data.Dataset | None) -> None:
+        """Makes the parts and compiles the step. Whatever is wrong is said here, before anything is computed."""
+        config, self.leader = self.config, jax.process_index() == 0
+        self.say(parallel.banner())
+        with options.errors_at("config.training"):
+            accumulate = config.step.get("accumulate", 1)
+            parallel.check_batch_size("batch_size", self.length.batch_size, accumulate)
+        with options.errors_at("config.seed"):
+            self.keys = step_lib.make_keys(config.seed)
+        self.directory = self.path("checkpoints")
+        continues, own_shape = os.path.isdir(self.directory), config.data.image_shape is None
+        if own_shape and continues:  # what a run began with holds
+            config.data.image_shape = config_lib.load(self.path("config.json")).data.image_shape
+        dataset = dataset or run_data.fill_in(config)
+        self.method = method or from_config(config)
+        self.tx, self.learning_rate = step_lib.optimizer_of(config)
+        self.update = options.build(
+            step_lib.make_update,
+            config.step,
+            "config.step",
+            method=self.method,
+            tx=self.tx,
+            key=self.keys.train,
+            axis_name=parallel.AXIS,
+        )
+        self.preview_every, self.preview = preview.make_preview(
+            config.preview, self.method, self.keys.preview
+        )
+        if continues:
+            resume.refuse_another_config(config, self.path("config.json"), moved=True)
+            resume.as_saved(config, self.path("config.json"))
+        self.prepare_data(dataset, continues, own_shape)
+        self.prepare_state(continues)
+
+    def prepare_data(self, dataset, continues: bool, own_shape: bool) -> None:
+        """The training data, compared with those that the run began with, and a line on the schedule."""
+        dataset = dataset or run_data.load_data(self.config)
+        if continues:
+            dataset = run_data.as_numbered(self.workdir, dataset)
+        self.say(dataset.describe())
+        for line in dataset.left_out:
+            self.say(f"left out: {line}")
+        if dataset.class_names:
+            self.say(f"classes: {run_data.class_list(dataset)}")
+        if self.config.data.get("flip"):
+            self.say(
+                "training images are mirrored left to right with probability 1/2 (config.data.flip)"
+            )
+        if own_shape:
+            shape = ",".join(map(str, dataset.image_shape))
+            self.say(
+                f"image size taken from the data, as with --config.data.image_shape={shape}"
+            )
+        run_data.check_classes(self.method, dataset)
+        if continues:
+            may_change = "data" in self.change
+            for line in run_data.check_data(self.workdir, dataset, may_change=may_change):
+                self.say(f"WARNING: {line}")
+        if is_diffusion(self.method):
+            chosen = dataset.fetch(data.choose(len(dataset), 64))
+            moment = float(np.mean(np.square(chosen / 127.5 - 1.0)))
+            self.say(describe_schedule(self.method.schedule, second_moment=moment))
+        self.dataset = dataset
+        self.source = functools.partial(
+            data.batches,
+            dataset,
+            seed=self.config.seed,
+            batch_size=self.length.batch_size,
+            rows=parallel.local_rows(self.length.batch_size),
+        )
+
+    def prepare_state(self, continues: bool) -> None:
+        """A new state, or that of the last checkpoint."""
+        init_state = functools.partial(step_lib.init_state, self.method, self.tx)
+        state, self.step = None, 0
+        if continues:
+            template = jax.eval_shape(init_state, self.keys.init)
+            state, self.step = checkpoints.restore(self.directory, template) or (None, 0)
+        if state is None:
+            state = init_state(self.keys.init)
+        else:
+            self.say(f"resuming at step {self.step:,}")
+            saved = config_lib.load(self.path("config.json")).training
+            if self.config.optimizer.decay != "none" and saved.num_steps != self.length.num_steps:
+                self.say(
+                    "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
+                )
+        self.state = parallel.place(state)
+
+    def begin(self) -> None:
+        """Writes the first files of the run, once nothing is left to be refused."""
+        if not self.leader:
+            return
+        self.say.begin()
+        config_lib.save(self.config, self.path("config.json"))
+        if run_data.saved_data(self.workdir) is None:
+            run_data.save_data(self.workdir, self.dataset)
+        shown = preview.shown_images(
+            self.method, self.dataset, self.keys.train, self.config.seed, self.length.batch_size
+        )
+        writers.save_png(self.path("data_preview.png"), writers.grid(shown))
+        if is_diffusion(self.method):
+            preview.save_forward(
+                self.path("forward.png"), self.method.schedule, shown, self.keys.preview
+            )
+        writers.rewind_metrics(self.path("metrics.jsonl"), self.step)
+
+    def compile(self) -> None:
+        clock = time.perf_counter()
+        example = parallel.shard(next(self.source(start=self.step, stop=self.step + 1)))
+        self.train_step = parallel.compile_step(self.update, self.state, example)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
+        needed = parallel.memory(self.train_step)
+        self.say(
+            f"{count:,} parameters; compiled in"
+            f" {writers.duration(time.perf_counter() - clock)}; a step needs"
+            f" {writers.memory(needed)} on each device"
+        )
+        guards.check_memory(needed, self.state)
+
+    def run(self) -> TrainState:
+        """The loop. It waits for the step before the last, never for the one just sent: the device always has work, and
+        the clock still tells the truth.
+        """
+        length = self.length
+        if self.step >= length.num_steps:
+            self.begin()
+            self.say(f"nothing to do: {self.step:,} of {length.num_steps:,} steps are done")
+            return self.state
+        self.compile()
+        self.begin()
+        self.progress = writers.Progress(
+            "step", length.num_steps, self.step, unit="images", per_count=length.batch_size
+        )
+        sent = collections.deque()
+        self.started = self.saved = self.spoke = time.perf_counter()
+        self.looked = self.step > 0
+        with (
+            contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
+            guards.save_on_error(
+                lambda: self.state, self.directory, length.keep, self.signals, self.say
+            ),
+        ):
+            for batch in batches:
+                self.state, loss = self.train_step(self.state, parallel.shard(batch))
+                self.step += 1
+                sent.append(loss)
+                if len(sent) > 2 or not self.signals.begun:
+                    jax.block_until_ready(sent.popleft())
+                self.signals.begun = True
+                self.progress.done = self.step
+                self.after_step(loss)
+        if warning := ema_warning(self.config, self.step):
+            self.say(f"WARNING: {warning}")
+        return self.state
+
+    def after_step(self, loss) -> None:
+        """Log line, checkpoint and pictures, where they are due; leaves if a signal has asked for it."""
+        length, end = self.length, self.step == self.length.num_steps
+        if self.step % length.log_every == 0 or end:
+            jax.block_until_ready(loss)
+            self.log()
+            self.spoke = time.perf_counter()
+        elif time.perf_counter() - self.spoke > HEARTBEAT_SECONDS:
+            guards.check_finite(self.state, self.directory)
+            self.say(self.progress.line())
+            self.spoke = time.perf_counter()
+
+        now, stop = time.perf_counter(), bool(self.signals.caught)
+        due = stop or now - self.saved > 60 * length.checkpoint_minutes
+        if jax.process_count() > 1:
+            # They must save together, so they ask each other, at steps that all of them know.
+            agree = self.step % length.log_every == 0
+            stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
+        with self.progress.pause():
+            if due or self.step % length.checkpoint_every == 0 or end:
+                self.save()
+            on_time = self.step % self.preview_every == 0
+            early = not self.looked and now - self.started > FIRST_PREVIEW_SECONDS
+            early = early and not on_time and not end
+            if not stop and (early or on_time or end):
+                self.look(early)
+                self.looked = True
+        if stop:
+            # Without a signal of its own, another process has got one.
+            number = self.signals.caught[0] if self.signals.caught else signal.SIGTERM
+            self.say(
+                f"stopped by {number.name} after step {self.step:,}, which is saved; the same command"
+                f" continues\nrun directory: {self.workdir}"
+            )
+            raise SystemExit(128 + number)
+
+    def save(self) -> None:
+        guards.check_finite(self.state, self.directory)
+        checkpoints.save(self.directory, self.state, step=self.step, keep=self.length.keep)
+        if self.leader and "data" in self.change:
+            run_data.save_data(self.workdir, self.dataset)  # now the state has seen them
+        self.saved = time.perf_counter()
+
+    def log(self) -> None:
+        """Ends a span of steps: a line of metrics.jsonl, and none of them counted twice."""
+        guards.check_finite(self.state, self.directory)
+        rate, values = self.progress.rate(), step_lib.means(self.state.metrics)
+        text = f"loss {values['loss']:.4f}  gradient norm {values['grad_norm']:.3g}"
+        self.say(self.progress.line(text))
+        self.progress.begin()
+        if self.leader:
+            row = {"step": self.step, **values}
+            row |= {"learning_rate": float(self.learning_rate(self.step - 1))}
+            with guards.not_worth_a_run(self.say):
+                writers.append_metrics(
+                    self.path("metrics.jsonl"), {**row, "images_per_second": rate}
+                )
+        cleared = parallel.place(step_lib.clear(self.state.metrics))
+        self.state = self.state.replace(metrics=cleared)
+
+    def look(self, early: bool) -> None:
+        """Pictures of where the model is."""
+        guards.check_finite(self.state, self.directory)
+        if not self.leader:
+            return
+        picture = self.path("samples", f"step_{self.step:08d}.png")
+        rows, columns = self.preview(self.state, self.step)
+        with guards.not_worth_a_run(self.say):
+            writers.save_grids(picture, rows, columns)
+            if early:
+                self.say(
+                    f"an early look: {picture}; the others come every {self.preview_every:,} steps"
+                )
+        with guards.not_worth_a_run(self.say):
+            metrics = writers.read_metrics(self.path("metrics.jsonl"))
+            writers.save_loss_curve(self.path("loss.png"), metrics)
+
+
+def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
+    """One line on the health of a chain, and a warning if it has one."""
+    health = schedules.health(schedule, second_moment=second_moment)
+    line = (
+        f"schedule: {len(schedule)} steps, sum of beta {health.sum_beta:.4g}, alpha_bar_T ="
+        f" {health.alpha_bar_T:.3g} (at most {health.alpha_bar_bound:.3g}),"
+        f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
+    )
+    return f"{line}\nWARNING: {health.warning}" if health.warning else line
+
+
+def check_types(config) -> None:
+    """Checks fields that are read before what they configure is made.
+
+    Raises:
+      ConfigError: one of another type, such as None.
+    """
+    given = ("method", "tx", "key", "axis_name")
+    options.bind(step_lib.make_update, config.step, "config.step", given=given)
+    section = {name: value for name, value in config.data.items() if name != "flip"}
+    options.bind(data.load, section, "config.data", given=("split",))
+    whole = {"config.seed": config.get("seed")}
+    for name in ("every", "num_images"):
+        whole[f"config.preview.{name}"] = config.preview.get(name)
+    for field, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{field} must be int, got {value!r}")

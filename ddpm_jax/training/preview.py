@@ -1,0 +1,90 @@
+"""Pictures of a run: the data as the network is shown them, the forward process, samples while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import data, options
+from ddpm_jax.files import writers
+from ddpm_jax.method import Method, fold_in_each, labels_of
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process.diffusion import from_uint8, q_path, to_uint8
+from ddpm_jax.process.schedules import Schedule
+from ddpm_jax.process.timesteps import respace
+from ddpm_jax.training import parallel
+
+FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
+
+
+def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:
+    """The first images that the network is shown, uint8 [N, H, W, C] for at most 64: as the loss has them."""
+    count = min(len(dataset), 64)
+    steps = -(-count // batch_size)
+    images = []
+    for step, batch in enumerate(
+        data.batches(dataset, seed=seed, start=0, stop=steps, batch_size=batch_size)
+    ):
+        shown = method.shown(jax.random.fold_in(key, step), batch)
+        images.append(batch["image"] if shown is None else to_uint8(shown))
+    return np.concatenate(images)[:count]
+
+
+def save_forward(path: str, schedule: Schedule, images: np.ndarray, key) -> None:
+    """Draws how the forward process turns images into noise: a row for each, from x_0 on the left to x_T."""
+    images = images[:FORWARD_ROWS]
+    tau = np.unique(np.round(np.linspace(0, len(schedule) - 1, FORWARD_TIMES)).astype(int))
+    keys = fold_in_each(key, np.arange(len(images)))
+    rows = to_uint8(q_path(respace(schedule, tau), from_uint8(images), keys))
+    rows = np.concatenate([images[:, None], rows], axis=1)
+    title = f"data, then x_t at t = {', '.join(map(str, tau))}"
+    writers.save_grids(path, [(title, rows.reshape(-1, *images.shape[1:]))], columns=len(tau) + 1)
+
+
+def make_preview(section, method: Method, key) -> tuple[int, Callable]:
+    """config.preview.every, and (state, step) -> (rows, columns) for `writers.save_grids`.
+
+    Raw and EMA parameters draw from the same noise at every preview, so that rows can be compared.
+
+    Raises:
+      ConfigError: options that this Method cannot have.
+    """
+    section = dict(section)
+    every, count = section.pop("every"), section.pop("num_images")
+    if every < 1 or count < 1:
+        raise ConfigError("config.preview: every and num_images must be at least 1")
+    sampling = options.build(method.Sampling, section, "config.preview")
+    check_sampling(method, sampling, "config.preview")
+    index = np.arange(count)
+    draw = parallel.map_examples(
+        lambda params, key, index, label: drawn(method.sample(params, key, index, label, sampling))
+    )
+
+    def preview(state, step):
+        rows = []
+        for name, params in (("raw", state.params), ("EMA", state.ema_params)):
+            images, finite = draw(params, key, index, labels_of(method, index))
+            bad = "" if finite.all() else f": {np.sum(~finite)} of {count} images are not finite"
+            rows.append((f"step {step:,}, {name}{bad}", images))
+        return rows, min(count, 8)
+
+    return every, preview
+
+
+def check_sampling(method: Method, sampling, where: str) -> None:
+    """Refuses options of sampling that a Method cannot have, before anything is computed.
+
+    Raises:
+      ConfigError: one line.
+    """
+    if hasattr(method, "chain"):
+        with options.errors_at(where):
+            method.chain(sampling)
+
+
+def drawn(x):
+    """Images as they are saved, uint8 [B, H, W, C], and whether all values of each were finite, bool [B]."""
+    return to_uint8(x), jnp.all(jnp.isfinite(x), axis=(1, 2, 3))

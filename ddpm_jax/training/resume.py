@@ -1,0 +1,107 @@
+"""Whether a config continues a run: which of its fields may differ from those that it began with."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from ddpm_jax import data, options
+from ddpm_jax.ddpm import DDPM
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import run_data
+from ddpm_jax.names import find
+from ddpm_jax.networks import NETWORKS
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process import schedules
+from ddpm_jax.training import step
+
+# What may differ when a run is continued: how long, how often, where from; never what is learned.
+FREE_TO_CHANGE = (
+    "config.data.data_dir",
+    "config.data.memory_limit_gb",
+    "config.training.num_steps",
+    "config.training.log_every",
+    "config.training.checkpoint_every",
+    "config.training.checkpoint_minutes",
+    "config.training.keep",
+    "config.model.remat",
+    "config.step.accumulate",
+    "config.preview.",
+)
+
+
+def reader_of(section: str, config):
+    """What a section of a config is the keyword arguments of; None if that is not known."""
+    name = config.get(section, {}).get("name") if section in ("model", "schedule") else None
+    if section == "schedule":
+        return find(name or "linear", schedules.SCHEDULES, "schedule")
+    if section == "model":
+        return find(name or "unet", NETWORKS, "network")
+    readers = {"data": data.load, "diffusion": DDPM, "optimizer": step.make_optimizer}
+    readers |= {"step": step.make_update}
+    return readers.get(section)
+
+
+def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
+    """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
+
+    Args:
+      moved: the data may have another name or place: they are compared themselves, by `run_data.check_data`.
+
+    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does the
+    num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands for
+    its default.
+
+    Raises:
+      ConfigError: names the fields, what is saved and what was given.
+    """
+    of_betas = config.get("schedule", {}).get("name") == "betas"
+    saved_config = run_data.with_absolute_paths(config_lib.load(path))
+    config, free = run_data.with_absolute_paths(config), FREE_TO_CHANGE
+    if moved and run_data.saved_data(os.path.dirname(path)) is not None:
+        free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
+    changed = [
+        f"{field} is {saved!r} there and {given!r} here"
+        for field, (saved, given) in config_lib.differences(saved_config, config).items()
+        if not field.startswith(free)
+        and not (field == "config.data.image_shape" and given is None)
+        and not (field == "config.model.num_classes" and given == run_data.CLASSES_OF_DATA)
+        and not (field == "config.schedule.num_timesteps" and of_betas)
+        and _or_default(field, saved, config) != _or_default(field, given, config)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
+            " it, or another --workdir to begin anew"
+        )
+
+
+def as_saved(config, path: str) -> None:
+    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+
+    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    """
+    saved = config_lib.load(path)
+    for section in ("model", "schedule", "diffusion"):
+        if section in saved and section in config:
+            free = {
+                name: value
+                for name, value in config[section].items()
+                if f"config.{section}.{name}" in FREE_TO_CHANGE and name in saved[section]
+            }
+            config[section] = ConfigDict({**saved[section], **free})
+
+
+def _or_default(field: str, value, config):
+    """The value of a config's field or, where it is missing or None, the default in the signature that reads the section."""
+    section, _, name = field.removeprefix("config.").rpartition(".")
+    if value not in (config_lib.MISSING, None):
+        return value
+    reader = reader_of(section, config)
+    for one in options.options_of(reader) if reader else ():
+        if one.name == name and one.default is not options.EMPTY:
+            default = options.name_of(one.default, one.choice) if one.choice else one.default
+            return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
+    return None if value == config_lib.MISSING else value
