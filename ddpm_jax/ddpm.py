@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int32, Key
 from ddpm_jax import options
 from ddpm_jax.method import Method, fold_in_each, mirror_at_random
 from ddpm_jax.names import check_choice, find
-from ddpm_jax.networks import NETWORKS, init_params
+from ddpm_jax.networks import NETWORKS, UNet, init_params
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
 from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
@@ -180,9 +181,12 @@ class DDPM(Method):
         network, learned = self.sized_network, self.variance in LEARNED
         no_label = np.int32(self.num_classes)
 
+        takes = inspect.signature(type(network).__call__).parameters
+        drops = {"dropout_keys": dropout_keys} if "dropout_keys" in takes else {}
+
         def apply(x, t, label):
-            label = label if network.num_classes else None
-            return network.apply({"params": params}, x, t, label, dropout_keys=dropout_keys)
+            label = label if getattr(network, "num_classes", 0) else None
+            return network.apply({"params": params}, x, t, label, **drops)
 
         def guided(x, t):
             if guidance == 0:
@@ -266,6 +270,20 @@ class DDPM(Method):
         return loss(*args), {}
 
     # ---- what a trained model is asked
+
+    def resolve(self, chosen):
+        """Options of sampling or of the bound with the model's own values where they leave a choice to it."""
+        values = {"clip_x0": self.clip_x0 if chosen.clip_x0 is None else chosen.clip_x0}
+        if chosen.steps is not None:
+            values["steps"] = timesteps.as_text(chosen.steps)
+        for holder in (getattr(chosen, "sampler", None), chosen):
+            if hasattr(holder, "variance") and holder.variance is None:
+                holder = dataclasses.replace(holder, variance=self.variance)
+                if isinstance(holder, type(chosen)):
+                    values["variance"] = holder.variance
+                else:
+                    values["sampler"] = holder
+        return dataclasses.replace(chosen, **values)
 
     def chain(
         self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
@@ -418,6 +436,9 @@ def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
     section = dict(section)
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")
+    if network is UNet:  # what a config without these fields has always meant
+        section = {"num_groups": 32, "attention_resolutions": (16,)} | section
+        section["attention_resolutions"] = section["attention_resolutions"] or ()
     network = options.build(network, section, "config.model", name=None, parent=None)
     if hasattr(network, "check"):
         with options.errors_at("config.model"):

@@ -1,10 +1,12 @@
-"""The command line: flags, and nothing else.
+"""The command line: modes, and flags that are read from the signatures of their functions.
 
 python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the same again resumes
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
 python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
 python -m ddpm_jax.main --help                                       all modes; --mode=nll --help its flags
 """
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -14,379 +16,310 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 
 import ddpm_jax
-from ddpm_jax import (
-    checkpoints,
-    config,
-    data,
-    edit,
-    evaluate,
-    parallel,
-    report,
-    runs,
-    sample,
-    samplers,
-    schedules,
-    score,
-    train,
-    writers,
-)
+from ddpm_jax import data, options
+from ddpm_jax.commands import benchmark as benchmark_lib
+from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
+from ddpm_jax.ddpm import Sampling
+from ddpm_jax.files import checkpoints, results, run_data, runs, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.names import nearest as nearest_name
+from ddpm_jax.options import ConfigError, Option, Text
+from ddpm_jax.report import report
+from ddpm_jax.training import guards, loop, parallel, resume
 
 PROGRAM = "python -m ddpm_jax.main"
 
 
-class Command(NamedTuple):
-    """What a mode does, and the flags that it accepts: keyword arguments of its function."""
-
-    function: Callable
-    about: str
-    flags: tuple[str, ...]
-
-
-_RUN = ("weights", "steps", "clip", "out", "batch_size")
-_CHAIN = (*_RUN, "spacing", "guidance", "labels")
-_SAMPLER = (*_CHAIN, "seed", "sampler", "eta", "order", "singlestep", "variance")
-_IMAGES = ("images", "num_images", "split", "data_dir")
-_NLL = (*_RUN, "seed", "variance", "num_images", "split", "data_dir", "cdf")
-
-COMMANDS = {
-    "train": Command(
-        train.train,
-        "Trains what --config says; the same command again resumes.",
-        ("change", "distributed"),
-    ),
-    "sample": Command(
-        sample.sample,
-        "Draws images from the last checkpoint of a run.",
-        (*_SAMPLER, "num_samples", "latents", "trajectory"),
-    ),
-    "progressive": Command(
-        sample.progressive,
-        "Draws samples together with the x_0 that the model predicts on the way.",
-        (*_SAMPLER, "num_samples"),
-    ),
-    "nearest": Command(
-        edit.nearest,
-        "Shows samples beside the training images nearest to them.",
-        (*_SAMPLER, "num_samples", "images", "data_dir", "neighbours"),
-    ),
-    "encode": Command(
-        edit.encode, "Writes the latents x_T that DDIM leads back to images.", (*_CHAIN, *_IMAGES)
-    ),
-    "reconstruct": Command(
-        edit.reconstruct,
-        "Encodes and decodes images, and prints what is lost for several numbers of steps.",
-        (*_CHAIN, *_IMAGES),
-    ),
-    "interpolate": Command(
-        edit.interpolate,
-        "Draws what lies between two images, or between two latents.",
-        (*_SAMPLER, *_IMAGES, "from_t"),
-    ),
-    "denoise": Command(
-        edit.denoise,
-        "Adds noise to images up to a time, and takes it away again.",
-        (*_SAMPLER, *_IMAGES, "from_t"),
-    ),
-    "inpaint": Command(
-        edit.inpaint,
-        "Fills in a part of images, and keeps the rest.",
-        (*_CHAIN, *_IMAGES, "seed", "variance", "mask", "resample", "jump"),
-    ),
-    "eval": Command(
-        score.score,
-        "Measures samples by FID and other metrics.",
-        (*_SAMPLER, *_IMAGES, "num_samples", "metrics", "features", "num_seeds"),
-    ),
-    "nll": Command(
-        evaluate.nll, "Measures the variational bound of images in bits/dim, term by term.", _NLL
-    ),
-    "rate_distortion": Command(
-        evaluate.rate_distortion, "Measures rate and distortion along the reverse chain.", _NLL
-    ),
-    "best_steps": Command(
-        evaluate.best_steps, "Chooses the --steps=S of the T steps with the lowest bound.", _NLL
-    ),
-    "report": Command(
-        report.report, "Writes a run, or several with commas, on one page of HTML.", ("out",)
-    ),
-}
-_ARGUMENT = {"clip": "clip_x0"}  # the name of a flag's parameter, where it is another
-
-# ---- flags -----------------------------------------------------------------------------------------
-
-CONFIG = flags.DEFINE_string(
-    "config",
-    None,
-    "The config file, as FILE.py or FILE.py:VARIANT; NAME stands for configs/NAME.py. Every field of"
-    " it can be changed, as with --config.training.num_steps=5000.",
-)
-# What `parse_flags` makes of --config.FIELD=VALUE.
-_FIELDS = flags.DEFINE_multi_string("config_field", [], "A field of the config, as FIELD=VALUE.")
-_MODE = flags.DEFINE_enum("mode", "train", list(COMMANDS), "What to do; --help lists the modes.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run directory. Default: runs/ and the name of the config."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "This process is one of several that train together; it calls jax.distributed.initialize().",
-)
-flags.DEFINE_enum(
-    "weights",
-    "ema",
-    ["ema", "raw"],
-    "The parameters to use: ema, their moving average, or raw, the last ones.",
-)
-flags.DEFINE_integer(
-    "seed",
-    0,
-    "The seed of all noise; image i depends on the seed and on i alone.",
-    0,
-    2**32 - 1,
-)
-flags.DEFINE_string(
-    "steps",
-    None,
-    "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its"
-    " spacing; 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. best_steps takes"
-    " one number, reconstruct several to compare, or chains with semicolons, as '10,15,20;45'.",
-)
-flags.DEFINE_enum(
-    "spacing",
-    None,
-    list(schedules.SPACINGS),
-    "How a plain number of steps is spread over the chain.",
-)
-flags.DEFINE_enum("sampler", None, list(samplers.SAMPLERS), "The sampler that draws the images.")
-flags.DEFINE_integer("order", None, "The order of dpm_solver: 1, 2 or 3.")
-flags.DEFINE_bool(
-    "singlestep", None, "Lets dpm_solver take its steps in groups, not one after another."
-)
-flags.DEFINE_float(
-    "guidance",
-    None,
-    "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
-    " exaggerates the labels.",
-)
-flags.DEFINE_string(
-    "labels",
-    None,
-    "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7;"
-    " classes that have names also by them, as cat,dog.",
-)
-flags.DEFINE_string(
-    "latents", None, "An .npz that --mode=encode wrote, to be decoded in place of noise."
-)
-flags.DEFINE_bool(
-    "trajectory", False, "Also writes the chain of the first images, as a strip and an animation."
-)
-flags.DEFINE_string(
-    "images", None, "The images: data for the run's own, a folder of pictures or an .npz."
-)
-flags.DEFINE_string(
-    "from_t", None, "The time up to which noise is added, or several as 250,500,750."
-)
-flags.DEFINE_string(
-    "mask",
-    None,
-    f"What is filled in: the white of a picture, or one of {', '.join(edit.MASKS)}.",
-)
-flags.DEFINE_integer("resample", None, "How often inpaint walks each part of the chain.", 1)
-flags.DEFINE_integer("jump", None, "How many steps inpaint goes back for each --resample.", 1)
-flags.DEFINE_string("metrics", None, f"The metrics, with commas: {', '.join(score.METRICS)}.")
-flags.DEFINE_string(
-    "features",
-    None,
-    "The network of the features: inception, inception:FILE, or MODULE:FILE for a module with"
-    " load(path) -> Extractor.",
-)
-flags.DEFINE_integer(
-    "num_seeds",
-    None,
-    "How many seeds to draw with, from --seed on; a metric is then a mean with its spread.",
-    1,
-)
-flags.DEFINE_integer(
-    "neighbours", None, "How many training images are shown beside each sample.", 1
-)
-flags.DEFINE_string(
-    "variance",
-    None,
-    "The variance of the reverse chain: fixed_small, fixed_large, analytic, or what was learned.",
-)
-
-
-class _OrWord(flags.ArgumentParser):
-    """Another parser, and one word beside what it takes."""
-
-    def __init__(self, parser: flags.ArgumentParser, word: str):
-        self._parser, self._word = parser, word
-        self.syntactic_help = f"{parser.syntactic_help}, or {word}"
-
-    def parse(self, argument):
-        if argument == self._word:
-            return argument
+def train(
+    config,
+    workdir: str,
+    *,
+    change: Annotated[
+        tuple[str, ...],
+        "What may differ from the run that is continued: data, for other images than it began with.",
+    ] = (),
+    distributed: Annotated[
+        bool,
+        "This process is one of several that train together; it calls jax.distributed.initialize().",
+    ] = False,
+) -> None:
+    """Trains what --config says; the same command again resumes."""
+    if distributed:
         try:
-            return self._parser.parse(argument)
-        except ValueError:
-            kind = {"bool": "true, false"}.get(self._parser.flag_type(), "a number")
-            raise ValueError(f"{argument!r} is neither {kind} nor {self._word!r}") from None
-
-    def flag_type(self):
-        return f"{self._parser.flag_type()} or {self._word}"
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ConfigError(f"--distributed: {error}") from error
+    loop.train(config, workdir, change=change)
 
 
-flags.DEFINE(
-    _OrWord(flags.FloatParser(), "hat"),
-    "eta",
-    None,
-    "The noise of ddim: from 0, none, to 1, that of the ancestral chain; or hat for Song et al.'s σ̂.",
-)
-flags.DEFINE_flag(
-    flags.BooleanFlag(
-        "clip",
-        None,
-        "Clips predictions of x_0 to [-1, 1]; --noclip does not, and --clip=dynamic clips by percentile.",
-    )
-)
-flags.FLAGS["clip"].parser = _OrWord(flags.BooleanParser(), "dynamic")
-flags.DEFINE_string(
-    "out",
-    None,
-    "The file to write, in an existing folder: .npz of images, .json of measurements or .html of a"
-    " report, with pictures of the same name beside it.",
-)
-flags.DEFINE_integer("batch_size", None, "How many images are computed at a time.", 1)
-flags.DEFINE_integer("num_samples", None, "How many images to draw.", 1)
-flags.DEFINE_integer("num_images", None, "How many images to use.", 1)
-flags.DEFINE_string("split", "test", "The split of the data, such as train or test.")
-flags.DEFINE_list(
-    "change",
-    [],
-    "What may differ from the run that is continued: data, for other images than it began with.",
-)
-flags.DEFINE_string("data_dir", None, "The folder where the data are.")
-flags.DEFINE_string(
-    "cdf", None, "The distribution function of the decoder: normal, or tanh as in Ho et al.'s code."
-)
-
-# Defaults in words, of a flag or of a mode's flag, where the signature of the function has None or nothing.
-_DEFAULTS = {
-    "batch_size": "what suits the device",
-    "benchmark.batch_size": "as in the config",
-    "best_steps.steps": "none, it must be given",
-    "cdf": "normal",
-    "clip": "as in the config",
-    "data_dir": "as in the config",
-    "denoise.from_t": "none, it must be given",
-    "encode.steps": "50",
-    "eta": "0",
-    "from_t": "latents are interpolated, without noise",
-    "guidance": "1",
-    "images": "samples are drawn",
-    "interpolate.images": "latents drawn from noise, or data with --from_t",
-    "interpolate.sampler": "ddim, or ancestral with --from_t",
-    "interpolate.steps": "50, or all T with --from_t",
-    "jump": "10",
-    "labels": "those of the images",
-    "num_images": "all",
-    "num_samples": "64, or as many as there are --latents",
-    "eval.num_samples": "50000",
-    "order": "2",
-    "out": "a file in the run directory, named after what was asked",
-    "reconstruct.steps": "10,20,50,100",
-    "report.out": "report.html in the run directory, or comparison.html here for several",
-    "resample": "10",
-    "sampler": "ancestral",
-    "singlestep": "false",
-    "spacing": "uniform",
-    "split": "test",
-    "steps": "all T",
-    "variance": "as in the config",
+COMMANDS: dict[str, Callable] = {
+    "train": train,
+    "sample": sampling.sample,
+    "progressive": sampling.progressive,
+    "nearest": nearest.nearest,
+    "encode": inversion.encode,
+    "reconstruct": inversion.reconstruct,
+    "interpolate": inversion.interpolate,
+    "denoise": repair.denoise,
+    "inpaint": repair.inpaint,
+    "eval": metrics.evaluate,
+    "nll": likelihood.nll,
+    "rate_distortion": likelihood.rate_distortion,
+    "best_steps": likelihood.best_steps,
+    "report": report,
+    "benchmark": benchmark_lib.benchmark,
 }
-_ABSL = {"h", "help", "helpshort", "helpfull"}  # absl's help has other flags than ours
+POSITIONAL = ("run", "config", "workdir")  # parameters of a command that main hands over
+
+
+def shared_flags(
+    *,
+    config: Annotated[
+        str | None,
+        "The config file, as FILE.py or FILE.py:VARIANT; NAME stands for configs/NAME.py. Every field of it can be"
+        " changed, as with --config.training.num_steps=5000.",
+    ] = None,
+    workdir: Annotated[str | None, "The run directory. Default: runs/ and the name of the config."] = None,
+    debug: Annotated[bool, "Shows the traceback of an error."] = False,
+) -> None:
+    """Flags of every mode."""
+
+
+def run_flags(
+    *,
+    weights: Annotated[
+        Literal["ema", "raw"],
+        "The parameters to use: ema, their moving average, or raw, the last ones.",
+    ] = "ema",
+    allow_code: Annotated[
+        bool, "Imports modules outside ddpm_jax and experiments that the run names."
+    ] = False,
+) -> None:
+    """Flags of every mode that loads a run."""
+
+
+def flags_of(mode: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Option]:
+    """{flag: option} of a mode, those of what is chosen included."""
+    command = COMMANDS[mode]
+    found = list(options.flat(shared_flags))
+    if "run" in inspect.signature(command).parameters:
+        found += options.flat(run_flags)
+    found += options.flat(command, chosen, skip=POSITIONAL)
+    return {one.flag: one for one in found}
+
 
 USER_ERRORS = (
-    config.ConfigError,
+    ConfigError,
     data.DataError,
     checkpoints.CheckpointError,
-    train.TrainingError,
-    runs.RunError,
-    app.UsageError,
+    guards.TrainingError,
+    run_data.RunError,
     OSError,  # its text names the file
 )
 
 
-# ---- what a mode does --------------------------------------------------------------------------------
+# ---- what was asked ----------------------------------------------------------------------------------
 
 
-def given_config():
-    """The config of --config with its --config.FIELD=VALUE, or None.
+class Request:
+    """A command line, read.
 
-    A data set other than that of the config file has its own image_shape, unless one is given.
-
-    Raises:
-      ConfigError, UsageError: one line.
+    Attributes:
+      mode: a key of COMMANDS.
+      flags: {flag: Text}.
+      fields: {"training.num_steps": text}, the --config.FIELD=VALUE.
     """
-    changes = dict(text.split("=", 1) for text in _FIELDS.value)
-    if CONFIG.value is None:
-        if changes:
-            field = next(iter(changes))
-            raise app.UsageError(f"--config.{field} needs --config=configs/NAME.py beside it")
-        return None
-    result = config.from_file(CONFIG.value)
-    before = config.fields(result).get("data.name")
-    for field, text in changes.items():
-        config.override(result, field, text)
-    after = config.fields(result).get("data.name")
-    own_data = after != before and after not in data.BUILT_IN
-    if own_data and "data.image_shape" not in changes:
-        config.override(result, "data.image_shape", "None")
-    return result
+
+    def __init__(self, argv: list[str], mode: str | None = None):
+        self.fields: dict[str, str] = {}
+        self.flags: dict[str, Text] = {}
+        self.wants_help = self.wants_version = False
+        booleans = {
+            flag for name in COMMANDS for flag, one in flags_of(name).items() if one.is_boolean
+        }
+        words, rest = list(argv), []
+        while words:
+            word = words.pop(0)
+            name, equals, value = word.partition("=")
+            if not name.startswith("-") or name in ("-", "--"):
+                rest.append(word)
+                continue
+            name = name.lstrip("-")
+            field = re.fullmatch(r"(no)?config\.(.+)", name)
+            is_value = bool(words) and not words[0].startswith("--")
+            if name in ("h", "help", "helpshort", "helpfull"):
+                self.wants_help = True
+            elif name == "version":
+                self.wants_version = True
+            elif field:
+                if not equals:
+                    value = "false" if field[1] else "true"
+                    value = words.pop(0) if not field[1] and is_value else value
+                self.fields[field[2]] = value
+            elif equals:
+                self.flags[name] = Text(value)
+            elif name in booleans:
+                self.flags[name] = Text("true")
+            elif name.startswith("no") and name[2:] in booleans:
+                self.flags[name[2:]] = Text("false")
+            elif is_value:
+                self.flags[name] = Text(words.pop(0))
+            else:
+                self.flags[name] = Text("")
+        self.has_mode = "mode" in self.flags
+        self.mode = str(self.flags.pop("mode", mode or "train"))
+        if self.mode not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise ConfigError(
+                f"there is no --mode={self.mode}{nearest_name(self.mode, COMMANDS)} (choose from {known})"
+            )
+        if rest:
+            hint = f"; for that write --mode={rest[0]}" if rest[0] in COMMANDS else ""
+            raise ConfigError(f"what is {rest[0]!r}? Every option begins with --{hint}")
+        self.config_file = self.flags.get("config")
+        self.check_flags()
+
+    @property
+    def chosen(self) -> dict[str, Text]:
+        """The flags that may choose something by name."""
+        return self.flags
+
+    def check_flags(self) -> None:
+        """Refuses flags that the mode does not have."""
+        known = flags_of(self.mode, self.chosen)
+        for flag, text in self.flags.items():
+            if flag in known:
+                if not text and not known[flag].is_boolean and flag not in ("labels",):
+                    pass
+                continue
+            for one in known.values():
+                for owner, cls in one.choice.built_in.items() if one.choice else ():
+                    if flag in {inner.flag for inner in options.options_of(cls)}:
+                        here = self.flags.get(one.flag)
+                        here = here or options.name_of(one.default, one.choice)
+                        raise ConfigError(
+                            f"{flag} is an option of {one.choice.kind} {owner!r}, and {str(here)!r} has none"
+                        )
+            modes = [mode for mode in COMMANDS if flag in all_flags(mode)]
+            if modes:
+                near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}
+                near = near.get(flag) if self.mode == "train" else None
+                hint = f"; for training write --{near}" if near else ""
+                raise ConfigError(
+                    f"--{flag} is for --mode={', '.join(modes)}, not for {self.mode}{hint}"
+                )
+            raise ConfigError(f"there is no flag --{flag}{self.near_flag(flag)}")
+
+    def near_flag(self, flag: str) -> str:
+        """"; did you mean …?" for an unknown flag: a field of the config, or a flag of the mode."""
+        if self.config_file is not None:
+            with contextlib.suppress(ConfigError):
+                fields = config_lib.fields(config_lib.from_file(str(self.config_file)))
+                exact = [name for name in fields if flag in (name, name.rpartition(".")[2])]
+                if exact or "." in flag:
+                    return config_lib.near_field(flag, list(fields))
+        names = ["mode", *all_flags(self.mode)]
+        if self.mode == "train":
+            names += [name for mode in COMMANDS for name in all_flags(mode)]
+        whole = [name for name in dict.fromkeys(names) if name in flag.split("_")]
+        return nearest_name(whole[0] if whole else flag, names, prefix="--")
+
+    def values(self, *targets: Callable) -> dict[str, Text]:
+        """The flags that the options of these targets take, by the names of the options."""
+        result = {}
+        for target in targets:
+            for one in options.flat(target, self.chosen, skip=POSITIONAL):
+                if one.flag in self.flags:
+                    result[one.name] = self.flags[one.flag]
+        return result
+
+    def config(self):
+        """The config of --config with its --config.FIELD=VALUE, or None.
+
+        A data set other than that of the config file has its own image_shape, unless one is given.
+        """
+        if self.config_file is None:
+            if self.fields:
+                field = next(iter(self.fields))
+                raise ConfigError(f"--config.{field} needs --config=configs/NAME.py beside it")
+            return None
+        result = config_lib.from_file(str(self.config_file))
+        before = config_lib.fields(result).get("data.name")
+        for field, text in sorted(self.fields.items(), key=lambda item: not item[0].endswith(".name")):
+            config_lib.override(result, field, text, resume.reader_of)
+        after = config_lib.fields(result).get("data.name")
+        own_data = after != before and after not in data.BUILT_IN
+        if own_data and "data.image_shape" not in self.fields:
+            config_lib.override(result, "data.image_shape", "None")
+        return result
+
+    def workdir(self) -> str:
+        if self.flags.get("workdir"):
+            return config_lib.path(str(self.flags["workdir"]))
+        if self.config_file is None:
+            raise ConfigError("give --config=configs/NAME.py, or --workdir=DIR of a run")
+        file = config_lib.find_file(str(self.config_file))
+        name, _, variant = os.path.basename(file).partition(":")
+        return os.path.join("runs", "_".join(filter(None, [os.path.splitext(name)[0], variant])))
 
 
-def _workdir() -> str:
-    if _WORKDIR.value:
-        return config.path(_WORKDIR.value)
-    if CONFIG.value is None:
-        raise app.UsageError("give --config=configs/NAME.py, or --workdir=DIR of a run")
-    name, _, variant = os.path.basename(config.find_file(CONFIG.value)).partition(":")
-    return os.path.join("runs", "_".join(filter(None, [os.path.splitext(name)[0], variant])))
+def all_flags(mode: str) -> dict[str, Option]:
+    """The flags of a mode with those of every built-in choice."""
+    found = flags_of(mode)
+    for one in list(found.values()):
+        for cls in one.choice.built_in.values() if one.choice else ():
+            found |= {inner.flag: inner for inner in options.flat(cls)}
+    return found
 
 
-def main(argv) -> None:
-    del argv  # checked by `parse_flags`
-    mode = _MODE.value
-    options = given_options(f"--mode={mode}", COMMANDS[mode].flags)
-    if options.pop("distributed", False):
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise app.UsageError(f"--distributed: {error}") from error
+# ---- doing it ----------------------------------------------------------------------------------------
+
+
+def execute(request: Request) -> None:
+    """Runs the command of a request."""
+    mode, command = request.mode, COMMANDS[request.mode]
     parallel.enable_compilation_cache()
-    workdir, settings = _workdir(), given_config()
-    if mode == "train":
+    parameters = inspect.signature(command).parameters
+    if "config" in parameters:
+        settings = request.config()
         if settings is None:
-            raise app.UsageError("training needs --config=configs/NAME.py")
-        train.train(settings, workdir, **options)
+            what = "training" if mode == "train" else f"--mode={mode}"
+            raise ConfigError(f"{what} needs --config=configs/NAME.py")
+        kwargs = options.bind(command, request.values(command), "--", given=POSITIONAL)
+        where = {"workdir": request.workdir()} if "workdir" in parameters else {}
+        command(settings, **where, **kwargs)
         return
+    workdir, settings = request.workdir(), request.config()
     if settings is not None and mode != "report":
-        train.refuse_another_config(settings, os.path.join(workdir, "config.json"))
-    for needs, name, why in (
-        ("best_steps", "steps", "--steps=S, how many of the T steps to choose"),
-        ("denoise", "from_t", "--from_t=T, the time up to which noise is added, such as 250"),
-    ):
-        if mode == needs and name not in options:
-            raise app.UsageError(f"--mode={mode} needs {why}")
+        resume.refuse_another_config(settings, os.path.join(workdir, "config.json"))
+    if "run" not in parameters:
+        kwargs = options.bind(command, request.values(command), "--", given=POSITIONAL)
+        with _advice_on_writing(workdir):
+            command(workdir, **kwargs)
+        return
+    options.bind(command, request.values(command), "--", given=POSITIONAL)  # before files are read
     with _advice_on_writing(workdir):
-        COMMANDS[mode].function(workdir, **options)
+        run = runs.load(workdir, **options.bind(run_flags, request.values(run_flags), "--"))
+        values = request.values(command)
+        if run.method.Sampling is not Sampling and "sampling" in parameters:
+            for one in options.flat(Sampling, request.chosen):
+                if one.name in values and one.name not in dict(parameters):
+                    raise ConfigError(
+                        f"--{one.flag} is for diffusions, and {run.config.method} (config.method) has no"
+                        " such option"
+                    )
+            kwargs = options.bind(command, values, "--", given=(*POSITIONAL, "sampling"))
+            kwargs["sampling"] = run.method.Sampling()
+        else:
+            kwargs = options.bind(command, values, "--", given=POSITIONAL)
+        command(run, **kwargs)
 
 
 @contextlib.contextmanager
@@ -397,47 +330,20 @@ def _advice_on_writing(workdir: str):
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise runs.RunError(
+        raise run_data.RunError(
             f"{error}; if the run directory {workdir} cannot be written, give --out=FILE in a folder that"
             " can, or a copy of the run as --workdir"
         ) from error
 
 
-def given_options(what: str, accepted: Sequence[str]) -> dict:
-    """The flags that were given, as keyword arguments of a function.
-
-    Args:
-      what: what runs, for messages, such as --mode=sample.
-      accepted: the flags that it accepts.
-
-    Raises:
-      UsageError: one that it does not accept.
-    """
-    given = {}
-    for name in sorted({name for command in COMMANDS.values() for name in command.flags}):
-        if not flags.FLAGS[name].present:
-            continue
-        if name not in accepted:
-            modes = ", ".join(mode for mode, command in COMMANDS.items() if name in command.flags)
-            near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}
-            near = near.get(name) if what == "--mode=train" else None
-            hint = f"; for training write --{near}" if near else ""
-            raise app.UsageError(
-                f"--{name} is for --mode={modes}, not for {what.removeprefix('--mode=')}{hint}"
-            )
-        given[_ARGUMENT.get(name, name)] = flags.FLAGS[name].value
-    return given
-
-
 # ---- help ------------------------------------------------------------------------------------------
 
 
-def help_text() -> str:
+def help_text(request: Request) -> str:
     """What --help prints: the modes, or the flags of the --mode that is given, or a config's fields."""
-    mode = flags.FLAGS["mode"]
-    settings = given_config()
-    if not mode.present and settings is None:
-        modes = "\n".join(f"  {name:16} {command.about}" for name, command in COMMANDS.items())
+    settings = request.config()
+    if not request.has_mode and settings is None:
+        modes = "\n".join(f"  {name:16} {about(command)}" for name, command in COMMANDS.items())
         return (
             f"{PROGRAM} --config=configs/NAME.py [--workdir=DIR] [--config.FIELD=VALUE …]\n"
             f"{PROGRAM} --mode=MODE --workdir=DIR [--FLAG=VALUE …]\n\n"
@@ -446,145 +352,85 @@ def help_text() -> str:
             f"{PROGRAM} --config=configs/NAME.py --help   lists the fields of a config.\n"
             f"{PROGRAM} --version                         prints the version.\n"
         )
-    command = COMMANDS[mode.value]
-    text = f"{PROGRAM} --mode={mode.value}\n\n{command.about}\n\n" + help_on(
-        ("config", "workdir", *command.flags), command.function, mode.value
-    )
+    command = COMMANDS[request.mode]
+    text = f"{PROGRAM} --mode={request.mode}\n\n{about(command)}\n\n"
+    known = flags_of(request.mode, request.chosen)
+    text += "".join(help_line(one) for one in known.values())
+    for one in known.values():
+        for name, cls in one.choice.built_in.items() if one.choice and one.flag not in request.flags else ():
+            own = [inner for inner in options.flat(cls) if inner.flag not in known]
+            if own:
+                text += f"\nWith --{one.flag}={name}:\n\n" + "".join(map(help_line, own))
     if settings is not None:
-        text += f"\nThe fields of {CONFIG.value}, with their values:\n\n"
-        for field, value in config.fields(settings).items():
+        text += f"\nThe fields of {request.config_file}, with their values:\n\n"
+        for field, value in config_lib.fields(settings).items():
             value = ",".join(map(str, value)) if isinstance(value, tuple) else value
             text += f"  --config.{field}={value}\n"
     return text
 
 
-def help_on(names: Sequence[str], function: Callable, mode: str = "") -> str:
-    """Flags with their help, and with defaults from the signature of a function or in words."""
-    parameters = inspect.signature(function).parameters
-    lines = []
-    for name in names:
-        flag, default = flags.FLAGS[name], None
-        argument = _ARGUMENT.get(name, name)
-        if argument in parameters:
-            default = parameters[argument].default
-        if default in (None, inspect.Parameter.empty):
-            default = _DEFAULTS.get(f"{mode}.{name}", _DEFAULTS.get(name, flag.default))
-        choices = getattr(flag.parser, "enum_values", None)
-        text = re.sub(r"^<.*?>: ", "", flag.help)  # absl puts the choices there
-        default = str(default).lower() if isinstance(default, bool) else default
-        text += "" if default is None else f" Default: {default}."
-        word = f"--[no]{name}" if flag.boolean else f"--{name}={'|'.join(choices or ['VALUE'])}"
-        lines += [f"  {word}", textwrap.indent(textwrap.fill(text, 92), " " * 6)]
-    return "\n".join(lines) + "\n"
+def about(command: Callable) -> str:
+    """The first sentence of a docstring."""
+    return " ".join(inspect.getdoc(command).split("\n\n")[0].split())
+
+
+def help_line(one: Option) -> str:
+    """A flag with its help and default."""
+    default = one.default
+    if one.choice is not None and default is not None:
+        default = options.name_of(default, one.choice)
+    text = one.help
+    if default is options.EMPTY:
+        text += " It must be given."
+    elif default not in (None, ()) and "Default:" not in text:
+        text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
+    words = options.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
+    is_switch = one.is_boolean
+    word = f"--[no]{one.flag}" if is_switch else f"--{one.flag}={'|'.join(words) or 'VALUE'}"
+    return f"  {word}\n" + textwrap.indent(textwrap.fill(text, 92), " " * 6) + "\n"
 
 
 # ---- the command line ------------------------------------------------------------------------------
 
 
-def parse_flags(argv: list[str], usage: Callable[[], str] = help_text) -> list[str]:
-    """absl's parser for flags and --config.FIELD=VALUE, with every mistake as one line.
-
-    Args:
-      usage: what --help prints.
-    """
-    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    rest, wants_help = [], False
-    following = iter([*argv, None])
-    argument = next(following)
-    while argument is not None:
-        ahead = next(following)
-        name, equals, value = argument.partition("=")
-        field = re.fullmatch(r"--?(no)?config\.(.+)", name)
-        if name.lstrip("-") in _ABSL and name.startswith("-"):
-            wants_help = True
-        elif name in ("-version", "--version"):
-            print(f"ddpm_jax {ddpm_jax.__version__}")
-            sys.exit(0)
-        elif field:
-            if not equals:
-                value = "false" if field[1] else "true"
-                if not field[1] and ahead is not None and not ahead.startswith("--"):
-                    value, ahead = ahead, next(following)
-            rest.append(f"--config_field={field[2]}={value}")
-        else:
-            rest.append(argument)
-        argument = ahead
-    try:
-        left = flags.FLAGS(rest)
-        if wants_help:
-            print(usage(), end="")
-            sys.exit(0)
-    except flags.UnrecognizedFlagError as error:
-        _exit(f"there is no flag --{error.flagname}{_near_flag(error.flagname, rest)}")
-    except (flags.Error, config.ConfigError, app.UsageError) as error:
-        _exit(str(error).strip().splitlines()[-1])
-    if len(left) > 1:
-        word = left[1]
-        hint = f"; for that write --mode={word}" if word in COMMANDS else ""
-        _exit(f"what is {word!r}? Every option begins with --{hint}")
-    return left
-
-
-def _near_flag(name: str, argv: list[str]) -> str:
-    """ "; did you mean …?" of an unknown flag: a field of the config, or a flag of the mode."""
-    given = dict(argument.lstrip("-").partition("=")[::2] for argument in argv[1:])
-    mode = given.get("mode", "train")
-    if "config" in given:
-        try:
-            fields = config.fields(config.from_file(given["config"]))
-        except config.ConfigError:
-            fields = {}
-        exact = [field for field in fields if name in (field, field.rpartition(".")[2])]
-        if exact or "." in name:
-            return config.near_field(name, fields)
-    names = ["config", "workdir", "mode", *COMMANDS.get(mode, COMMANDS["train"]).flags]
-    if mode == "train":
-        names += [flag for command in COMMANDS.values() for flag in command.flags]
-    whole = [flag for flag in dict.fromkeys(names) if flag in name.split("_")]
-    return config.nearest(whole[0] if whole else name, names, prefix="--")
-
-
-def _exit(line: str):
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def run(main, usage: Callable[[], str] = help_text) -> None:
-    """app.run(main), where a user's mistake ends as one line, and the rest as a traceback.
+def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
+    """Runs a command line; a user's mistake ends as one line, and the rest as a traceback.
 
     Exit status 2: the command or its config is wrong; 1: the data, files or the run are; 130: Ctrl-C.
 
     Args:
-      usage: what --help prints.
+      argv: the arguments; None for those of the process.
+      mode: the default mode.
     """
-
-    def guarded(argv):
-        logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
-        try:
-            main(argv)
-        except KeyboardInterrupt as error:
-            print(str(error) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(130)  # an orderly exit would wait for what the device is doing
-        except USER_ERRORS as error:
-            line = f"error: {error}"
-            status = 2 if isinstance(error, (config.ConfigError, app.UsageError)) else 1
-        except Exception:
-            if jax.process_count() == 1:
-                raise
-            line, status = traceback.format_exc(), 1
-        else:
-            return
-        print(line, file=sys.stderr, flush=True)
-        if jax.process_count() > 1:
-            os._exit(
-                status
-            )  # an orderly exit would wait for the other processes, and they for this one
-        sys.exit(status)
-
     sys.stdout, sys.stderr = (writers.Heedless(stream) for stream in (sys.stdout, sys.stderr))
-    app.run(guarded, flags_parser=lambda argv: parse_flags(argv, usage))
+    logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        request = Request(argv, mode)
+        if request.wants_version:
+            print(f"ddpm_jax {ddpm_jax.__version__}")
+        elif request.wants_help:
+            print(help_text(request), end="")
+        else:
+            execute(request)
+        return
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # an orderly exit would wait for what the device is doing
+    except USER_ERRORS as error:
+        line = traceback.format_exc() if debug else f"error: {error}"
+        status = 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        line, status = traceback.format_exc(), 1
+    print(line, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        os._exit(status)  # an orderly exit would wait for the other processes, and they for this one
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

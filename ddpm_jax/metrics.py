@@ -27,6 +27,7 @@ import numpy as np
 
 from ddpm_jax import data
 
+KID_SUBSET = 1000  # images in a subset of the kernel distance
 BLOCK = 2048  # rows at a time: 32 MiB of float64 for a block of features of 2,048 numbers, or of distances
 
 
@@ -41,6 +42,14 @@ class Extractor(NamedTuple):
     sha256: str  # of the weights
     resize: str  # how images come to the network's size, in one line; "none" if they have it
     features: Callable  # uint8 [B, H, W, C] -> features float32 [B, D], logits float32 [B, K]
+
+
+class Features(NamedTuple):
+    """What an Extractor makes of N images."""
+
+    features: np.ndarray  # float32 [N, D]
+    logits: np.ndarray  # float32 [N, K]
+    images_sha256: str
 
 
 # ---- Fréchet distance ------------------------------------------------------------------------------
@@ -352,3 +361,36 @@ def _check_at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+# ---- by name ---------------------------------------------------------------------------------------
+
+
+def fid_of(generated: Features, reference: Features) -> dict[str, float]:
+    """fid, or fid_2k and so on for fewer than 10,000 images."""
+    first, second = (moments(one.features) for one in (generated, reference))
+    distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    return {short_name("fid", len(generated.features)): distance}
+
+
+def inception_score_of(generated: Features, reference: Features | None) -> dict[str, float]:
+    """is and is_std_of_splits; needs no reference."""
+    del reference
+    mean, spread = inception_score(generated.logits)
+    return {"is": mean, "is_std_of_splits": spread}
+
+
+def kid_of(generated: Features, reference: Features) -> dict[str, float]:
+    """kid and kid_std_of_subsets, of subsets of at most `KID_SUBSET` images."""
+    size = min(KID_SUBSET, len(generated.features), len(reference.features))
+    mean, spread = kid(generated.features, reference.features, subset_size=size)
+    return {"kid": mean, "kid_std_of_subsets": spread}
+
+
+def prdc_of(generated: Features, reference: Features) -> dict[str, float]:
+    """precision, recall, density and coverage."""
+    return prdc(reference.features, generated.features)
+
+
+# A metric of one's own, named module:NAME, has the same signature: (generated, reference) -> {name: number}.
+METRICS = {"fid": fid_of, "is": inception_score_of, "kid": kid_of, "prdc": prdc_of}

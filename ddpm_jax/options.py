@@ -136,7 +136,16 @@ def flat(target: Callable, chosen: Mapping[str, Any] | None = None, skip=()) -> 
         if one.choice is not None:
             cls, default = _chosen(one, (chosen or {}).get(one.name))
             for inner in flat(cls) if cls else ():
+                if inner.name in {other.name for other in options_of(target)}:
+                    raise ConfigError(_clash(cls, one.choice, [inner.name]))
                 yield inner._replace(default=getattr(default, inner.name, inner.default))
+
+
+def _clash(cls: type, choice: Choice, names) -> str:
+    return (
+        f"{choice.kind} {cls.__module__}:{cls.__qualname__}: its field {', '.join(sorted(names))} is an option"
+        " of the command already; rename it"
+    )
 
 
 def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
@@ -203,6 +212,8 @@ def _bind(target, left: dict, where: str, given=frozenset(), base=None) -> dict[
                 kwargs[one.name] = value  # an instance, from Python
                 continue
             cls, default = _chosen(one._replace(default=default), value)
+            if cls is None:
+                continue
             inner = _bind(cls, left, where, base=default)
             if value is not None or inner:
                 kwargs[one.name] = dataclasses.replace(default, **inner) if default else cls(**inner)
@@ -384,8 +395,11 @@ def describe(group: Any) -> dict[str, Any]:
     result = {}
     for one in options_of(type(group)):
         value = getattr(group, one.name)
-        if one.choice is not None:
-            result |= {one.name: name_of(value, one.choice)} | describe(value)
+        if one.choice is not None and value is not None:
+            inner = describe(value)
+            if clash := inner.keys() & ({other.name for other in options_of(type(group))} | {one.name}):
+                raise ConfigError(_clash(type(value), one.choice, clash))
+            result |= {one.name: name_of(value, one.choice)} | inner
         elif one.group is not None:
             result |= describe(value)
         else:

@@ -19,7 +19,7 @@ class Network(Protocol):
     Attributes:
       out_channels: channels of the output; filled in by the model.
       num_classes: of the labels, the one that stands for no label included; 0 for none. A network without this field
-        takes no labels.
+        takes no labels; dropout_keys are passed to a `__call__` that has this parameter.
     """
 
     out_channels: int

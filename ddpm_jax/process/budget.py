@@ -27,7 +27,11 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> Float64[np.ndarra
         step = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         posterior = step * sigma_s**2 / sigma_t**2
         squared = (alpha_s * step / sigma_t**2) ** 2 * error
-        of_model = {"fixed_small": posterior, "fixed_large": step, "analytic": posterior + squared}
+        total = 1.0
+        if not schedule.is_variance_preserving:
+            total = (alpha_s**2 + sigma_s**2) / (alpha_t**2 + sigma_t**2)
+        of_model = {"fixed_small": posterior, "fixed_large": step * total}
+        of_model["analytic"] = posterior + squared
         of_model = of_model[variance]
         ratio = posterior / of_model
         nats = 0.5 * (squared / of_model + ratio - 1.0 - np.log(ratio))

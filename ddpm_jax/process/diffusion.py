@@ -118,11 +118,19 @@ def posterior_variance(schedule: Schedule) -> Float64[np.ndarray, " S"]:
     return schedule.step_variance * schedule.sigma_prev**2 / schedule.sigma**2
 
 
+def large_variance(schedule: Schedule) -> Float64[np.ndarray, " S"]:
+    """The variance of q(x_s | x_t) for data N(0, I): β_t of a variance-preserving chain, Ho et al. §3.2."""
+    if schedule.is_variance_preserving:
+        return schedule.step_variance
+    total = schedule.alpha**2 + schedule.sigma**2
+    return schedule.step_variance * np.append(1.0, total[:-1]) / total
+
+
 def fixed_log_variance(schedule: Schedule, variance: str) -> Float64[np.ndarray, " S"]:
     """log σ² of p(x_s | x_t) for "fixed_small" or "fixed_large"; Ho et al. §3.2.
 
-    "fixed_small" is the posterior's variance β̃_t, best for data that are one point; "fixed_large" that of the forward
-    step, β_t, best for N(0, I). At the first step, where β̃_0 = 0 has no logarithm, both take that of the step above
+    "fixed_small" is the posterior's variance β̃_t, best for data that are one point; "fixed_large" is best for N(0, I):
+    σ²_{t|s} (α_s² + σ_s²)/(α_t² + σ_t²), which is β_t of a variance-preserving chain. At the first step, where β̃_0 = 0 has no logarithm, both take that of the step above
     (Ho et al.'s code).
     """
     small = posterior_variance(schedule)
@@ -130,7 +138,7 @@ def fixed_log_variance(schedule: Schedule, variance: str) -> Float64[np.ndarray,
     if variance == "fixed_small":
         return np.log(np.append(first, small[1:]))
     if variance == "fixed_large":
-        return np.log(np.append(first, schedule.step_variance[1:]))
+        return np.log(np.append(first, large_variance(schedule)[1:]))
     raise ValueError(f"variance {variance!r} has no table: only fixed_small and fixed_large have")
 
 
@@ -197,7 +205,7 @@ def ddim_std(
     of_eps = schedule.sigma_prev**2 * (1.0 - share * (schedule.step_variance / schedule.sigma**2))
     variance = share * posterior_variance(schedule)
     if eta == "hat":
-        variance = np.append(0.0, schedule.step_variance[1:])
+        variance = np.append(0.0, large_variance(schedule)[1:])
     return sqrt(of_eps), sqrt(variance)
 
 

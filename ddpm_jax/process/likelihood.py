@@ -41,7 +41,7 @@ def prior_term(schedule: Schedule, x_0: Images) -> Float[Array, " B"]:
     alpha, std = schedule.alpha[-1], schedule.prior_std
     mean = np.float32(alpha / std) * x_0
     if std == 1.0:  # log1p keeps the digits of a small ᾱ
-        log_variance = np.log1p(-schedule.alpha_bar[-1])
+        log_variance = np.log1p(-(alpha**2))
     else:
         log_variance = 2.0 * np.log(schedule.sigma[-1] / std)
     return bits_per_dim(gaussians.kl(mean, np.float32(log_variance), 0.0, 0.0))

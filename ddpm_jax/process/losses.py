@@ -78,7 +78,9 @@ def min_snr_weight(
     """
     tables = predictions.named(prediction)(schedule, schedule)
     _, of_output = tables.to_x_0(schedule)
-    return np.minimum(schedule.snr, gamma) * of_output**2
+    with np.errstate(invalid="ignore"):
+        weight = np.minimum(schedule.snr, gamma) * of_output**2
+    return np.where(np.isfinite(weight), weight, 1.0)  # eps where nothing of x_0 is left
 
 
 def vlb(

@@ -88,6 +88,8 @@ def v(trained: Schedule, chain: Schedule) -> Prediction:
 
 def velocity(trained: Schedule, chain: Schedule) -> Prediction:
     """dx_t/du = α' x_0 + σ' ε along the trained path, with u = t/T; ε − x_0 of a straight path."""
+    if len(trained) < 2:
+        raise ValueError("prediction 'velocity' needs a chain of at least two steps")
     slopes = []
     for table in (trained.alpha, trained.sigma):
         slope = np.gradient(table, trained.times) * len(trained)
@@ -98,6 +100,8 @@ def velocity(trained: Schedule, chain: Schedule) -> Prediction:
 def edm(trained: Schedule, chain: Schedule, *, data_std: float = DATA_STD) -> Prediction:
     """EDM's preconditioned output: of unit variance for data of standard deviation `data_std`; Karras et al. 2022, Table 1."""
     del trained
+    if not chain.alpha[-1] > 0:
+        raise ValueError("prediction 'edm' scales x_t by 1/alpha, and alpha is 0 at the last step")
     ratio, root = chain.ratio, np.hypot(chain.ratio, data_std)
     of_x_0, of_eps = ratio / (data_std * root), -data_std / root
     return Prediction(of_x_0, of_eps, 0.25 * np.log(ratio), 1.0 / (chain.alpha * root))
@@ -125,6 +129,6 @@ def check(schedule: Schedule, prediction: str | Callable) -> None:
     factors = np.abs(np.stack(tables.to_x_0(schedule)))
     if not factors.max() < 1e30:
         raise ValueError(
-            f"prediction {prediction!r} cannot recover x_0 on this schedule, where alpha_bar falls to"
-            f" {schedule.alpha_bar[-1]:.3g}; use prediction 'x_0' or 'v', or smaller betas"
+            f"prediction {prediction!r} cannot recover x_0 on this schedule, where alpha² falls to"
+            f" {schedule.alpha[-1] ** 2:.3g}; use prediction 'x_0', 'v' or 'velocity', or smaller betas"
         )

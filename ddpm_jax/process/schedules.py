@@ -104,37 +104,49 @@ class Schedule:
         before = self.alpha_prev
         return np.divide(self.alpha, before, out=np.zeros_like(before), where=before > 0)
 
+    @functools.cached_property
+    def is_variance_preserving(self) -> bool:
+        """Whether α² + σ² = 1 at every step."""
+        return bool(np.allclose(self.alpha**2 + self.sigma**2, 1.0, rtol=0.0, atol=1e-9))
+
+    def _check_variance_preserving(self, what: str) -> None:
+        if not self.is_variance_preserving:
+            raise ValueError(
+                f"only a variance-preserving chain has {what}; use alpha, sigma and step_variance"
+            )
+
     @property
     def beta(self) -> Float64[np.ndarray, " S"]:
-        """β_t of a variance-preserving chain, Ho et al. (2): another name of `step_variance`."""
+        """β_t of a variance-preserving chain, Ho et al. (2): there another name of `step_variance`."""
+        self._check_variance_preserving("beta")
         return self.step_variance
 
-    @functools.cached_property
+    @property
     def alpha_bar(self) -> Float64[np.ndarray, " S"]:
         """ᾱ_t = α_t² of a variance-preserving chain, Ho et al. (4)."""
+        self._check_variance_preserving("alpha_bar")
         return self.alpha**2
 
     @functools.cached_property
     def snr(self) -> Float64[np.ndarray, " S"]:
         """The signal-to-noise ratio α²/σ²."""
-        return self.alpha_bar / self.sigma**2
+        return (self.alpha / self.sigma) ** 2
 
     @functools.cached_property
     def prior_std(self) -> float:
         """The standard deviation of x_T for data of unit variance, which sampling begins with; 1 if variance-preserving."""
-        std = float(np.hypot(self.alpha[-1], self.sigma[-1]))
-        return 1.0 if abs(std - 1.0) < 1e-9 else std
+        return 1.0 if self.is_variance_preserving else float(np.hypot(self.alpha[-1], self.sigma[-1]))
 
     @functools.cached_property
     def noise_ids(self) -> UInt32[np.ndarray, " S"]:
         """What is folded into the key of an example for the noise of each step.
 
-        The time itself where times are whole numbers, so that a shortened chain draws the same noise at the same time;
+        The time itself where it is a whole number from 0, so that a shortened chain draws the same noise at the same time;
         the bits of the float32 time otherwise.
         """
-        if self.times.dtype == np.int32:
-            return self.times.astype(np.uint32)
-        return self.times.view(np.uint32)
+        times = np.asarray(self.times, np.float32)
+        whole = (times == np.round(times)) & (times >= 0)
+        return np.where(whole, np.maximum(self.times, 0).astype(np.uint32), times.view(np.uint32))
 
     def at(self, ratio: Sequence[float]) -> Schedule:
         """The chain with the levels σ/α = `ratio`, which need not be rows of this one.
@@ -237,7 +249,7 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
       ValueError: a chain that is not variance preserving, or of one step.
     """
     alpha = schedule.alpha
-    if not np.allclose(alpha**2 + schedule.sigma**2, 1.0) or len(schedule) < 2:
+    if not schedule.is_variance_preserving or len(schedule) < 2:
         raise ValueError(
             "zero_terminal_snr needs a variance-preserving chain of at least two steps"
         )
@@ -343,17 +355,18 @@ class Health:
     """Whether a finite chain reaches its prior N(0, prior_std² I).
 
     Attributes:
-      alpha_bar_T: α_T², the share of the data's variance that is left at the end.
+      alpha_T: α at the end.
       prior_bits_per_dim: L_T = KL(q(x_T | x_0) ‖ prior) in bits per dimension.
-      sum_beta: Σβ_t, which for longer and longer chains must grow without end (Tang, Proposition 1.1).
-      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds.
+      sum_beta: Σβ_t of a variance-preserving chain, which for longer and longer chains must grow without end (Tang,
+        Proposition 1.1); None of others.
+      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds; None of others.
       warning: empty, or one line that says why sampling from the prior begins in the wrong place.
     """
 
-    alpha_bar_T: float
+    alpha_T: float
     prior_bits_per_dim: float
-    sum_beta: float
-    alpha_bar_bound: float
+    sum_beta: float | None
+    alpha_bar_bound: float | None
     warning: str
 
 
@@ -369,18 +382,19 @@ def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
     A chain is called short if L_T exceeds 0.001 bits/dim: that of Ho et al. has 1e-5, and a thousandth of a bit is the
     resolution at which likelihoods are compared.
     """
-    left = float(schedule.alpha_bar[-1])
-    scale = schedule.prior_std**2
-    if scale == 1.0:  # log1p keeps the digits of a small ᾱ
-        nats = 0.5 * (left * (second_moment - 1.0) - np.log1p(-left))
+    alpha, scale, sum_beta, bound = float(schedule.alpha[-1]), schedule.prior_std**2, None, None
+    advice = "begin sampling with more noise, or lead the path nearer to alpha = 0"
+    if schedule.is_variance_preserving:
+        nats = 0.5 * (alpha**2 * (second_moment - 1.0) - np.log1p(-(alpha**2)))
+        sum_beta = float(np.sum(schedule.step_variance))
+        bound, advice = float(np.exp(-sum_beta)), "use more steps or larger betas"
     else:
         share = schedule.sigma[-1] ** 2 / scale
-        nats = 0.5 * (left * second_moment / scale + share - 1.0 - np.log(share))
-    bits, sum_beta = float(nats / np.log(2.0)), float(np.sum(schedule.step_variance))
-    warning = ""
+        nats = 0.5 * (alpha**2 * second_moment / scale + share - 1.0 - np.log(share))
+    bits, warning = float(nats / np.log(2.0)), ""
     if bits > 1e-3:
         warning = (
-            f"the chain does not reach its prior: alpha_bar_T = {left:.3g} leaves a prior term of {bits:.3g}"
-            " bits/dim; use more steps or larger betas"
+            f"the chain does not reach its prior: alpha_T = {alpha:.3g} leaves a prior term of {bits:.3g}"
+            f" bits/dim; {advice}"
         )
-    return Health(left, bits, sum_beta, float(np.exp(-sum_beta)), warning)
+    return Health(alpha, bits, sum_beta, bound, warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -79,6 +80,11 @@ def subsequence(
     return _distinct(T - 1 - nearest[::-1], T)
 
 
+def as_text(steps: int | str | Sequence[int]) -> str:
+    """Steps as text, by which 5, "5" and NumPy's 5 are the same, and so are a list and a tuple."""
+    return (steps if isinstance(steps, str) else str(np.asarray(steps).tolist())).replace(" ", "")
+
+
 def _checked(count: int, room: int, steps) -> int:
     if not 1 <= count <= room:
         raise ValueError(f"steps={steps!r} asks for {count} of {room} steps; choose 1 to {room}")
@@ -131,6 +137,11 @@ def respace(schedule: Schedule, tau: Sequence[int]) -> Schedule:
     return Schedule(schedule.alpha[tau], schedule.sigma[tau], schedule.times[tau])
 
 
+@functools.lru_cache(maxsize=256)  # a chain is compared by identity, and equal ones compile once
+def _respaced(schedule: Schedule, tau: tuple[int, ...]) -> Schedule:
+    return respace(schedule, tau)
+
+
 def shorten(
     schedule: Schedule,
     steps: int | str | Sequence[int] | None,
@@ -160,8 +171,10 @@ def shorten(
             )
         steps = f"{SPACINGS[spacing]}{steps}"
     tau = np.arange(T) if steps is None else subsequence(steps, T, snr=schedule.snr)
+    if isinstance(steps, str) and not steps.startswith("[") and not schedule.is_variance_preserving:
+        tau = np.append(tau[:-1], T - 1)  # elsewhere less noise than the prior would begin the chain
     if last is not None:
         if not 0 <= last < T:
             raise ValueError(f"from_t={last} is not a time of the chain; choose 0 to {T - 1}")
         tau = np.append(tau[tau < last], last)
-    return schedule if len(tau) == T else respace(schedule, tau)
+    return schedule if len(tau) == T else _respaced(schedule, tuple(tau.tolist()))

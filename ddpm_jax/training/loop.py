@@ -376,11 +376,16 @@ class Trainer:
 def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
     """One line on the health of a chain, and a warning if it has one."""
     health = schedules.health(schedule, second_moment=second_moment)
-    line = (
-        f"schedule: {len(schedule)} steps, sum of beta {health.sum_beta:.4g}, alpha_bar_T ="
-        f" {health.alpha_bar_T:.3g} (at most {health.alpha_bar_bound:.3g}),"
-        f" prior term {health.prior_bits_per_dim:.3g} bits/dim"
-    )
+    line = f"schedule: {len(schedule)} steps, "
+    if schedule.is_variance_preserving:
+        line += (
+            f"sum of beta {health.sum_beta:.4g}, alpha_bar_T = {health.alpha_T**2:.3g} (at most"
+            f" {health.alpha_bar_bound:.3g}), "
+        )
+    else:
+        line += f"alpha {schedule.alpha[0]:.4g} to {health.alpha_T:.4g}, sigma {schedule.sigma[0]:.4g} to"
+        line += f" {schedule.sigma[-1]:.4g}, "
+    line += f"prior term {health.prior_bits_per_dim:.3g} bits/dim"
     return f"{line}\nWARNING: {health.warning}" if health.warning else line
 
 

@@ -103,5 +103,5 @@ def flow(
     alpha: np.ndarray, sigma: np.ndarray, to_alpha: np.ndarray, to_sigma: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The factors of x and ε̂ in a step of Song et al. 2021 (13) from levels [S] to others."""
-    of_x = to_alpha / alpha
+    of_x = np.divide(to_alpha, alpha, out=np.zeros_like(alpha), where=alpha > 0)  # 0: never used
     return of_x, to_sigma - of_x * sigma

@@ -17,24 +17,12 @@ class Heun:
 
     The ODE is Song et al. 2021 (14), the method Karras et al. 2022, Algorithm 1 without churn: a DDIM step, then the same
     step with the mean of ε̂ at both of its ends. The last step, to where no network was trained, is DDIM's, and so is one
-    that falls to less than a tenth from s above 10: the slope at its end would be weighted by a length of which the end
+    that falls to less than a tenth from s above 10, or from α = 0: the slope at its end would be weighted by a length of which the end
     is a small part. (With the cosine schedule and 10 steps, for normal data of standard deviation 0.5, samples had 7.4
     without that rule, 0.48 with it.)
     """
 
-    def check(self, chain) -> None:
-        """Refuses a chain that ends in noise alone, where s is infinite.
-
-        Raises:
-          ValueError: α is 0 at the last step.
-        """
-        if not chain.alpha[-1] > 0:
-            raise ValueError(
-                "heun integrates over σ/α, which is infinite where this schedule ends; use dpm_solver"
-            )
-
     def __call__(self, chain, denoiser, x_T, keys, **loop):
-        self.check(chain)
         S, at = len(chain), diffusion.at
         ratio_prev = chain.sigma_prev / chain.alpha_prev
         too_far = jnp.asarray((chain.ratio > 10.0) & (chain.ratio > 10.0 * ratio_prev))

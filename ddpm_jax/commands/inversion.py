@@ -1,0 +1,355 @@
+"""What a model encodes images to, and what lies between two of them.
+
+    python -m ddpm_jax.main --mode=reconstruct --workdir=runs/digits --steps=10,20,50
+    python -m ddpm_jax.main --mode=encode --workdir=runs/digits --images=/path/to/pictures
+    python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits
+    python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits --from_t=250,500,750
+
+Each command writes an .npz with what it made, what it was made of and the recipe, and a picture as .png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import numpy as np
+
+from ddpm_jax import options
+from ddpm_jax.commands import shared
+from ddpm_jax.commands.shared import Given, Images, Output, Seed
+from ddpm_jax.ddpm import Chain, Sampling
+from ddpm_jax.files import writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.files.runs import Run
+from ddpm_jax.method import fold_in_each
+from ddpm_jax.process import diffusion
+from ddpm_jax.process.diffusion import from_uint8, to_uint8
+from ddpm_jax.process.samplers import DDIM, Ancestral, inversion
+from ddpm_jax.stats import mean_and_error
+
+PAIRED = 8  # images between which is interpolated by default
+FRACTIONS = 9  # images in a row of an interpolation, both ends included
+FEW = 50  # steps of a deterministic chain by default
+
+
+def encode(
+    run: Run,
+    *,
+    chain: Chain = Chain(steps="50"),  # noqa: B008
+    images: Images = Images(),  # noqa: B008
+    output: Output = Output(),  # noqa: B008
+) -> str:
+    """Writes the latents x_T that DDIM leads back to images.
+
+    The .npz has them as `latents`, float32 [N, H, W, C]; `sample` with latents=PATH is the way back.
+
+    Returns:
+      the path of the .npz.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
+    """
+    model = shared.diffusion_of(run)
+    chain = few_steps(model, chain)
+    encoder, steps = make_encoder(model, chain, "encoding")
+    given = shared.load_images(run, images, default=64)
+    images = dataclasses.replace(images, num_images=len(given.images))
+    chosen = options.describe(model.resolve(chain))
+
+    def make():
+        latents = shared.map_images(
+            run,
+            lambda params, key, image, label: encoder(params, label, from_uint8(image)),
+            None,
+            *(given.images, given.labels),
+            batch_size=output.batch_size,
+            settings=chosen,
+        )
+        shared.check_finite(np.isfinite(latents).all(axis=(1, 2, 3)), chosen)
+        return {"latents": latents, "images": given.images, **given.origin()}
+
+    recipe = given.recipe | chosen | {"last": int(steps.times[-1])}  # the time of the latents
+    name = run.name("encode", **images.named(), **options.changed(chain))
+    out, arrays = shared.write(run, "encode", recipe, make, output, name)
+    latents, shown = arrays["latents"], shared.shown(len(given.images))
+    look = np.asarray(to_uint8(latents / 3))  # three standard deviations fill the range
+    rows = [("images", given.images[shown]), ("their x_T, from -3 to 3", look[shown])]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
+    print(
+        f"x_T of {len(latents)} images: mean {latents.mean():.4f}, standard deviation"
+        f" {latents.std():.4f}; {out}, a picture in the .png beside it",
+        flush=True,
+    )
+    return out
+
+
+def few_steps(model, chosen):
+    """The same with no more steps than there are, where the number is the default."""
+    if chosen.steps == str(FEW):
+        return dataclasses.replace(chosen, steps=str(min(FEW, len(model.schedule))))
+    return chosen
+
+
+def make_encoder(model, chosen: Chain, where: str):
+    """(params, label, x_0) -> x_T, and the chain that it follows, after a check of the options."""
+    chosen = model.resolve(chosen)
+    with options.errors_at(where):
+        steps = model.chain(chosen)
+
+    def encoder(params, label, x_0):
+        denoiser = model.denoiser(params, label, guidance=chosen.guidance)
+        return inversion.encode(steps, denoiser, x_0, clip_x0=chosen.clip_x0)
+
+    return encoder, steps
+
+
+def reconstruct(
+    run: Run,
+    *,
+    chain: Chain = Chain(),  # noqa: B008
+    images: Images = Images(),  # noqa: B008
+    output: Output = Output(),  # noqa: B008
+) -> dict[int | str, tuple[float, float]]:
+    """Encodes and decodes images, and prints what is lost for several numbers of steps; Song et al. 2021, Table 2.
+
+    Args:
+      chain: its steps are the numbers S, with commas; 10, 20, 50 and 100 by default. With semicolons between them,
+        chains in any notation of `timesteps.subsequence`: "10,15,20;45".
+
+    Returns:
+      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}, where S is an int, or the
+      text of another chain.
+
+    Raises: as `encode`.
+    """
+    model, steps = shared.diffusion_of(run), chain.steps
+    counts = [S for S in (10, 20, 50, 100) if len(model.schedule) >= S]
+    if isinstance(steps, str) and ";" in steps:
+        parts = steps.replace(" ", "").strip(";").split(";")
+        counts = [int(S) if S.isdecimal() else S for S in parts]
+    elif steps is not None:
+        counts = shared.numbers("steps", ",".join(map(str, np.ravel(steps))))
+    pairs = {}
+    for S in counts:  # whatever can be refused is, before anything is computed
+        one = dataclasses.replace(chain, steps=str(S))
+        there, _ = make_encoder(model, one, "reconstruction")
+        back = Sampling(sampler=DDIM(), **options.describe(model.resolve(one)))
+        pairs[S] = there, back
+    given = shared.load_images(run, images, default=64)
+    images = dataclasses.replace(images, num_images=len(given.images))
+    index = np.arange(len(given.images))
+    chosen = options.describe(model.resolve(dataclasses.replace(chain, steps=None)))
+
+    def there_and_back(S):
+        there, back = pairs[S]
+
+        def function(params, key, index, label, image):
+            x_0 = from_uint8(image)
+            x = model.sample(params, key, index, label, back, x_T=there(params, label, x_0))
+            return shared.as_saved(x), ((x - x_0) ** 2).mean(axis=(1, 2, 3)) / 4
+
+        return function
+
+    def make():
+        arrays = {"images": given.images, **given.origin()}
+        for S in counts:
+            print(f"S = {S}", flush=True)
+            arrays[f"images_{S}"], arrays[f"error_{S}"] = shared.map_images(
+                run,
+                there_and_back(S),
+                shared.sample_key(0),
+                *(index, given.labels, given.images),
+                batch_size=output.batch_size,
+                settings=chosen,
+            )
+        return arrays
+
+    recipe = given.recipe | chosen | {"steps": counts}
+    settings = options.changed(chain) | {"steps": counts}
+    name = run.name("reconstruct", **images.named(), **settings)
+    out, arrays = shared.write(run, "reconstruct", recipe, make, output, name)
+    shown = shared.shown(len(given.images))
+    rows = [("images", given.images[shown])]
+    rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][shown]) for S in counts]
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
+    errors = {S: mean_and_error(arrays[f"error_{S}"]) for S in counts}
+    errors = {S: (mean, spread or 0.0) for S, (mean, spread) in errors.items()}
+    cells = (f"{mean:.2g} ± {spread:.1g}" for mean, spread in errors.values())
+    print(
+        f"| S | {' | '.join(map(str, counts))} |\n|---|{'---|' * len(counts)}\n"
+        f"| error | {' | '.join(cells)} |\n"
+        f"mean squared error of a pixel on the scale 0 … 1, {len(given.images)} images of"
+        f" {given.recipe['images']}/{given.recipe['split']}, ± is the standard error over images\n{out}",
+        flush=True,
+    )
+    return errors
+
+
+FromT = Annotated[
+    str | None, "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated."
+]
+
+
+def interpolate(
+    run: Run,
+    *,
+    sampling: Sampling = Sampling(sampler=None),  # noqa: B008
+    images: Images = Images(images=None),  # noqa: B008
+    from_t: FromT = None,
+    seed: Seed = 0,
+    output: Output = Output(),  # noqa: B008
+) -> str:
+    """Draws what lies between the images 2k and 2k + 1, or between two latents.
+
+    Without `from_t` along the great circle between their latents, decoded by a deterministic sampler (Song et al. 2021,
+    App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from there
+    (Ho et al. 2020 §4.4); of a row all noise is the same.
+
+    Args:
+      sampling: by default DDIM in 50 steps without from_t, and the whole ancestral chain with it.
+      images: None for latents out of noise, or "data" if from_t is given; num_images is an even number.
+      from_t: times of the chain; a row for each and pair.
+
+    Returns:
+      the path of the .npz: images uint8 [N/2, R, `FRACTIONS`, H, W, C] for R times, or 1.
+
+    Raises: as `encode`.
+    """
+    work = _Interpolation.plan(run, sampling, images, from_t, seed)
+    recipe = work.given.recipe | {"seed": seed, "num_images": work.count, "labels": images.labels}
+    recipe |= options.describe(run.method.resolve(work.sampling)) | {"from_t": work.times}
+    settings = options.changed(work.sampling) | {"from_t": from_t and work.times}
+    if work.of_noise:
+        settings |= {"num_images": work.count, "labels": images.labels}
+    else:
+        settings |= work.images.named()
+    name = run.name("interpolate", f"seed{seed}", **settings)
+    out, arrays = shared.write(
+        run, "interpolate", recipe, lambda: work.make(output.batch_size), output, name
+    )
+    rows = []
+    for n, t in enumerate(work.times):
+        how = "between their latents" if t is None else f"mixed with the noise of t = {t}"
+        for k in range(work.count // 2):
+            strip, text = arrays["images"][k, n], f"pair {k}, {how}"
+            if not work.of_noise:  # between what they are images of
+                pair = work.given.images[2 * k : 2 * k + 2]
+                strip = np.concatenate([pair[:1], strip, pair[1:]])
+                text += "; the images themselves are at both ends"
+            rows.append((text, strip))
+    writers.save_grids(f"{out[:-4]}.png", rows, columns=len(rows[0][1]))
+    print(f"{work.count // 2} interpolations in {out}, a picture in the .png beside it", flush=True)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interpolation:
+    """A checked request for interpolations."""
+
+    run: Run
+    sampling: Sampling
+    images: Images
+    times: list  # of the chain, or [None] for latents
+    given: Given
+    key: object
+    of_noise: bool  # the latents are drawn
+
+    @property
+    def count(self) -> int:
+        return len(self.given.images)
+
+    @classmethod
+    def plan(cls, run, sampling, images, from_t, seed) -> _Interpolation:
+        model, key = shared.diffusion_of(run), shared.sample_key(seed)
+        count = images.num_images
+        if count is not None and count % 2:
+            raise RunError(f"interpolation is between pairs of images; num_images is {count}")
+        times = [None] if from_t is None else shared.numbers("from_t", from_t)
+        if from_t is None:
+            sampling = dataclasses.replace(sampling, sampler=sampling.sampler or DDIM())
+            if sampling.steps is None:
+                steps = str(min(FEW, len(model.schedule)))
+                sampling = dataclasses.replace(sampling, steps=steps)
+        else:
+            sampling = dataclasses.replace(sampling, sampler=sampling.sampler or Ancestral())
+            images = dataclasses.replace(images, images=images.images or "data")
+        for t in times:
+            with options.errors_at("interpolation"):
+                model.chain(model.resolve(sampling), from_t=t)
+        noisy = hasattr(sampling.sampler, "variance") or getattr(sampling.sampler, "eta", 0) != 0
+        if from_t is None and noisy:
+            raise RunError(
+                "interpolation without --from_t follows latents, which needs a deterministic sampler:"
+                " ddim with eta 0, dpm_solver or heun"
+            )
+        of_noise = images.images is None
+        if of_noise:
+            index = np.arange(count or PAIRED)
+            labels = shared.choose_labels(run, index, images.labels or "cycle", key)
+            nothing = np.zeros((len(index), *run.method.image_shape), np.uint8)
+            given = Given(nothing, labels, index, {})
+        else:
+            given = shared.load_images(run, images, key=key, default=PAIRED)
+            pairs = len(given.images) // 2
+            if not pairs:
+                raise RunError(f"interpolation needs two images, and {images.images} has one")
+            given = Given(*(values[: 2 * pairs] for values in given[:3]), given.recipe)
+            images = dataclasses.replace(images, num_images=2 * pairs)
+        return cls(run, sampling, images, times, given, key, of_noise)
+
+    def ends(self, t, batch_size):
+        """Each image at time t, or its latent: [N, H, W, C]."""
+        model, encoder = self.run.method, None
+        if t is None and not self.of_noise:
+            values = options.describe(self.sampling)
+            chain = Chain(**{f.name: values[f.name] for f in dataclasses.fields(Chain)})
+            encoder, _ = make_encoder(model, chain, "interpolation")
+
+        def function(params, key, index, label, image):
+            x_0 = from_uint8(image)
+            if encoder:
+                return encoder(params, label, x_0)
+            keys = fold_in_each(key, index)
+            if t is None:
+                return diffusion.prior(model.chain(self.sampling), keys, x_0.shape[1:])
+            eps = diffusion.noise(keys, diffusion.PRIOR_STREAM, x_0.shape[1:])
+            return diffusion.q_sample(model.schedule, x_0, t, eps)
+
+        examples = (np.arange(self.count), self.given.labels, self.given.images)
+        return self._map(function, examples, batch_size)
+
+    def _map(self, function, examples, batch_size):
+        return shared.map_images(
+            self.run,
+            function,
+            self.key,
+            *examples,
+            batch_size=batch_size,
+            settings=options.describe(self.sampling),
+        )
+
+    def make(self, batch_size) -> dict:
+        """The arrays of the .npz."""
+        pair = np.repeat(np.arange(self.count // 2), FRACTIONS)
+        fraction = np.tile(np.linspace(0, 1, FRACTIONS, dtype=np.float32), self.count // 2)
+        nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # a label cannot be mixed
+        model, rows = self.run.method, []
+        sampling = model.resolve(self.sampling)
+        for t in self.times:
+
+            def function(params, key, index, label, x, y, fraction, t=t):
+                if t is None:
+                    mixed = inversion.slerp(x, y, fraction)
+                else:
+                    mixed = x + fraction[:, None, None, None] * (y - x)
+                x_0 = model.sample(params, key, index, label, sampling, x_T=mixed, from_t=t)
+                return shared.as_saved(x_0)
+
+            x = self.ends(t, batch_size)
+            labels = self.given.labels[nearer]
+            examples = (2 * pair, labels, x[2 * pair], x[2 * pair + 1], fraction)
+            made = self._map(function, examples, batch_size)
+            rows.append(made.reshape(self.count // 2, FRACTIONS, *model.image_shape))
+        images = np.stack(rows, axis=1)
+        return {"images": images, "ends": self.given.images, **self.given.origin()}

@@ -1,0 +1,316 @@
+"""Metrics of samples: drawn, turned into features, compared with the data, and never without the settings that affect them.
+
+    python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid,is --num_samples=50000
+    python -m ddpm_jax.main --mode=eval --workdir=runs/fashion_mnist --metrics=fid,prdc --num_samples=10000 \\
+        --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz
+    python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid --images=made_elsewhere.npz
+
+Each writes a .json of the numbers and their manifest to eval/, and prints both, a line for each number.
+Samples and features are kept as they grow: an interrupted command continues, and a repeated one computes
+only the numbers. Images are rounded to uint8 before anything looks at them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Annotated, Any
+
+import numpy as np
+
+from ddpm_jax import data, options
+from ddpm_jax import metrics as metrics_lib
+from ddpm_jax.commands import analytic, likelihood, shared
+from ddpm_jax.commands import sampling as sampling_lib
+from ddpm_jax.commands.shared import DataDir, Labels, Output, Seed
+from ddpm_jax.ddpm import Bounding, Sampling
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results as results_lib
+from ddpm_jax.files import run_data, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.files.runs import Run
+from ddpm_jax.metrics import METRICS, Extractor, Features
+from ddpm_jax.names import find, import_module
+from ddpm_jax.options import AtLeast
+from ddpm_jax.training import parallel
+from ddpm_jax.training.preview import check_sampling
+
+INCEPTION = "ddpm_jax.networks.inception"
+CHUNK = 250  # images that a network of features sees at once
+NUM_SAMPLES = 50_000  # as in the papers
+
+
+def load_extractor(spec: str) -> Extractor:
+    """The Extractor that MODULE:PATH names; "inception" and "inception:PATH" stand for `networks.inception`.
+
+    Raises:
+      RunError: there is no such module, or no `load` in it; and what that raises.
+    """
+    module, _, path = spec.partition(":")
+    module = INCEPTION if module in ("inception", "ddpm_jax.inception") else module
+    try:
+        load = import_module(module, "features").load
+    except (ValueError, AttributeError) as error:
+        raise RunError(
+            f"--features={spec!r}: no module {module!r} with a load(path) -> Extractor ({error});"
+            " write inception, or MODULE:PATH such as experiments.feature_classifier:FILE.npz"
+        ) from None
+    return load(config_lib.path(path))
+
+
+def evaluate(
+    run: Run,
+    *,
+    metrics: Annotated[
+        str, f"The metrics, with commas: {', '.join(METRICS)}, nll, or module:NAME."
+    ] = "fid",
+    features: Annotated[
+        str,
+        "The network of the features: inception, inception:FILE, or MODULE:FILE for a module with load(path) ->"
+        " Extractor.",
+    ] = "inception",
+    sampling: Sampling = Sampling(),  # noqa: B008
+    num_samples: Annotated[
+        int | None, "How many images to draw. Default: 50000, as in the papers.", AtLeast(1)
+    ] = None,
+    labels: Labels = "cycle",
+    num_seeds: Annotated[
+        int,
+        "How many seeds to draw with, from --seed on; a metric is then a mean with its spread.",
+        AtLeast(1),
+    ] = 1,
+    images: Annotated[
+        str | None, "A folder of pictures or an .npz to judge. Default: samples are drawn."
+    ] = None,
+    split: Annotated[str, "The split of the data that is compared with; Ho et al. take train."] = "train",
+    num_images: Annotated[int | None, "How many images for nll. Default: all.", AtLeast(1)] = None,
+    data_dir: DataDir = None,
+    seed: Seed = 0,
+    output: Output = Output(),  # noqa: B008
+) -> dict:
+    """Measures samples by FID and other metrics, against the run's data.
+
+    Args:
+      metrics: "prdc" is precision, recall, density and coverage; "nll" the variational bound of the test split, with the
+        variance and clip_x0 that are given, on the whole chain. One of your own has the signature of those in
+        `metrics.METRICS`.
+      features: numbers of other features than Inception's carry their name, and Fréchet distances of fewer than 10,000
+        images their count.
+
+    Returns:
+      {name: {"mean", "std", "values", "manifest"}} for each number.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
+    """
+    names = [name.strip() for name in metrics.split(",")]
+    with options.errors_at("--metrics"):
+        functions = {name: find(name, METRICS, "metric") for name in names if name != "nll"}
+    out = likelihood.check_out(output.out, run.workdir)
+    chosen = options.changed(sampling)
+    for_nll = {name: chosen[name] for name in ("variance", "clip_x0") if name in chosen}
+    if images is not None or not functions:
+        kept = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
+        kept |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
+        kept |= {"labels": labels if labels != "cycle" else None}
+        kept |= {} if functions else {"images": images}
+        if unused := sorted(name for name, value in kept.items() if value is not None):
+            raise RunError(
+                f"--{unused[0]} is for samples, and nothing is drawn for"
+                f" --metrics={metrics}{f' of --images={images}' if images else ''}"
+            )
+    shared_output = dataclasses.replace(output, out=None)
+    results = {}
+    if functions:
+        check_request(run, sampling if images is None else None)
+        extractor = load_extractor(features)
+        reference, origin = None, None
+        if set(functions) != {"is"}:
+            dataset = run_data.data_of(run, split, data_dir)
+            reference = features_of(run, extractor, dataset)
+            origin = {"data": dataset.name, "split": dataset.split}
+            origin |= {"num_images": len(dataset), "images_sha256": reference.images_sha256}
+        seeds = range(seed, seed + num_seeds) if images is None else [None]
+        for one in seeds:
+            if images is not None:
+                dataset, recipe = run_data.load_images(run, images), None
+            else:
+                count = num_samples or NUM_SAMPLES
+                path = sampling_lib.sample(
+                    run, sampling=sampling, num_samples=count, labels=labels, seed=one,
+                    output=shared_output,
+                )
+                dataset, recipe = _samples(path, count)
+            _judge(results, run, functions, extractor, features, dataset, recipe, reference, origin)
+    if "nll" in names:
+        bound = likelihood.nll(
+            run,
+            bounding=Bounding(**for_nll),
+            num_images=num_images,
+            data_dir=data_dir,
+            seed=seed,
+            output=shared_output,
+        )
+        results["nll_bits_per_dim"] = {
+            "values": [float(np.mean(bound.scalars["total"]))],
+            "manifest": bound.recipe | {"num_images": bound.count},
+            "seeds": [seed],
+        }
+    for entry in results.values():
+        spread = np.std(entry["values"], ddof=1) if len(entry["values"]) > 1 else None
+        entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
+        entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
+    if out is None:
+        settings = {"images": images, "split": split, "num_samples": num_samples, **chosen}
+        settings |= {"num_images": num_images, "metrics": metrics, "features": features}
+        settings |= {"labels": None if labels == "cycle" else labels}
+        settings |= {"seeds": f"{seed}-{seed + num_seeds - 1}"}
+        out = os.path.join(run.workdir, "eval", f"{run.name('metrics', **settings)}.json")
+    writers.save_json(out, {"recipe": run.recipe(), "metrics": results})
+    print(report(results))
+    print(os.path.abspath(out), flush=True)
+    return results
+
+
+def check_request(run: Run, sampling: Sampling | None) -> None:
+    """Refuses what can be refused, before anything is computed."""
+    if sampling is None:
+        return
+    chosen = shared.resolved(run, sampling)
+    variance = getattr(getattr(chosen, "sampler", None), "variance", None)
+    if variance == "analytic":
+        analytic.errors_for(run, sampling, variance)
+    else:
+        check_sampling(run.method, chosen, "sampling")
+
+
+def _judge(
+    results, run, functions, extractor, spec, dataset, recipe, reference, origin
+) -> None:
+    """Adds the numbers of one set of images to the results."""
+    generated = features_of(run, extractor, dataset)
+    recipe = recipe or {"images": dataset.name}
+    features = {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize}
+    made = {"images_sha256": generated.images_sha256, "rounded": "uint8"}
+    manifest = {
+        "features": features | {"from": spec},
+        "num_generated": len(dataset),
+        "reference": origin,
+        "generated": recipe | made,
+    }
+    with options.errors_at("--metrics"):
+        values = numbers(functions, extractor.name, generated, reference)
+    for name, value in values.items():
+        entry = results.setdefault(name, {"values": [], "manifest": manifest, "seeds": []})
+        entry["values"].append(value)
+        entry["seeds"].append(recipe.get("seed"))
+
+
+def numbers(
+    functions: dict[str, Any], extractor: str, generated: Features, reference: Features | None
+) -> dict[str, float]:
+    """The metrics of one set of images, by names that say of which features, and of how many images.
+
+    Raises:
+      ValueError: one line, as those of `metrics`.
+    """
+    prefix, result = "" if extractor.startswith("inception") else f"{extractor}_", {}
+    for function in functions.values():
+        result |= function(generated, reference)
+    if "fid" in functions:
+        warning = metrics_lib.warning(len(generated.features), generated.features.shape[1])
+        if warning:
+            print(f"WARNING: {warning}", flush=True)
+    return {prefix + name: value for name, value in result.items()}
+
+
+def report(results: dict) -> str:
+    """A table of the numbers, and below it the settings that they were measured with, once for each set."""
+    rows, settings = [("metric", "value", "standard deviation", "")], []
+    for name, entry in results.items():
+        about = settings_of(entry)
+        if about not in settings:
+            settings.append(about)
+        spread = (
+            f"± {entry['std']:.2g} ({len(entry['values'])} seeds)"
+            if entry["std"] is not None
+            else ""
+        )
+        rows.append((name, f"{entry['mean']:.6g}", spread, f"[{settings.index(about) + 1}]"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*table, *(f"[{n}] {about}" for n, about in enumerate(settings, 1))])
+
+
+def settings_of(entry: dict) -> str:
+    """What a number was measured with, for people."""
+    manifest, parts = dict(entry["manifest"]), []
+    features, origin = manifest.get("features"), manifest.get("reference")
+    if features:
+        made = manifest["generated"]
+        parts += [
+            f"features {features['name']} {features['sha256'][:8]}, resize {features['resize']}"
+        ]
+        parts += [f"{manifest['num_generated']} images {made['images_sha256'][:8]} as uint8"]
+        if origin:
+            against = f"{origin['num_images']} of {origin['data']}/{origin['split']}"
+            parts += [f"against {against} {origin['images_sha256'][:8]}"]
+    else:
+        made = manifest
+        parts += [f"{made['num_images']} images of {made['data']}/{made['split']}"]
+    kept = ("sampler", "steps", "spacing", "eta", "order", "variance", "clip_x0", "guidance")
+    parts += [f"{key} {made[key]}" for key in kept if made.get(key) is not None]
+    if "weights" in made:
+        parts += [f"{made['weights']} weights of step {made['step']}"]
+    parts += (
+        [f"seed {', '.join(map(str, entry['seeds']))}"] if entry["seeds"][0] is not None else []
+    )
+    return f"{'; '.join(parts)}; {manifest['software'].partition(';')[0]}"
+
+
+def _samples(path: str, count: int) -> tuple[data.Dataset, dict]:
+    """The first samples of an .npz as a data set, and their recipe."""
+    arrays = results_lib.read_npz(path)
+    images = arrays["images"][:count]
+    labels = np.zeros(len(images), np.int32)
+    shape = images.shape[1:]
+    dataset = data.Dataset("samples", "drawn", shape, 0, labels, images.__getitem__, images)
+    return dataset, json.loads(str(arrays["recipe"]))
+
+
+def features_of(run: Run, extractor: Extractor, dataset: data.Dataset) -> Features:
+    """Features of all images of a data set, from eval/ if they are there, or from where they were left."""
+    digest = dataset.digest()
+    name = f"features_{extractor.name}_{extractor.sha256[:8]}_{digest[:16]}.npz"
+    path = os.path.join(run.workdir, "eval", name)
+    recipe = {"features": extractor.name, "features_sha256": extractor.sha256}
+    recipe |= {"images_sha256": digest, "num_images": len(dataset)}
+    with results_lib.in_progress(path, recipe) as (folder, finished):
+        if finished is None:
+            finished = _extract(folder, extractor, dataset)
+            writers.save_npz(path, **finished, recipe=json.dumps(recipe))
+    return Features(finished["features"], finished["logits"], digest)
+
+
+def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
+    def chunk(first):
+        """Features and logits side by side, and how many are features."""
+        rows = np.minimum(first + np.arange(min(CHUNK, len(dataset))), len(dataset) - 1)
+        features, logits = extractor.features(dataset.fetch(rows))  # one shape for all
+        return np.concatenate([features, logits], axis=1), features.shape[1]
+
+    rows, D = chunk(0)
+    growing = results_lib.GrowingFile(os.path.join(folder, "features"), rows.shape[1:], np.float32)
+    what = f"features of {dataset.name}/{dataset.split}: image"
+    progress = writers.Progress(what, len(dataset), growing.count, unit="images")
+    while growing.count < len(dataset):
+        rows, _ = chunk(growing.count)
+        growing.append(rows[: len(dataset) - growing.count])
+        progress.done = growing.count
+        progress.show()
+    rows = growing.rows()
+    return {"features": rows[:, :D], "logits": rows[:, D:]}

@@ -1,0 +1,302 @@
+"""Sampling from a run directory: as many images as one likes, restartable, image i always the same.
+
+    python -m ddpm_jax.main --mode=sample --workdir=runs/digits --num_samples=64
+    python -m ddpm_jax.main --mode=sample --workdir=runs/digits --sampler=dpm_solver --steps=20 --trajectory
+    python -m ddpm_jax.main --mode=progressive --workdir=runs/digits
+
+The first writes one .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid as .png. While
+it runs, finished images stand in FILE.partial/, and the same command goes on from there. `--trajectory` adds the chain
+of the first images as a strip and as an animation. The third writes what the model predicts on the way, Ho et al.
+Figure 6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Annotated, Any
+
+import numpy as np
+
+from ddpm_jax import options
+from ddpm_jax.commands import analytic, shared
+from ddpm_jax.commands.shared import Labels, Output, Seed
+from ddpm_jax.ddpm import Sampling
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.files.runs import Run
+from ddpm_jax.method import labels_of
+from ddpm_jax.options import AtLeast
+from ddpm_jax.process.diffusion import to_uint8
+from ddpm_jax.process.samplers import DDIM
+from ddpm_jax.training import parallel
+from ddpm_jax.training.preview import check_sampling
+
+GRID_LIMIT = 100  # images in the .png
+GRID_ROWS = 20  # images in the progressive strip
+FRAMES = 12  # columns of that strip, and of a trajectory
+TRAJECTORY_IMAGES = 8
+ANIMATION_FRAMES = 48
+
+NumSamples = Annotated[
+    int | None, "How many images to draw. Default: 64, or as many as there are --latents.", AtLeast(1)
+]
+
+
+def sample(
+    run: Run,
+    *,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    num_samples: NumSamples = None,
+    labels: Labels = "cycle",
+    latents: Annotated[
+        str | None, "An .npz that --mode=encode wrote, to be decoded in place of noise."
+    ] = None,
+    trajectory: Annotated[
+        bool, "Also writes the chain of the first images, as a strip and an animation."
+    ] = False,
+    seed: Seed = 0,
+    output: Output = Output(),  # noqa: B008
+) -> str:
+    """Draws images from the last checkpoint of a run.
+
+    Args:
+      latents: decoded by DDIM with the steps and guidance that they were encoded with, by default, and their labels.
+      output: the .npz; images that it already has by the same recipe are kept, and only further ones are drawn.
+
+    Returns:
+      the path of the .npz.
+
+    Raises:
+      ConfigError, CheckpointError, RunError: one line that says what to do.
+    """
+    given, parts = None, ()
+    if latents is not None:
+        given = _Latents.read(run, config_lib.path(latents), sampling, labels)
+        sampling, parts = given.sampling, ("latents", given.sha256[:8])
+        num_samples = num_samples or len(given.latents)
+        if num_samples > len(given.latents):
+            raise RunError(
+                f"{num_samples} samples asked of the {len(given.latents)} latents in {latents}"
+            )
+    num_samples = num_samples or 64
+    plan = prepare(run, sampling, seed, labels, output, *parts)
+    if given:
+        plan.recipe.update(latents_sha256=given.sha256, labels="of the latents")
+
+    def inputs(index):
+        if given is None:
+            return index, labels_of(run.method, index, plan.labels, key=plan.key)
+        return index, given.labels[index], given.latents[index]
+
+    with results.in_progress(plan.out, plan.recipe, named=plan.named) as (folder, finished):
+        shape = run.method.image_shape
+        growing = results.GrowingFile(os.path.join(folder, "images"), shape, np.uint8)
+        if finished and not growing.count:
+            growing.append(finished["images"])
+        if growing.count:
+            print(f"{growing.count} images of this recipe are there already", flush=True)
+        num_samples = max(num_samples, growing.count)
+        _grow(run, plan, growing, inputs, num_samples, given, output.batch_size)
+        images = growing.rows()
+        arrays = {}
+        if run.method.num_classes:
+            arrays["labels"] = inputs(np.arange(num_samples))[1]
+            if run.class_names:
+                arrays["class_names"] = np.array(run.class_names)
+        writers.save_npz(plan.out, images=images, recipe=json.dumps(plan.recipe), **arrays)
+        writers.save_png(f"{plan.out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
+    if trajectory:
+        _save_trajectory(run, plan, inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES))))
+    print(f"{num_samples} images in {plan.out}, a grid in the .png beside it", flush=True)
+    return plan.out
+
+
+def _grow(run, plan, growing, inputs, num_samples, given, batch_size) -> None:
+    """Draws images until there are enough."""
+    params, mapped = None, None
+    batch_size = batch_size or parallel.examples_at_once()
+    progress = writers.Progress("image", num_samples, growing.count, unit="images")
+    while growing.count < num_samples:
+        index = growing.count + np.arange(min(batch_size, num_samples))  # one shape for all
+        index = index if given is None else np.minimum(index, len(given.latents) - 1)
+        batch = inputs(index)
+        if mapped is None:
+            params = parallel.place(run.params)
+            mapped = shared.compiled(plan.draw, progress, params, plan.key, *batch)
+        images, finite = mapped(params, plan.key, *batch)
+        shared.check_finite(finite, plan.recipe)
+        growing.append(images[: num_samples - growing.count])
+        progress.done = growing.count
+        progress.show()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked request for samples."""
+
+    run: Run
+    sampling: Any
+    key: Any
+    labels: str  # as numbers
+    recipe: dict
+    out: str
+    named: bool  # whether the user has named `out`
+    x_0_error: np.ndarray | None
+
+    def draw(self, params, key, index, label, *x_T) -> shared.Drawn:
+        """Images as they are saved, from x_T if that is given."""
+        return shared.as_saved(self.chains(0, params, key, index, label, *x_T))
+
+    def chains(self, frames: int, params, key, index, label, *x_T):
+        """Images in [−1, 1], and with `frames` their chains."""
+        extra = {"x_0_error": self.x_0_error} if self.x_0_error is not None else {}
+        extra |= {"frames": frames} if frames else {}
+        extra |= {"x_T": x_T[0]} if x_T else {}
+        return self.run.method.sample(params, key, index, label, self.sampling, **extra)
+
+
+def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: str) -> Plan:
+    """Checks a request for samples before anything is computed, and says where they go.
+
+    Args:
+      parts: what the file name says beside the options.
+    """
+    key, chosen = shared.sample_key(seed), shared.resolved(run, sampling)
+    labels = run_data.class_numbers(run, labels)
+    with options.errors_at("sampling"):
+        labels_of(run.method, np.arange(1), labels, key=key)
+    x_0_error, origin = None, None
+    variance = getattr(getattr(chosen, "sampler", None), "variance", None)
+    if variance == "analytic":
+        x_0_error, origin = analytic.errors_for(run, sampling, variance)
+        with options.errors_at("sampling"):
+            run.method.chain(chosen, x_0_error=x_0_error)
+    else:
+        check_sampling(run.method, chosen, "sampling")
+    recipe = run.recipe() | {"seed": seed} | options.describe(chosen) | {"x_0_error": origin}
+    named = options.changed(sampling)
+    if run.method.num_classes:
+        recipe["labels"] = labels
+        named |= {} if labels == "cycle" else {"labels": labels}
+    name = run.name(*parts, f"seed{seed}", **named)
+    out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
+    out = results.out_path(out, ".npz", run.workdir)
+    return Plan(run, chosen, key, labels, recipe, out, output.out is not None, x_0_error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Latents:
+    """Latents of an .npz, and the options that they are to be decoded with."""
+
+    latents: np.ndarray
+    labels: np.ndarray
+    sha256: str
+    sampling: Sampling
+
+    @classmethod
+    def read(cls, run: Run, path: str, sampling: Sampling, labels: str) -> _Latents:
+        if labels != "cycle":
+            raise RunError(f"the labels are those of --latents={path}; leave out --labels")
+        model, arrays = shared.diffusion_of(run), results.read_npz(path)
+        try:
+            latents, there = arrays["latents"], json.loads(str(arrays["recipe"]))
+            if not len(latents) == len(arrays["labels"]) > 0:
+                raise ValueError
+        except (KeyError, ValueError, TypeError):
+            raise RunError(f"{path} holds no latents; --mode=encode writes them") from None
+        if latents.shape[1:] != run.method.image_shape:
+            raise RunError(
+                f"{path} holds latents {latents.shape[1:]}, and this model has {run.method.image_shape}"
+            )
+        encoded = {name: there.get(name) for name in ("steps", "spacing", "clip_x0", "guidance")}
+        encoded = {name: value for name, value in encoded.items() if value is not None}
+        asked = options.changed(sampling)
+        sampler = sampling.sampler if "sampler" in asked else DDIM()
+        encoded = {name: value for name, value in encoded.items() if name not in asked}
+        sampling = dataclasses.replace(sampling, sampler=sampler, **encoded)
+        with options.errors_at("sampling"):
+            last = int(model.chain(model.resolve(sampling)).times[-1])
+        if there.get("last") not in (None, last):
+            raise RunError(
+                f"{path} holds x_t of t = {there['last']}, and these steps begin at t = {last}; choose"
+                " steps and spacing that begin there"
+            )
+        digest = hashlib.sha256(latents.tobytes() + arrays["labels"].tobytes()).hexdigest()
+        with options.errors_at("--latents"):
+            chosen = arrays["labels"] if run.method.num_classes else "cycle"
+            labels = labels_of(run.method, np.arange(len(latents)), chosen)
+        return cls(latents, labels, digest, sampling)
+
+
+def _save_trajectory(run: Run, plan: Plan, examples) -> None:
+    """x_t over x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` as an animation."""
+    shared.diffusion_of(run)
+    draw = functools.partial(plan.chains, ANIMATION_FRAMES)
+    x, frames = shared.map_images(
+        run, draw, plan.key, *examples, batch_size=None, settings=plan.recipe
+    )
+    shared.check_finite(np.isfinite(x).all(axis=(1, 2, 3)), plan.recipe)
+    x_t, x_0, last = (np.asarray(to_uint8(v)) for v in (frames.x_t, frames.x_0, x))
+    t, rows = frames.t[0], []
+    columns = np.unique(np.round(np.linspace(0, len(t) - 1, FRAMES)).astype(int))
+    for n in range(len(last)):
+        rows += [*x_t[n, columns], *x_0[n, columns]]
+    times = ", ".join(f"{one:g}" for one in t[columns])
+    title = f"above x_t, below the x_0 predicted from it, at t = {times}"
+    path = f"{plan.out[:-4]}_trajectory"
+    writers.save_grids(f"{path}.png", [(title, np.stack(rows))], columns=len(columns))
+    width = max(1, len(last) // 2)
+    pictures = []
+    for k in range(len(t) + 1):
+        parts = (x_t[:, k], x_0[:, k]) if k < len(t) else (last, last)
+        grids = [writers.grid(part, columns=width) for part in parts]
+        pictures.append(np.concatenate(grids, axis=1))
+    writers.save_animation(f"{path}.gif", pictures)
+    print(f"the chain of {len(last)} images: {path}.png, .gif", flush=True)
+
+
+def progressive(
+    run: Run,
+    *,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    num_samples: Annotated[int, "How many images to draw.", AtLeast(1)] = 8,
+    labels: Labels = "cycle",
+    seed: Seed = 0,
+    output: Output = Output(),  # noqa: B008
+) -> str:
+    """Draws samples together with the x_0 that the model predicts on the way; Ho et al. 2020, Figure 6.
+
+    The images are 0 … num_samples − 1 that `sample` draws with the same arguments. The .npz holds t [K], x_t float32 and
+    x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
+
+    Returns:
+      the path of the .npz.
+
+    Raises: as `sample`.
+    """
+    shared.diffusion_of(run)
+    plan = prepare(run, sampling, seed, labels, output, "progressive", f"{num_samples}images")
+    plan.recipe.update(num_samples=num_samples, frames=FRAMES)
+    with results.in_progress(plan.out, plan.recipe, named=plan.named):
+        index = np.arange(num_samples)
+        examples = (index, labels_of(run.method, index, plan.labels, key=plan.key))
+        draw = functools.partial(plan.chains, FRAMES)
+        x, frames = shared.map_images(
+            run, draw, plan.key, *examples, batch_size=output.batch_size, settings=plan.recipe
+        )
+        shared.check_finite(np.isfinite(x).all(axis=(1, 2, 3)), plan.recipe)
+        images, x_0 = (np.asarray(to_uint8(values)) for values in (x, frames.x_0))
+        t = frames.t[0]
+        arrays = {"images": images, "x_t": frames.x_t, "x_0": x_0, "t": t}
+        arrays |= {"labels": examples[1]} if run.method.num_classes else {}
+        writers.save_npz(plan.out, **arrays, recipe=json.dumps(plan.recipe))
+        strip = x_0[:GRID_ROWS].reshape(-1, *run.method.image_shape)
+        writers.save_png(f"{plan.out[:-4]}.png", writers.grid(strip, columns=len(t)))
+    times = ", ".join(f"{one:g}" for one in t)
+    print(f"x_0 as predicted at t = {times}: {plan.out[:-4]}.png", flush=True)
+    return plan.out

@@ -1,0 +1,285 @@
+"""What commands share: groups of options, given images, and results that are made image by image."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import data, options
+from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.files.runs import Run
+from ddpm_jax.method import is_diffusion, labels_of
+from ddpm_jax.options import AtLeast, option
+from ddpm_jax.training import parallel
+from ddpm_jax.training.preview import drawn
+from ddpm_jax.training.step import make_keys
+
+Seed = Annotated[int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)]
+Labels = Annotated[
+    str,
+    "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7; classes that have"
+    " names also by them, as cat,dog.",
+]
+DataDir = Annotated[str | None, "The folder where the data are. Default: as in the config."]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a result is computed and where it goes."""
+
+    batch_size: int | None = option(
+        None, "How many images are computed at a time. Default: what suits the device.", least=1
+    )
+    out: str | None = option(
+        None,
+        "The file to write, in an existing folder, with pictures of the same name beside it. Default: a file in the"
+        " run directory, named after the settings.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+    """Images to begin with."""
+
+    images: str | None = option(
+        "data", "The images: data for the run's own, a folder of pictures or an .npz."
+    )
+    num_images: int | None = option(None, "How many images to use.", least=1)
+    split: str | None = option(None, "The split of the data, such as train or test. Default: test.")
+    data_dir: str | None = option(None, "The folder where the data are. Default: as in the config.")
+    labels: str | None = option(
+        None, "The classes of the images, as for sample. Default: those of the images."
+    )
+
+    def named(self) -> dict[str, Any]:
+        """What a file name says of them."""
+        values = options.describe(self)
+        del values["data_dir"]
+        return values
+
+
+class Given(NamedTuple):
+    """Loaded images."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+    index: np.ndarray  # int64 [N], their positions in the split, folder or file
+    recipe: dict  # where they come from, and a digest
+
+    def origin(self) -> dict[str, np.ndarray]:
+        """What an .npz says of the images that its results are made of."""
+        return {"labels": self.labels, "index": self.index}
+
+
+def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
+    """Images of "data" (the run's own), of a folder of pictures or of an .npz, chosen by `data.choose`.
+
+    Args:
+      default: how many where num_images is None, or all if there are fewer.
+      key: for labels="random".
+
+    Raises:
+      DataError, ConfigError, RunError: one line that says what to do.
+    """
+    if which.images == "data":
+        dataset = run_data.data_of(run, which.split or "test", which.data_dir)
+    elif which.split or which.data_dir:
+        raise RunError(
+            f"--split and --data_dir are for the run's data, not for --images={which.images}"
+        )
+    else:
+        dataset = run_data.load_images(run, which.images)
+    count = which.num_images or min(default, len(dataset))
+    if count > len(dataset):
+        raise RunError(
+            f"{count} images asked of the {len(dataset)} in {dataset.name}/{dataset.split};"
+            " ask for fewer"
+        )
+    rows = data.choose(len(dataset), count)
+    rows = np.sort(rows) if count == len(dataset) else rows  # all of them: in their own order
+    pixels = dataset.fetch(rows)
+    if which.labels is not None or not run.method.num_classes:
+        chosen = choose_labels(run, np.arange(count), which.labels or "cycle", key)
+    elif dataset.num_classes == run.method.num_classes and (dataset.labels[rows] >= 0).all():
+        run_data.check_classes(run.method, dataset)
+        chosen = dataset.labels[rows]
+    else:
+        raise RunError(
+            f"the model has {run.method.num_classes} classes and the images of"
+            f" {dataset.name}/{dataset.split} have no such labels; give --labels=3, or one for each image"
+            " as in --labels=3,5,7, or choose a split that has labels, such as --split=train"
+        )
+    digest = hashlib.sha256(pixels.tobytes() + chosen.tobytes()).hexdigest()
+    recipe = {"images": dataset.name, "split": dataset.split, "images_sha256": digest}
+    order = "all" if count == len(dataset) else results.CHOSEN
+    return Given(pixels, chosen, rows, recipe | {"num_images": count, "chosen": order})
+
+
+def choose_labels(run: Run, index: np.ndarray, labels: str, key=None) -> np.ndarray:
+    """The class of each image, by `labels_of`, with names of classes allowed."""
+    labels = run_data.class_numbers(run, labels)
+    key = sample_key(0) if key is None else key
+    with options.errors_at("--labels"):
+        return labels_of(run.method, index, labels, key=key)
+
+
+def sample_key(seed: int):
+    """The key of the stream of sampling."""
+    with options.errors_at("--seed"):
+        return make_keys(seed).sample
+
+
+def diffusion_of(run: Run):
+    """The Method of a run, which must be a diffusion.
+
+    Raises:
+      RunError: it is not.
+    """
+    if not is_diffusion(run.method):
+        raise RunError(
+            f"{run.config.method} (config.method) is not a diffusion: this needs one that can add noise"
+        )
+    return run.method
+
+
+def resolved(run: Run, chosen: Any) -> Any:
+    """Options with the model's own values where they leave a choice to it."""
+    return run.method.resolve(chosen) if hasattr(run.method, "resolve") else chosen
+
+
+def numbers(name: str, value: str) -> list[int]:
+    """Whole numbers from text with commas.
+
+    Raises:
+      RunError: it is not that.
+    """
+    try:
+        parts = str(value).strip("[]()").split(",")
+        found = [int(part) for part in parts]
+    except ValueError:
+        found = []
+    if not found:
+        raise RunError(f"{name} is a list of whole numbers, such as 10,20,50; got {value!r}")
+    return found
+
+
+def shown(count: int) -> np.ndarray:
+    """Positions of the images, of `count`, that a picture shows: eight at most, of all parts of a sorted folder."""
+    return np.sort(data.choose(count, 8))
+
+
+# ---- computing image by image ------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """Images as they are saved."""
+
+    images: Any  # uint8 [B, H, W, C]
+    finite: Any  # bool [B], whether all its values were numbers before they were rounded
+
+
+def as_saved(x) -> Drawn:
+    """What a mapped function returns for images x [B, H, W, C] in [−1, 1] or beyond."""
+    return Drawn(*drawn(x))
+
+
+def check_finite(finite: np.ndarray, settings: dict) -> None:
+    """Refuses images that are not finite: rounded, they would be saved as black ones.
+
+    Args:
+      finite: bool [N].
+      settings: that they were made with, for the advice.
+
+    Raises:
+      RunError: with how many they are, and the options that are likely at fault.
+    """
+    if np.all(finite):
+        return
+    suspects = []
+    if (settings.get("guidance") or 1.0) not in (0.0, 1.0):
+        suspects.append(f"a --guidance nearer to 1 than {settings['guidance']}")
+    if settings.get("clip_x0") is False:
+        suspects.append("--clip")
+    if settings.get("sampler") in ("dpm_solver", "heun") or settings.get("eta") == "hat":
+        suspects.append("--sampler=ddim")
+    suspects.append("the other weights (--weights), or an earlier checkpoint: see loss.png")
+    raise RunError(
+        f"{np.sum(~finite)} of {len(finite)} images are not finite (NaN or infinite), so they are not"
+        f" saved; try {', '.join(suspects)}"
+    )
+
+
+def compiled(function: Callable, progress: writers.Progress, params, key, *examples) -> Callable:
+    """`parallel.map_examples` of a function, compiled for examples of these shapes before the clock runs."""
+    mapped = parallel.map_examples(function)
+    with progress.pause():
+        print("compiling", flush=True)
+        mapped.compile(params, key, *examples)
+    return mapped
+
+
+def map_images(
+    run: Run, function: Callable, key, *examples, batch_size: int | None, settings: dict
+):
+    """function(params, key, *examples) over all examples, some at a time, with lines of progress.
+
+    Args:
+      function: what it returns as `Drawn` is refused if it is not finite.
+      examples: arrays [N, …].
+      batch_size: how many at a time; None for what suits the device.
+      settings: that the images are made with, for that refusal.
+
+    Returns:
+      its tree of arrays, NumPy [N, …], with the images alone of each `Drawn`.
+    """
+    count = len(examples[0])
+    batch_size = min(batch_size or parallel.examples_at_once(), count)
+    progress, parts = writers.Progress("image", count, 0, unit="images"), []
+    params, mapped = parallel.place(run.params), None
+    for first in range(0, count, batch_size):
+        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        batch = [np.asarray(values)[rows] for values in examples]
+        mapped = mapped or compiled(function, progress, params, key, *batch)
+        parts.append(mapped(params, key, *batch))
+        progress.done = min(first + batch_size, count)
+        progress.show()
+
+    def images(node):
+        if isinstance(node, Drawn):
+            check_finite(node.finite, settings)
+            return node.images
+        return node
+
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    return jax.tree.map(images, whole, is_leaf=lambda node: isinstance(node, Drawn))
+
+
+def write(
+    run: Run, mode: str, recipe: dict, make: Callable, output: Output, name: str
+) -> tuple[str, dict]:
+    """The .npz of a command, made now unless it is there with the same recipe.
+
+    Args:
+      make: () -> its arrays.
+      name: of the file in samples/, where output.out is None.
+
+    Returns:
+      its path, and its arrays.
+    """
+    out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
+    out = results.out_path(out, ".npz", run.workdir)
+    recipe = run.recipe() | {"mode": mode} | recipe
+    with results.in_progress(out, recipe, named=output.out is not None) as (_, finished):
+        if finished:
+            print("nothing new to compute: it is there with the same recipe", flush=True)
+        arrays = finished or make()
+        writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
+    return out, arrays
