@@ -372,6 +372,14 @@ def test_half_written_files_are_left_out(trained, tmp_path):
     (tmp_path / "samples/half.tmp.png").write_bytes(b"\x89PNG")
     (tmp_path / "eval/half.json").write_text('{"total": 1.0, "cur')
     (tmp_path / "eval/list.json").write_text("[1]")
+    odd = {
+        "recipe": "r",
+        "num_images": "n",
+        "x": 1.0,
+        "x_stderr": "s",
+        "metrics": {"fid": {"manifest": {}}},
+    }
+    (tmp_path / "eval/odd.json").write_text(json.dumps(odd))
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 99, "lo')
     reader = read(report(str(tmp_path)))
@@ -425,15 +433,8 @@ def test_long_curves_stay_small_and_no_numbers_of_labels_are_cut():
     assert turns[0] > 500 and turns[1] < 20  # as logged, and the moving average
     assert ">0.0001<" in svg
     labels = charts.chart("c", [charts.Curve("a", x, 1 + 1e-5 * x)], x_label="x")
-    assert "100,000" in labels["svg"] and labels["rows"][0][1:] == [
-        *"1",
-        "1.250",
-        "1.500",
-        "1.750",
-        "2.000",
-        "1",
-        "2.000",
-    ]
+    assert "80,000" in labels["svg"]
+    assert " ".join(labels["rows"][0]) == "c 1 1.250 1.500 1.750 2.000 1 2.000"
 
 
 def test_colours_are_those_of_the_style_sheet():

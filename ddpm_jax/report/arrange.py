@@ -16,7 +16,7 @@ from ddpm_jax.report import results, words
 from ddpm_jax.report.blocks import block, chart_block, figure, table, text
 from ddpm_jax.report.charts import Curve, chart
 from ddpm_jax.report.find import Picture, Run
-from ddpm_jax.report.words import number, plus_minus
+from ddpm_jax.report.words import is_number, number, plus_minus
 
 PICTURES = 12  # maximum number of pictures of one kind
 PARTS = 25  # a training curve is averaged over one part in so many
@@ -35,7 +35,7 @@ LINEAR = ("learning_rate", "images_per_second", "ema_decay")  # never drawn on a
 LOSS_FIELDS = ("config.method", "config.data.", "config.diffusion.", "config.schedule.")
 OTHER_FIELDS = ("data_dir", "memory_limit_gb", "clip_x0")
 PREVIEW = "samples after step {:,}: raw parameters above, their moving average (EMA) below"
-GIVEN = "Given images"
+GIVEN, NEAREST = "Given images", "Nearest neighbours"
 # Section, title and description of each mode's pictures. Those of other modes are in "Other results".
 MODES = {
     "progressive": ("Samples", "x̂_0 along the way", "predictions of x_0, left to right in time"),
@@ -45,7 +45,7 @@ MODES = {
     "encode": (GIVEN, "Encoded", "images above, below them the latents x_T that encode them"),
     "denoise": (GIVEN, "Noise added and removed", "images, with noise up to a time, denoised"),
     "inpaint": (GIVEN, "Inpainted", "images, the part that is kept, the rest filled in"),
-    "nearest": ("Nearest neighbours", "Training images nearest to samples", "a sample on the left"),
+    "nearest": (NEAREST, "Training images nearest to samples", "a sample on the left"),
 }
 
 
@@ -53,34 +53,42 @@ def page(found: list[Run]) -> dict:
     """The page of one or several runs; runs in folders of the same name are called by their paths."""
     names = [run.name for run in found]
     found = [r._replace(name=r.workdir) if names.count(r.name) > 1 else r for r in found]
-    *first, run = found
-    names = [one.name for one in found]
+    names, run, several = [run.name for run in found], found[0], len(found) > 1
     sections = {
         "Training": training(found),
         "Fields that differ": _differing(found),
         "Samples over training": _previews(found),
         "Schedule": schedule(found),
         "Likelihood": results.likelihood(found),
-        "Samples": [] if first else [*_samples(run), *_pictures(run, "Samples")],
-        GIVEN: [] if first else _pictures(run, GIVEN),
-        "Nearest neighbours": [] if first else _pictures(run, "Nearest neighbours"),
+        **dict.fromkeys(("Samples", GIVEN, NEAREST), ()),
         "Metrics": results.metrics(found),
-        "Other results": [*results.others(found), *([] if first else _other_pictures(run))],
-        "Config": [] if first else _config(run),
-        "Versions": [] if first else _versions(run),
+        "Other results": results.others(found),
     }
+    for name, blocks in () if several else _of_one_run(run).items():
+        sections[name] = [*sections.get(name, ()), *blocks]
     sections = {name: [block for block in blocks if block] for name, blocks in sections.items()}
     lead = "; ".join(dict.fromkeys(map(_lead, found)))
+    steps = {one.name: f"step {one.rows[-1]['step']:,}" for one in found}
     together = run._replace(workdir=",".join(one.workdir for one in found))
     return {
-        "title": f"{', '.join(names[:-1])} and {names[-1]}" if first else run.name,
-        "lead": f"{len(found)} runs, {lead}" if first else lead,
-        "facts": {one.name: f"step {one.rows[-1]['step']:,}" for one in found}
-        if first
-        else _facts(run),
+        "title": f"{', '.join(names[:-1])} and {names[-1]}" if several else run.name,
+        "lead": f"{len(found)} runs, {lead}" if several else lead,
+        "facts": steps if several else _facts(run),
         "sections": {name: blocks for name, blocks in sections.items() if blocks},
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "command": together.command("report"),
+    }
+
+
+def _of_one_run(run: Run) -> dict[str, list]:
+    """Sections that a comparison leaves out."""
+    return {
+        "Samples": [*_samples(run), *_pictures(run, "Samples")],
+        GIVEN: _pictures(run, GIVEN),
+        NEAREST: _pictures(run, NEAREST),
+        "Other results": _other_pictures(run),
+        "Config": _config(run),
+        "Versions": _versions(run),
     }
 
 
@@ -115,13 +123,9 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _logged(run: Run, name: str, label: str) -> Curve:
     """A column of metrics.jsonl over steps."""
-    points = [(row["step"], row[name]) for row in run.rows if _is_number(row.get(name))]
+    points = [(row["step"], row[name]) for row in run.rows if is_number(row.get(name))]
     x, y = np.array(points, np.float64).reshape(-1, 2).T
     return Curve(label, x, y, max(1, len(y) // PARTS) if name.startswith("loss") else 1)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
 def training(found: list[Run]) -> list:

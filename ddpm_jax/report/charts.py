@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib import ticker
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
@@ -63,7 +62,7 @@ def chart(title, curves, *, x_label="step", x_scale="linear", y_scale=None) -> d
         "title": title,
         "label": f"{title} over {x_label}: {', '.join(names)}; numbers in the table below",
         "legend": [(curve.name, n % COLOURS, n >= COLOURS) for n, curve in drawn if several],
-        "svg": Markup(_svg(drawn, x_label, x_scale, y_scale)),
+        "svg": _svg(drawn, x_label, x_scale, y_scale),
         "size": (WIDTH, HEIGHT),
         "rows": rows,
     }

@@ -12,7 +12,7 @@ from ddpm_jax.report import words
 from ddpm_jax.report.blocks import block, chart_block, pivot, table, text
 from ddpm_jax.report.charts import Curve, chart
 from ddpm_jax.report.find import Run
-from ddpm_jax.report.words import plus_minus
+from ddpm_jax.report.words import is_number, number, plus_minus
 
 CURVES = 6  # maximum number of bounds in one chart
 # Names of the numbers of a result, and its caption. Other results are called by their files.
@@ -52,25 +52,26 @@ def scores(run: Run) -> Iterator[Score]:
     for file, result in run.results.items():
         entries = result.get("metrics")
         for name, entry in entries.items() if isinstance(entries, dict) else ():
-            if isinstance(entry, dict) and "manifest" in entry:
+            if isinstance(entry, dict) and {"manifest", "mean", "seeds"} <= entry.keys():
                 yield _metric(name, entry)
         given = {key.removesuffix("_stderr") for key in result if key.endswith("_stderr")}
         known = next((names for names in CAPTIONS if {*names} == given), None)
         settings = {} if entries else settings_of(result)
         for name in known or sorted(given):
-            if isinstance(result.get(name), (int, float)):
-                value = plus_minus(result[name], result[f"{name}_stderr"])
+            spread = result[f"{name}_stderr"]
+            if is_number(result.get(name)) and (spread is None or is_number(spread)):
+                value = plus_minus(result[name], spread)
                 caption = CAPTIONS.get(known, f"{file}.json")
                 yield Score(caption, name, settings, result[name], value)
 
 
 def settings_of(result: dict) -> dict[str, str]:
     """The settings of a result that is not of metrics."""
-    recipe = result.get("recipe") or {}
+    recipe = result["recipe"] if isinstance(result.get("recipe"), dict) else {}
     steps = recipe.get("steps") or len(result.get("curves", {}).get("timesteps", ()))
     if "even_steps" in result:
         steps = f"{len(result['steps'])} of {result['num_timesteps']:,}"
-    size = {"count": f"{result['num_images']:,} images"} if "num_images" in result else {}
+    size = {"count": f"{number(result['num_images'])} images"} if "num_images" in result else {}
     return words.settings(recipe | {"steps": steps or None}) | size
 
 

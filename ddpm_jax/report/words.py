@@ -41,6 +41,11 @@ BOOKKEEPING = (
 )
 
 
+def is_number(value) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def number(value) -> str:
     """4,000, 0.04050, 1.3e-05 or –: four digits of a number that is not whole."""
     if value is None or value != value:
