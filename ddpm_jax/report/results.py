@@ -25,9 +25,9 @@ CHARTS = (
     ("L_t, bits/dim", "t + 1", "timesteps", "terms", "log", "log"),
     ("RMSE of x̂_0, 0 … 255", "t", "timesteps", "x_0_error", "linear", "linear"),
     ("squared error of ε̂", "t", "timesteps", "eps_error", "linear", None),
-    ("distortion, RMSE", "rate, bits/dim", "rate", "rmse", "linear", "linear"),
-    ("distortion, RMSE", "reverse steps", "reverse_steps", "rmse", "linear", "linear"),
-    ("rate, bits/dim", "reverse steps", "reverse_steps", "rate", "linear", "linear"),
+    ("distortion over rate, RMSE", "rate, bits/dim", "rate", "rmse", "linear", "linear"),
+    ("distortion over steps, RMSE", "reverse steps", "reverse_steps", "rmse", "linear", "linear"),
+    ("rate over steps, bits/dim", "reverse steps", "reverse_steps", "rate", "linear", "linear"),
 )
 METRICS = ("Metrics of samples", "Metrics of other images")
 
