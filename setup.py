@@ -8,7 +8,8 @@ setup(
     name="ddpm_jax",
     version="0.1.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
-    packages=["ddpm_jax"],
+    packages=["ddpm_jax", "ddpm_jax.report"],
+    package_data={"ddpm_jax.report": ["*.html.j2", "style.css"]},
     python_requires=">=3.11",
     # Floors, at or below what a Colab TPU runtime ships, and no upper pins: installing ddpm_jax never
     # moves an accelerator's own jax.
@@ -21,6 +22,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not declare it
         "ml-collections>=1.0.0",
         "absl-py>=1.4",
+        "jinja2>=3.1",
         "numpy>=2.0",
         "pillow>=10.0",
         "matplotlib>=3.8",

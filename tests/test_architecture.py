@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    **dict.fromkeys(["config", "data", "checkpoints", "writers", "page"], -1),  # the I/O row
+    **dict.fromkeys(["config", "data", "checkpoints", "writers"], -1),  # the I/O row
     **dict.fromkeys(["schedules", "gaussians", "metrics"], 0),
     **dict.fromkeys(["diffusion", "unet", "inception"], 1),
     **dict.fromkeys(["likelihood", "samplers"], 2),
@@ -34,8 +34,13 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def room(path):
+    """A file of the package, or the folder that it is in."""
+    return path.relative_to(ROOT / "ddpm_jax").parts[0].removesuffix(".py")
+
+
 def test_every_file_has_a_floor():
-    assert {path.stem for path in FILES} == FLOORS.keys()
+    assert {*map(room, FILES)} == FLOORS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -44,18 +49,18 @@ def test_imports_go_down(path):
         top, _, rest = name.partition(".")
         assert top not in ("configs", "experiments", "tests"), f"{path.name} imports {name}"
         ours = rest.split(".")[0]
-        if top == "ddpm_jax" and ours in FLOORS:
-            assert FLOORS[ours] < max(FLOORS[path.stem], 0), f"{path.name} imports {name}"
-            assert FLOORS[path.stem] >= 0, f"{path.name} is on the I/O row and imports {name}"
+        if top == "ddpm_jax" and ours in FLOORS.keys() - {room(path)}:
+            assert FLOORS[ours] < max(FLOORS[room(path)], 0), f"{path.name} imports {name}"
+            assert FLOORS[room(path)] >= 0, f"{path.name} is on the I/O row and imports {name}"
 
 
 @pytest.mark.parametrize(
     "word, home",
     [
-        ("pmap", "parallel.py"),
-        ("orbax", "checkpoints.py"),
-        ("tensorflow_datasets", "data.py"),
-        ("matplotlib", "writers.py"),
+        ("pmap", ["parallel.py"]),
+        ("orbax", ["checkpoints.py"]),
+        ("tensorflow_datasets", ["data.py"]),
+        ("matplotlib", ["writers.py", "charts.py"]),  # pictures, and charts of the report
     ],
 )
 def test_one_home_for_each_library(word, home):
@@ -63,7 +68,7 @@ def test_one_home_for_each_library(word, home):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         names |= {part for name in imports(path) for part in name.split(".")}
-        assert (word in names) == (path.name == home), path.name
+        assert (word in names) == (path.name in home), path.name
 
 
 def test_there_is_no_drawer():
