@@ -1,6 +1,6 @@
 """Installs the package `ddpm_jax`; configs and experiments stay in the clone, to be forked."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
 
@@ -8,8 +8,8 @@ setup(
     name="ddpm_jax",
     version="0.1.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
-    packages=["ddpm_jax", "ddpm_jax.report"],
-    package_data={"ddpm_jax.report": ["*.html.j2", "style.css"]},
+    packages=find_packages(include=["ddpm_jax*"]),
+    package_data={"ddpm_jax.commands.report": ["*.html.j2", "style.css"]},
     python_requires=">=3.11",
     # Floors, at or below what a Colab TPU runtime ships, and no upper pins: installing ddpm_jax never
     # moves an accelerator's own jax.
@@ -22,6 +22,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not declare it
         "ml-collections>=1.0.0",
         "absl-py>=1.4",
+        "jaxtyping>=0.2.36",
         "jinja2>=3.1",
         "numpy>=2.0",
         "pillow>=10.0",

@@ -1,5 +1,6 @@
 """python -m ddpm_jax: the same as python -m ddpm_jax.main."""
 
-from ddpm_jax import main
+from ddpm_jax.main import main
 
-main.run(main.main)
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ from ddpm_jax.files import checkpoints, results, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.names import nearest as nearest_name
 from ddpm_jax.options import ConfigError, Option, Text
-from ddpm_jax.report import report
+from ddpm_jax.commands.report import report
 from ddpm_jax.training import guards, loop, parallel, resume
 
 PROGRAM = "python -m ddpm_jax.main"

@@ -364,6 +364,17 @@ def _refuse(text: str):
     raise ValueError(text)
 
 
+def literals(hint: Any) -> list[str]:
+    """The values of a type that lists them all, as text; empty for any other."""
+    found = []
+    for one in _alternatives(hint):
+        if typing.get_origin(one) is Literal:
+            found += [str(value) for value in typing.get_args(one)]
+        elif one is not type(None):
+            return []
+    return found
+
+
 def expected(hint: Any) -> str:
     """A type in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

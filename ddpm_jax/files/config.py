@@ -92,24 +92,34 @@ def fields(config) -> dict[str, object]:
     return result
 
 
-def override(config, field: str, text: str) -> None:
+def override(config, field: str, text: str, reader_of: Callable | None = None) -> None:
     """Sets a field, such as "model.channels", to what a command line writes, read as the field's type.
 
     None is written for any field; an empty text is an empty tuple; 1e3 is a whole number.
+
+    Args:
+      reader_of: (section, config) -> what reads the section, whose options are fields too.
 
     Raises:
       ConfigError: no such field, with the nearest, or a text of another type.
     """
     known = fields(config)
+    section_name, _, name = field.rpartition(".")
     if field not in known:
-        if any(name.startswith(f"{field}.") for name in known):
-            inner = [name for name in known if name.startswith(f"{field}.")]
+        inner = [name for name in known if name.startswith(f"{field}.")]
+        if inner:
             names = ", ".join(f"config.{name}" for name in inner)
             raise ConfigError(f"config.{field} is a section; give its fields: {names}")
-        raise ConfigError(f"the config has no field config.{field}{near_field(field, list(known))}")
-    *sections, name = field.split(".")
+        found = _options_of_section(config, section_name, reader_of)
+        if name not in found:
+            known = [*known, *(f"{section_name}.{other}" for other in found)]
+            raise ConfigError(f"the config has no field config.{field}{near_field(field, known)}")
+        value = options.convert(found[name], options.Text(text), f"config.{section_name}")
+        with config[section_name].unlocked():
+            config[section_name][name] = value
+        return
     section = config
-    for part in sections:
+    for part in section_name.split(".") if section_name else ():
         section = section[part]
     kind = section.get_type(name)
     try:
@@ -119,8 +129,23 @@ def override(config, field: str, text: str) -> None:
         raise ConfigError(
             f"config.{field} must be {expected.get(kind, kind.__name__)}, got {text!r}"
         ) from None
+    before = section[name]
     with section.ignore_type():
         section[name] = value
+    if field in ("model.name", "preview.sampler") and value != before:
+        found = _options_of_section(config, section_name, reader_of)
+        with section.unlocked():  # fields of the old choice
+            for other in set(section) - set(found) - {"name", "every", "num_images"}:
+                del section[other]
+
+
+def _options_of_section(config, section: str, reader_of: Callable | None) -> dict:
+    """The options of what reads a section, by name."""
+    reader = reader_of(section, config) if reader_of and section in config else None
+    if reader is None:
+        return {}
+    chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
+    return {one.name: one for one in options.flat(reader, chosen)}
 
 
 def near_field(word: str, known: Sequence[str]) -> str:

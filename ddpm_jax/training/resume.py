@@ -8,7 +8,7 @@ import os
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
-from ddpm_jax.ddpm import DDPM
+from ddpm_jax.ddpm import DDPM, Sampling
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data
 from ddpm_jax.names import find
@@ -40,6 +40,7 @@ def reader_of(section: str, config):
     if section == "model":
         return find(name or "unet", NETWORKS, "network")
     readers = {"data": data.load, "diffusion": DDPM, "optimizer": step.make_optimizer}
+    readers["preview"] = Sampling
     readers |= {"step": step.make_update}
     return readers.get(section)
 

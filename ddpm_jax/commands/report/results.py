@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax.report import words
-from ddpm_jax.report.blocks import block, chart_block, pivot, table, text
-from ddpm_jax.report.charts import Curve, chart
-from ddpm_jax.report.find import Run
-from ddpm_jax.report.words import is_number, number, plus_minus
+from ddpm_jax.commands.report import words
+from ddpm_jax.commands.report.blocks import block, chart_block, pivot, table, text
+from ddpm_jax.commands.report.charts import Curve, chart
+from ddpm_jax.commands.report.find import Run
+from ddpm_jax.commands.report.words import is_number, number, plus_minus
 
 CURVES = 6  # maximum number of bounds in one chart
 # Names of the numbers of a result, and its caption. Other results are called by their files.

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import runs, schedules, writers
-from ddpm_jax.ddpm import make_method
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import run_data, runs, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.method import from_config
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process.schedules import Schedule
 
 
 class Picture(NamedTuple):
@@ -32,7 +35,7 @@ class Run(NamedTuple):
     workdir: str  # as the user wrote it
     name: str
     config: ConfigDict
-    chain: schedules.Schedule | None  # None if the Method has none, or cannot be imported here
+    chain: Schedule | None  # None if the Method has none, or cannot be imported here
     rows: list[dict]  # of metrics.jsonl, at least one
     log: str
     previews: list[tuple[int, str]]  # (step, path), in order
@@ -62,14 +65,14 @@ def find(workdir: str) -> Run:
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        raise runs.RunError(
+        raise RunError(
             f"{workdir} is not a run directory: it has no config.json; train with this --workdir first, or"
             " check its spelling"
         )
     config = config_lib.load(path)
     rows = writers.read_metrics(os.path.join(workdir, "metrics.jsonl"))
     if not rows:
-        raise runs.RunError(
+        raise RunError(
             f"{workdir} has nothing in metrics.jsonl yet; the first line comes after"
             f" {config.training.get('log_every', 100)} steps of training"
         )
@@ -93,18 +96,19 @@ def find(workdir: str) -> Run:
             pictures.append(Picture(path, "other", {}, {}))
     name = os.path.basename(os.path.abspath(workdir))
     log = _text(os.path.join(workdir, "log.txt"))
-    class_names = tuple((runs.saved_data(workdir) or {}).get("class_names", ()))
+    class_names = tuple((run_data.saved_data(workdir) or {}).get("class_names", ()))
     chain = _chain(config)
     return Run(workdir, name, config, chain, rows, log, previews, pictures, results, class_names)
 
 
-def _chain(config) -> schedules.Schedule | None:
+def _chain(config) -> Schedule | None:
     """The Method's chain, which may differ from config.schedule."""
-    try:
-        diffusion = make_method(config).diffusion
-    except (config_lib.ConfigError, ImportError):  # a Method of another checkout
+    if runs.foreign_modules(config):  # a page is no reason to run the code of a stranger
         return None
-    return diffusion and diffusion.schedule
+    try:
+        return getattr(from_config(config), "schedule", None)
+    except ConfigError:  # a Method of another checkout
+        return None
 
 
 def _files(workdir: str, folder: str, extension: str) -> list[str]:

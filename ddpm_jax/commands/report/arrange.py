@@ -9,14 +9,14 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import schedules
-from ddpm_jax.evaluate import mean_and_error
-from ddpm_jax.report import results, words
-from ddpm_jax.report.blocks import block, chart_block, figure, table, text
-from ddpm_jax.report.charts import Curve, chart
-from ddpm_jax.report.find import Picture, Run
-from ddpm_jax.report.words import is_number, number, plus_minus
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.process import schedules
+from ddpm_jax.stats import mean_and_error
+from ddpm_jax.commands.report import results, words
+from ddpm_jax.commands.report.blocks import block, chart_block, figure, table, text
+from ddpm_jax.commands.report.charts import Curve, chart
+from ddpm_jax.commands.report.find import Picture, Run
+from ddpm_jax.commands.report.words import is_number, number, plus_minus
 
 PICTURES = 12  # maximum number of pictures of one kind
 PARTS = 25  # a training curve is averaged over one part in so many
@@ -186,23 +186,23 @@ def schedule(found: list[Run]) -> list:
     forward = [os.path.join(run.workdir, "forward.png") for run in found]
     forward = [path for path in forward if len(found) == 1 and os.path.exists(path)]
     found = [run for run in found if run.chain is not None]
-    if all(np.array_equal(run.chain.beta, found[0].chain.beta) for run in found):
+    if all(np.array_equal(run.chain.ratio, found[0].chain.ratio) for run in found):
         found = found[:1]
+    if all(run.chain.is_variance_preserving for run in found):
+        tables = [("β", "beta", "linear"), ("ᾱ", "alpha_bar", "linear")]
+    else:
+        tables = [("α", "alpha", "linear"), ("σ", "sigma", "linear")]
     charts, lines = [], []
-    for title, name, scale in (
-        ("β", "beta", "linear"),
-        ("ᾱ", "alpha_bar", "linear"),
-        ("SNR = ᾱ / (1 − ᾱ)", "snr", "log"),
-    ):
+    for title, name, scale in (*tables, ("SNR = α²/σ²", "snr", "log")):
         chains = [(run.name, range(len(run.chain)), getattr(run.chain, name)) for run in found]
         curves = [Curve(*chain) for chain in chains]
         charts.append(chart(title, curves, x_label="t", y_scale=scale))
     for run in found:
         health = schedules.health(run.chain)
-        line = (
-            f"T = {len(run.chain):,}; ᾱ at the end {health.alpha_bar_T:.3g} (Σβ = {health.sum_beta:.4g} bounds"
-            f" it by {health.alpha_bar_bound:.3g}), which leaves a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
-        )
+        line = f"T = {len(run.chain):,}; α² at the end {health.alpha_T**2:.3g}"
+        if health.sum_beta is not None:
+            line += f" (Σβ = {health.sum_beta:.4g} bounds it by {health.alpha_bar_bound:.3g})"
+        line += f"; a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
         lines.append(text(f"{run.name}: {line}" if len(found) > 1 else line, ""))
     title = "The forward process: data on the left, then x_t up to t = T − 1"
     return [*lines, *chart_block(charts), *(figure(path, title, title) for path in forward)]

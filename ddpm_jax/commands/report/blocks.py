@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 
-from ddpm_jax.report import charts, words
+from ddpm_jax.commands.report import charts, words
 
 
 def text(line: str, style: str = "quiet", command: str = "") -> dict | None:

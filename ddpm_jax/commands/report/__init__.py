@@ -15,19 +15,28 @@ page.html.j2 renders the page.
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import jinja2
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import runs, writers
-from ddpm_jax.report import arrange
-from ddpm_jax.report.find import find
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.commands.report import arrange
+from ddpm_jax.commands.report.find import find
 
 GENERATOR = "ddpm_jax report"  # name in the page's <meta name="generator">
 
 
-def report(workdir: str, *, out: str | None = None) -> str:
-    """Writes a report on a run, or a comparison of several.
+def report(
+    workdir: str,
+    *,
+    out: Annotated[
+        str | None,
+        "The .html to write. Default: report.html in the run directory, or comparison.html here for several.",
+    ] = None,
+) -> str:
+    """Writes a report on a run, or on several runs with commas, as one page of HTML.
 
     Args:
       workdir: a run directory, or several separated by commas.
@@ -46,9 +55,9 @@ def report(workdir: str, *, out: str | None = None) -> str:
     workdirs = [config_lib.path(part) for part in parts if part] or [workdir]
     for n, path in enumerate(workdirs):
         if os.path.realpath(path) in map(os.path.realpath, workdirs[:n]):
-            raise runs.RunError(f"{path} is given twice; give each run once")
+            raise RunError(f"{path} is given twice; give each run once")
     if out is not None:
-        out = runs.out_path(out, ".html")
+        out = results.out_path(out, ".html")
     else:
         one = len(workdirs) == 1
         out = os.path.abspath(
@@ -64,7 +73,7 @@ def report(workdir: str, *, out: str | None = None) -> str:
 def render(page: dict) -> str:
     """The HTML of a page of plain data; all its text is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ddpm_jax.report", "."),
+        loader=jinja2.PackageLoader("ddpm_jax.commands.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -78,4 +87,4 @@ def _check_out(out: str) -> None:
     if os.path.exists(out):
         with open(out, encoding="utf-8", errors="replace") as file:
             if GENERATOR not in file.read(1000):
-                raise runs.RunError(f"{out} is not a report; choose another --out")
+                raise RunError(f"{out} is not a report; choose another --out")
