@@ -20,7 +20,8 @@ from typing import Annotated
 import jinja2
 
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import results, writers
+from ddpm_jax.files import writers
+from ddpm_jax.files.results import out_path
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.commands.report import arrange
 from ddpm_jax.commands.report.find import find
@@ -57,7 +58,7 @@ def report(
         if os.path.realpath(path) in map(os.path.realpath, workdirs[:n]):
             raise RunError(f"{path} is given twice; give each run once")
     if out is not None:
-        out = results.out_path(out, ".html")
+        out = out_path(out, ".html")
     else:
         one = len(workdirs) == 1
         out = os.path.abspath(
