@@ -30,8 +30,12 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import data, diffusion, metrics, parallel, runs, writers
+from ddpm_jax import data, metrics
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.process.diffusion import from_uint8
+from ddpm_jax.training import parallel
 
 COMMAND = "python -m experiments.feature_classifier"
 FEATURES = 64
@@ -78,7 +82,7 @@ def train(
     Raises:
       DataError, RunError: one line.
     """
-    out = runs.out_path(out, ".npz")  # or fail before training
+    out = results.out_path(out, ".npz")  # or fail before training
     train_set, test_set = (data.load(name, split=s, data_dir=data_dir) for s in ("train", "test"))
     if not train_set.num_classes:
         raise data.DataError(f"{name} has no labels, and a classifier needs them")
@@ -95,7 +99,7 @@ def train(
     def update(params, opt_state, step, batch):
         def loss(params):
             rngs = {"dropout": jax.random.fold_in(dropout_key, step)}
-            images = diffusion.from_uint8(batch["image"])
+            images = from_uint8(batch["image"])
             _, logits = network.apply(params, images, train=True, rngs=rngs)
             entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
             return jnp.mean(entropy)
@@ -150,11 +154,11 @@ def make_features(network: Classifier, params, image_shape: tuple[int, int, int]
 
     @jax.jit
     def forward(params, images):
-        return network.apply(params, diffusion.from_uint8(images))
+        return network.apply(params, from_uint8(images))
 
     def features(images):
         if images.dtype != np.uint8 or images.shape[1:] != image_shape or len(images) < 1:
-            raise runs.RunError(
+            raise RunError(
                 f"this classifier takes uint8 [B, {', '.join(map(str, image_shape))}], got"
                 f" {images.dtype} {list(images.shape)}; it needs images like those it was trained on"
             )
@@ -177,25 +181,25 @@ def load(path: str) -> metrics.Extractor:
     """
     path = config_lib.path(path)
     if not os.path.isfile(path):
-        raise runs.RunError(
+        raise RunError(
             f"there is no classifier {path}; make one with {COMMAND} --data=NAME --out={path}"
         )
     try:
-        weights = runs.read_npz(path)
+        weights = results.read_npz(path)
         recipe = json.loads(str(weights.pop("recipe")))
         name, sha256 = recipe["data"], recipe["weights_sha256"]
         network, shape = Classifier(recipe["num_classes"]), tuple(recipe["image_shape"])
         expected = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
         expected = traverse_util.flatten_dict(expected["params"], sep="/")
-    except (runs.RunError, KeyError, TypeError, ValueError):
+    except (RunError, KeyError, TypeError, ValueError):
         line = f"{path} is damaged or no classifier; make one with {COMMAND}"
-        raise runs.RunError(line) from None
+        raise RunError(line) from None
     described, there = (
         {key: (array.shape, array.dtype) for key, array in arrays.items()}
         for arrays in (expected, weights)
     )
     if described != there or digest(weights) != sha256:
-        raise runs.RunError(
+        raise RunError(
             f"{path} is damaged, or of another classifier; make it anew with {COMMAND} --data={name}"
         )
     params = {"params": traverse_util.unflatten_dict(weights, sep="/")}
@@ -229,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         train(args.data, data_dir=args.data_dir, seed=args.seed, num_steps=args.steps, out=args.out)
     except KeyboardInterrupt:
         parser.exit(130, "stopped by Ctrl-C; nothing was written\n")
-    except (data.DataError, runs.RunError, OSError) as error:
+    except (data.DataError, RunError, OSError) as error:
         parser.error(str(error))
 
 

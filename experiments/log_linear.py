@@ -26,33 +26,23 @@ cost bits. Between trainings it was not measured (--seeds=3). It does not say ho
 """
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from configs import digits
-from ddpm_jax import ddpm
-
-SECTIONS = (*ddpm.SECTIONS, "log_linear")  # the config's sections that this Method reads
+from ddpm_jax.process.schedules import Schedule, from_betas
 
 
 def get_config(variant: str = ""):
     config = digits.get_config(variant)
-    config.method = "experiments.log_linear"
-    config.log_linear = ConfigDict({"start": 9.2, "end": -10.1})  # as the linear schedule's ends
+    config.schedule.name = "experiments.log_linear:log_linear"
+    config.schedule.start = 9.2  # log SNR at both ends, as that of the linear schedule
+    config.schedule.end = -10.1
     return config
 
 
-def betas(num_timesteps: int, start: float, end: float) -> np.ndarray:
-    """β_0 … β_{T−1} whose log ᾱ/(1 − ᾱ) falls from `start` to `end` in even steps; float64 [T]."""
+def log_linear(num_timesteps: int = 1000, *, start: float, end: float) -> Schedule:
+    """The variance-preserving chain whose log SNR falls from `start` to `end` in even steps."""
     alpha_bar = 1.0 / (1.0 + np.exp(-np.linspace(start, end, num_timesteps)))
-    return 1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-
-
-def make(config):
-    """The Method of `ddpm_jax.ddpm` with other β."""
-    config = config.copy_and_resolve_references()
-    T = config.schedule.num_timesteps
-    config.schedule = ConfigDict({"name": "betas", "betas": tuple(betas(T, **config.log_linear))})
-    return ddpm.make(config)
+    return from_betas(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
 
 
 def rows(size: str) -> dict[str, dict]:

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from ddpm_jax import config as config_lib
+from ddpm_jax.files import config as config_lib
 
 SIZES = {"full": "", "cpu": "cpu", "smoke": "smoke"}  # on the command line: in the config
 

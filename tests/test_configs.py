@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ddpm_jax import data, training
-from ddpm_jax.ddpm import make_method
+from ddpm_jax import data
+from ddpm_jax.method import from_config
+from ddpm_jax.training import step as training
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "variants")
@@ -34,7 +35,7 @@ TRACES = {}
 
 
 def trace_step(config):
-    method = make_method(config)
+    method = from_config(config)
     tx, _ = training.optimizer_of(config)
     key, n = jax.random.key(0), config.training.batch_size
     state = jax.eval_shape(lambda key: training.init_state(method, tx, key), key)

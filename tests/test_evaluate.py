@@ -7,11 +7,21 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from running import call
+
+from ddpm_jax.commands import likelihood as likelihood_commands
+from ddpm_jax.files import writers
 from test_train import make_config as affine_config
 
 from configs import digits
-from ddpm_jax import config as config_lib
-from ddpm_jax import data, evaluate, likelihood, parallel, runs, sample, train, training, writers
+from ddpm_jax import data
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import run_data, runs
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process import likelihood
+from ddpm_jax.training import loop, parallel
+from ddpm_jax.training import step as training
 
 
 def make_config(**diffusion):
@@ -31,7 +41,7 @@ def make_config(**diffusion):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train(make_config(), folder)
+    loop.train(make_config(), folder)
     return str(folder)
 
 
@@ -43,7 +53,7 @@ def no_pictures(monkeypatch):
 
 def test_the_result_is_the_mean_of_what_the_method_says(workdir, tmp_path, capsys):
     out = str(tmp_path / "result.json")
-    result = evaluate.nll(workdir, num_images=10, batch_size=4, out=out)
+    result = call("nll", workdir, num_images=10, batch_size=4, out=out)
     run = runs.load(workdir)
     images = data.load("digits", split="test")
     _, bound = run.method.make_bound()
@@ -81,10 +91,10 @@ def test_the_result_is_the_mean_of_what_the_method_says(workdir, tmp_path, capsy
 def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, monkeypatch):
     def measure(name, num_images):
         out = str(tmp_path / f"{name}.json")
-        return evaluate.nll(workdir, num_images=num_images, batch_size=4, steps=5, out=out)
+        return call("nll", workdir, num_images=num_images, batch_size=4, steps=5, out=out)
 
     whole, calls = measure("whole", 12), []
-    add = evaluate._add
+    add = likelihood_commands._Tally.add
 
     def killed_at_the_third(*args):
         if len(calls) == 2:
@@ -92,7 +102,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
         calls.append(args)
         return add(*args)
 
-    monkeypatch.setattr(evaluate, "_add", killed_at_the_third)
+    monkeypatch.setattr(likelihood_commands._Tally, "add", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         measure("killed", 12)
     assert not (tmp_path / "killed.json").exists()
@@ -101,7 +111,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
     assert len(calls) == 1  # only what was missing
     calls.clear()
     measure("grown", 8)
-    monkeypatch.setattr(evaluate, "_add", add)
+    monkeypatch.setattr(likelihood_commands._Tally, "add", add)
     for other in (again, measure("grown", 12)):
         for name in whole.scalars:
             np.testing.assert_array_equal(other.scalars[name], whole.scalars[name])
@@ -113,7 +123,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
 def test_image_i_depends_on_the_seed_and_i_alone(workdir, tmp_path):
     def total(name, **options):
         out = str(tmp_path / f"{name}.json")
-        return evaluate.nll(workdir, steps=5, out=out, **options).scalars["total"]
+        return call("nll", workdir, steps=5, out=out, **options).scalars["total"]
 
     whole = total("a", num_images=8, batch_size=8)
     np.testing.assert_allclose(total("b", num_images=5, batch_size=3), whole[:5], rtol=1e-5)
@@ -122,33 +132,33 @@ def test_image_i_depends_on_the_seed_and_i_alone(workdir, tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir, capsys):
-    with pytest.raises(runs.RunError, match=r"--variance=analytic .*--steps=5") as error:
-        sample.sample(workdir, num_samples=2, variance="analytic", steps="5")
+    with pytest.raises(RunError, match=r"--variance=analytic .*--steps=5") as error:
+        call("sample", workdir, num_samples=2, variance="analytic", steps="5")
     assert workdir in str(error.value)
-    analytic = evaluate.nll(workdir, num_images=8, steps="5", variance="analytic")
+    analytic = call("nll", workdir, num_images=8, steps="5", variance="analytic")
     origin = analytic.recipe["x_0_error"]
-    assert origin["split"] == "train" and origin["num_images"] == evaluate.ERROR_IMAGES
+    assert origin["split"] == "train" and origin["num_images"] == likelihood_commands.ERROR_IMAGES
     assert "(errors of 64 training images)" in capsys.readouterr().out
     there = {"num_images": 64, "steps": 5, "split": "train"}  # the images that it was measured on
-    others = [evaluate.nll(workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]
-    best = evaluate.nll(workdir, variance="analytic", **there)
+    others = [call("nll", workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]
+    best = call("nll", workdir, variance="analytic", **there)
     for other in others:
         assert best.curves["terms"][1:].sum() < other.curves["terms"][1:].sum()
     capsys.readouterr()
-    evaluate.nll(workdir, num_images=12, steps=5, variance="analytic")  # more images, same errors
+    call("nll", workdir, num_images=12, steps=5, variance="analytic")  # more images, same errors
     assert "compiling" not in capsys.readouterr().out.partition("digits/test")[0]
 
-    with np.load(sample.sample(workdir, num_samples=2, variance="analytic", steps="5")) as file:
+    with np.load(call("sample", workdir, num_samples=2, variance="analytic", steps="5")) as file:
         recipe = json.loads(str(file["recipe"]))
     assert recipe["x_0_error"] == origin
     for other in ({"clip_x0": "dynamic"}, {"guidance": 2.0}):  # errors of another model
-        with pytest.raises(runs.RunError, match="leave out --guidance and --clip=dynamic"):
-            sample.sample(workdir, num_samples=2, variance="analytic", steps="5", **other)
+        with pytest.raises(RunError, match="leave out --guidance and --clip=dynamic"):
+            call("sample", workdir, num_samples=2, variance="analytic", steps="5", **other)
 
 
 def test_rate_and_distortion_of_the_measured_curves(workdir, tmp_path, capsys):
     out = str(tmp_path / "x.json")
-    result = evaluate.rate_distortion(workdir, num_images=4, out=out)
+    result = call("rate_distortion", workdir, num_images=4, out=out)
     rate, rmse = likelihood.rate_distortion(
         result.curves["terms"], result.scalars["L_T"].mean(), result.curves["x_0_error"]
     )
@@ -163,14 +173,14 @@ def test_rate_and_distortion_of_the_measured_curves(workdir, tmp_path, capsys):
 @pytest.mark.usefixtures("no_pictures")
 def test_the_best_steps_beat_even_spacing(workdir, tmp_path, capsys):
     out = tmp_path / "best.json"
-    tau = evaluate.best_steps(workdir, steps="4", num_images=16, out=str(out))
+    tau = call("best_steps", workdir, steps="4", num_images=16, out=str(out))
     assert len(tau) == 4 and tau[0] == 0 and tau[-1] == 19
     summary = json.loads(out.read_text())
     assert summary["gain"] == pytest.approx(summary["even"] - summary["best"], abs=1e-9)
     assert summary["gain"] > 0 and summary["num_images"] == 16
     capsys.readouterr()
     text = json.dumps(summary["steps"])  # as it is typed on the command line: nothing is left to do
-    again = evaluate.nll(workdir, steps=text, num_images=16)
+    again = call("nll", workdir, steps=text, num_images=16)
     assert "image 16/16" not in capsys.readouterr().out
     assert again.chain.timesteps.tolist() == tau.tolist()
     assert again.scalars["total"].mean() == pytest.approx(summary["best"], abs=1e-9)
@@ -178,9 +188,9 @@ def test_the_best_steps_beat_even_spacing(workdir, tmp_path, capsys):
 
 def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
     out = str(tmp_path / "strip.npz")
-    with np.load(sample.progressive(workdir, num_samples=3, out=out)) as file:
+    with np.load(call("progressive", workdir, num_samples=3, out=out)) as file:
         strip = dict(file)
-    with np.load(sample.sample(workdir, num_samples=3, out=str(tmp_path / "images.npz"))) as file:
+    with np.load(call("sample", workdir, num_samples=3, out=str(tmp_path / "images.npz"))) as file:
         images = file["images"]
     np.testing.assert_array_equal(strip["images"], images)
     assert strip["t"].tolist() == np.round(np.linspace(19, 0, 12)).tolist()
@@ -188,8 +198,8 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
     np.testing.assert_array_equal(strip["x_0"][:, -1], images)  # μ̃ at the last step is x̂_0
     assert 0.8 < strip["x_t"][:, 0].std() < 1.2  # it began as noise
     assert (tmp_path / "strip.png").exists()
-    with pytest.raises(runs.RunError, match="other settings"):
-        sample.progressive(workdir, num_samples=3, out=str(tmp_path / "images.npz"))
+    with pytest.raises(RunError, match="other settings"):
+        call("progressive", workdir, num_samples=3, out=str(tmp_path / "images.npz"))
 
 
 @pytest.mark.parametrize(
@@ -211,25 +221,25 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
     ],
 )
 def test_refusals(workdir, options, words):
-    errors = (config_lib.ConfigError, data.DataError, runs.RunError)
+    errors = (ConfigError, data.DataError, RunError)
     with pytest.raises(errors, match=words) as error:
-        evaluate.nll(workdir, **({"num_images": 4} | options))
+        call("nll", workdir, **({"num_images": 4} | options))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("steps", ["1", "21", "ddim5", "five"])
 def test_best_steps_needs_a_number_of_steps(workdir, steps):
-    with pytest.raises(config_lib.ConfigError, match=r"choose"):
-        evaluate.best_steps(workdir, steps=steps, num_images=4)
+    with pytest.raises(ConfigError, match=r"choose"):
+        call("best_steps", workdir, steps=steps, num_images=4)
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     out = str(tmp_path / "x.json")
-    evaluate.nll(workdir, num_images=4, steps=5, out=out)
+    call("nll", workdir, num_images=4, steps=5, out=out)
     before = (tmp_path / "x.json").read_text()
-    with pytest.raises(runs.RunError, match="other settings"):
-        evaluate.nll(workdir, num_images=4, steps=4, out=out)
+    with pytest.raises(RunError, match="other settings"):
+        call("nll", workdir, num_images=4, steps=4, out=out)
     assert (tmp_path / "x.json").read_text() == before
 
 
@@ -238,8 +248,8 @@ def test_only_a_result_is_overwritten(workdir, mode):
     config = f"{workdir}/config.json"
     with open(config, encoding="utf-8") as file:
         before = file.read()
-    with pytest.raises(runs.RunError, match="no result of an evaluation"):
-        getattr(evaluate, mode)(workdir, num_images=4, steps=5, out=config)
+    with pytest.raises(RunError, match="no result of an evaluation"):
+        call(mode, workdir, num_images=4, steps=5, out=config)
     with open(config, encoding="utf-8") as file:
         assert file.read() == before
 
@@ -249,39 +259,39 @@ def test_damaged_files_are_one_line(workdir, tmp_path, name):
     for content in (b"", b"PK\x03\x04 cut"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(runs.RunError, match="cannot be read") as error:
-            evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
+        with pytest.raises(RunError, match="cannot be read") as error:
+            call("nll", workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
         assert "\n" not in str(error.value)
 
 
 def test_another_model_with_the_same_weights_is_another_recipe(workdir, tmp_path):
     out = str(tmp_path / "x.json")
-    evaluate.nll(workdir, num_images=4, steps=5, out=out)
+    call("nll", workdir, num_images=4, steps=5, out=out)
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
-    evaluate.nll(str(copy), num_images=4, steps=5, out=out)  # where a run lies changes nothing
+    call("nll", str(copy), num_images=4, steps=5, out=out)  # where a run lies changes nothing
     config = config_lib.load(copy / "config.json")
     config.schedule.end = 0.4
     config_lib.save(config, copy / "config.json")
-    with pytest.raises(runs.RunError, match="other settings"):
-        evaluate.nll(str(copy), num_images=4, steps=5, out=out)
+    with pytest.raises(RunError, match="other settings"):
+        call("nll", str(copy), num_images=4, steps=5, out=out)
 
 
 def test_labels_that_the_model_does_not_know_are_refused(workdir):
     dataset = data.load("digits", split="test")
     method = runs.load(workdir).method._replace(num_classes=10)
-    runs.check_classes(method, dataset)
+    run_data.check_classes(method, dataset)
     unlabelled = dataclasses.replace(dataset, labels=np.full(len(dataset), -1))
     with pytest.raises(data.DataError, match=r"297 of 297 images have no label"):
-        runs.check_classes(method, unlabelled)
+        run_data.check_classes(method, unlabelled)
 
 
 def test_a_method_without_a_bound_says_so(tmp_path):
-    train.train(affine_config(num_steps=1), tmp_path)
-    with pytest.raises(runs.RunError, match=r"affine .* no make_bound"):
-        evaluate.nll(str(tmp_path))
-    with pytest.raises(runs.RunError, match=r"affine .* no make_bound"):
-        evaluate.best_steps(str(tmp_path), steps=5)
+    loop.train(affine_config(num_steps=1), tmp_path)
+    with pytest.raises(RunError, match=r"affine .* no make_bound"):
+        call("nll", str(tmp_path))
+    with pytest.raises(RunError, match=r"affine .* no make_bound"):
+        call("best_steps", str(tmp_path), steps=5)
 
 
 def test_streams_of_a_seed_do_not_move_when_one_is_added():

@@ -14,14 +14,15 @@ import pytest
 from absl.testing import flagsaver
 
 from configs import digits
-from ddpm_jax import main, training
-from ddpm_jax.ddpm import make_method
 from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
 TABLES = [f"experiments/{Path(table).name}" for table in sweep.tables()]
 NAME = re.compile(r"[a-z0-9_]+")  # of a row or a column: a folder and a file
 EVERY = [(table, size) for table in TABLES for size in sweep.SIZES]
+from ddpm_jax import main
+from ddpm_jax.method import from_config
+from ddpm_jax.training import step as training
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_printed_commands_parse_back_to_the_rows_and_build(table, size, capsys):
             assert name in section, field
             section[name] = value
         assert config.to_dict() == expected.to_dict()
-        make_method(config)
+        from_config(config)
         training.optimizer_of(config)
         assert config.preview.every >= 1 and NAME.fullmatch(row)
 
@@ -83,7 +84,7 @@ def test_evaluations_follow_their_training_and_use_flags_that_exist(table, size,
     commands = iter(printed(capsys, table, f"--size={size}"))
     for row in experiment.rows(variant):
         config, workdir = parsed(next(commands))
-        method = make_method(config)
+        method = from_config(config)
         evaluations = experiment.evaluations(variant, row)
         assert evaluations
         for column, arguments in evaluations.items():
@@ -112,7 +113,7 @@ def test_the_loss_of_every_row(table, row, capsys):
     config, _ = parsed(command)
     config.model.channel_mults = (1, 2)  # a shallower network is traced in half the time
     config.model.attention_resolutions = (min(config.data.image_shape[:2]) // 2,)
-    method = make_method(config)
+    method = from_config(config)
     params = jax.eval_shape(method.init, jax.random.key(0))
     b, shape = 2, jax.ShapeDtypeStruct
     batch = {"image": shape((b, *method.image_shape), np.uint8), "label": shape((b,), np.int32)}
@@ -313,7 +314,7 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
         return {"fid_300": {"values": [mean]}}
 
     class Run:
-        method = make_method(digits.get_config())
+        method = from_config(digits.get_config())
 
     monkeypatch.setattr(table1.runs, "load", lambda workdir: Run)
     monkeypatch.setattr(table1.score, "score", score)

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from ddpm_jax import data, metrics, runs, score
 from experiments import feature_classifier
 
 DIGITS = data.load("digits", split="test").images
+from ddpm_jax import data, metrics
+from ddpm_jax.files.run_data import RunError
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_training_is_a_function_of_the_seed(tmp_path):
 
 
 def refused(ask) -> str:
-    with pytest.raises(runs.RunError) as info:
+    with pytest.raises(RunError) as info:
         ask()
     assert "\n" not in str(info.value)
     return str(info.value)
@@ -148,7 +149,7 @@ def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
 
 def test_a_tilde_is_the_home_directory(trained, monkeypatch):
     monkeypatch.setenv("HOME", os.path.dirname(trained[0]))
-    of = score.load_extractor("experiments.feature_classifier:~/digits.npz")
+    of = metrics_commands.load_extractor("experiments.feature_classifier:~/digits.npz")
     assert of.sha256 == feature_classifier.load("~/digits.npz").sha256
 
 

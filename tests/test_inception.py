@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import data, inception
+from ddpm_jax import data
+from ddpm_jax.networks import inception
 
 # ---- weights and images that every version of NumPy draws alike -------------------------------------
 

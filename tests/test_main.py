@@ -15,7 +15,6 @@ from PIL import Image
 from test_train import make_config
 
 import ddpm_jax
-from ddpm_jax import checkpoints, config, data, main, parallel, runs, train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS = "--config=configs/digits.py:smoke"
@@ -73,6 +72,11 @@ MISTAKES = {
     ("--mode=nll", "--guidance=2"): "--guidance is for --mode=",
     ("--mode=smaple",): "should be one of",
 }
+
+from ddpm_jax import data, main
+from ddpm_jax.files import checkpoints, results
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.training import loop
 
 
 @pytest.fixture
@@ -155,7 +159,7 @@ def test_no_attention_trains(tmp_path):
         "--config.model.attention_resolutions=none",
     )
     assert given.model.attention_resolutions is None
-    method = train.make_method(given)
+    method = train.from_config(given)
     assert not any(
         "attention" in jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(
@@ -181,15 +185,15 @@ def test_pictures_of_ones_own_have_their_own_size(tmp_path, monkeypatch, capfd):
     given = make_config(num_steps=1)
     given.data = parsed(DIGITS, name).data.copy_and_resolve_references()
     workdir = tmp_path / "run"
-    train.train(given, workdir)
+    loop.train(given, workdir)
     assert config.load(workdir / "config.json").data.image_shape == (12, 10, 3)
     out = capfd.readouterr().out
     assert "12 images 12×10×3" in out and "--config.data.image_shape=12,10,3" in out
-    train.train(given, workdir)  # the same command again
+    loop.train(given, workdir)  # the same command again
 
     Image.fromarray(np.zeros((9, 10, 3), np.uint8)).save(pictures / "5.png")
     with pytest.raises(Exception, match=r"9×10×3.*--config.data.image_shape=12,10,3"):
-        train.train(given, tmp_path / "other")
+        loop.train(given, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -197,13 +201,13 @@ def test_a_run_of_the_config_files_own_size_goes_on(tmp_path):
     """The size that a run began with holds, also where the command leaves it to the data."""
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 1), np.uint8))
     name = f"npz:{tmp_path}/x.npz"
-    train.train(make_config(num_steps=1, data__name=name), tmp_path / "run")
+    loop.train(make_config(num_steps=1, data__name=name), tmp_path / "run")
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 12, 10, 1), np.uint8))
     given = make_config(num_steps=2, data__name=name, data__image_shape=None)
     with pytest.raises(data.DataError, match="12×10×1, but the config asks for 8×8×1"):
-        train.train(given, tmp_path / "run")
+        loop.train(given, tmp_path / "run")
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 1), np.uint8))
-    state = train.train(given, tmp_path / "run")
+    state = loop.train(given, tmp_path / "run")
     assert int(state.step) == 2
     assert config.load(tmp_path / "run" / "config.json").data.image_shape == (8, 8, 1)
 
@@ -293,7 +297,7 @@ def test_ctrl_c_is_said_as_it_is(command, monkeypatch):
 
 def test_a_run_that_cannot_be_written(command, monkeypatch, tmp_path):
     """The mistake that a user without the rights meets; root, as in a container, does not."""
-    train.train(make_config(num_steps=1), tmp_path / "run")
+    loop.train(make_config(num_steps=1), tmp_path / "run")
 
     def refuse(directory):
         raise PermissionError(13, "Permission denied", str(directory))
@@ -336,15 +340,15 @@ def test_a_tilde_is_the_home_directory_in_every_path(command, monkeypatch, tmp_p
     ],
 )
 def test_out_of_a_folder_that_does_not_exist_is_refused(out, words, tmp_path):
-    with pytest.raises(runs.RunError, match=words):
-        runs.out_path(str(tmp_path / out), ".npz", str(tmp_path))
+    with pytest.raises(RunError, match=words):
+        results.out_path(str(tmp_path / out), ".npz", str(tmp_path))
     assert not list(tmp_path.iterdir())
     inside = str(tmp_path / "eval" / "x.npz")  # where a run's own results go
-    assert runs.out_path(inside, ".npz", str(tmp_path)) == inside
+    assert results.out_path(inside, ".npz", str(tmp_path)) == inside
 
 
 def test_signals_are_as_before_after_a_run(tmp_path):
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    train.train(make_config(num_steps=1), tmp_path)
+    loop.train(make_config(num_steps=1), tmp_path)
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1

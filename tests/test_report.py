@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 from test_edit import make_config
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import edit, evaluate, runs, sample, schedules, train
 from ddpm_jax.report import arrange, blocks, charts, render, report, results, words
 from ddpm_jax.report.find import find
 
 STYLE = os.path.join(os.path.dirname(charts.__file__), "style.css")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOID = {"br", "img", "meta", "wbr"}
+from running import call
+
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.process import schedules
+from ddpm_jax.training import loop
 
 
 class Reader(html.parser.HTMLParser):
@@ -87,13 +92,13 @@ def trained(tmp_path_factory):
     bare, full = (str(tmp_path_factory.mktemp(name)) for name in ("bare", "full"))
     config = make_config()
     config.training.log_every = 5
-    train.train(config, full)
+    loop.train(config, full)
     shutil.copytree(full, bare, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
-    sample.sample(full, num_samples=4, sampler="ddim", steps="4", trajectory=True)
-    sample.progressive(full, num_samples=2, steps="4")
-    edit.reconstruct(full, num_images=4, steps="4,8")
-    edit.nearest(full, num_samples=2, neighbours=2, steps="4")
-    evaluate.rate_distortion(full, num_images=4)
+    call("sample", full, num_samples=4, sampler="ddim", steps="4", trajectory=True)
+    call("progressive", full, num_samples=2, steps="4")
+    call("reconstruct", full, num_images=4, steps="4,8")
+    call("nearest", full, num_samples=2, neighbours=2, steps="4")
+    call("rate_distortion", full, num_images=4)
     return bare, full
 
 
@@ -164,13 +169,13 @@ def test_only_missing_results_come_with_their_commands(trained):
 
 def test_results_are_those_of_their_files(trained):
     reader = read(report(trained[1]))
-    result = evaluate.nll(trained[1], num_images=4)
+    result = call("nll", trained[1], num_images=4)
     total = reader.row("mean")[0]
     mean, spread = (float(part) for part in total.split(" ± "))
     values = result.scalars["total"]
     assert mean == pytest.approx(values.mean(), abs=spread / 10)
     assert spread == pytest.approx(values.std(ddof=1) / 2, rel=0.05)
-    errors = edit.reconstruct(trained[1], num_images=4, steps="4,8")
+    errors = call("reconstruct", trained[1], num_images=4, steps="4,8")
     for cell, (mean, _) in zip(reader.row("error"), errors.values(), strict=True):
         assert float(cell.split(" ± ")[0]) == pytest.approx(mean, rel=0.05)
     kinds = [image["src"].split(";")[0] for image in reader.all("img")]
@@ -315,7 +320,7 @@ def test_a_directory_that_is_not_a_run_gives_one_line(trained, tmp_path, keep, w
         shutil.copy(f"{trained[0]}/{name}", tmp_path)
     if keep is None:
         workdir = f"{trained[0]},{trained[0]}/"
-    with pytest.raises(runs.RunError, match=words) as error:
+    with pytest.raises(RunError, match=words) as error:
         report(workdir)
     assert "\n" not in str(error.value)
 
@@ -335,9 +340,9 @@ def test_no_device_is_requested(trained, tmp_path):
 def test_another_file_is_not_overwritten(trained, tmp_path):
     other = tmp_path / "page.html"
     other.write_text("mine")
-    with pytest.raises(runs.RunError, match="not a report"):
+    with pytest.raises(RunError, match="not a report"):
         report(trained[0], out=str(other))
-    with pytest.raises(runs.RunError, match=r"end in \.html"):
+    with pytest.raises(RunError, match=r"end in \.html"):
         report(trained[0], out=str(tmp_path / "page.png"))
     fresh = str(tmp_path / "fresh.html")
     assert report(trained[0], out=fresh) == report(trained[0], out=fresh) == fresh

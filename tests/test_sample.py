@@ -4,16 +4,20 @@ import json
 
 import numpy as np
 import pytest
+from running import call
 from test_train import make_config
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import runs, sample, train
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, runs
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import loop
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train(make_config(num_steps=3), folder)
+    loop.train(make_config(num_steps=3), folder)
     return str(folder)
 
 
@@ -24,7 +28,7 @@ def images(path):
 
 def test_images_depend_on_seed_and_index_alone(workdir, tmp_path):
     def draw(name, **options):
-        return images(sample.sample(workdir, out=str(tmp_path / f"{name}.npz"), **options))
+        return images(call("sample", workdir, out=str(tmp_path / f"{name}.npz"), **options))
 
     whole = draw("a", num_samples=10)
     assert whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
@@ -36,13 +40,13 @@ def test_images_depend_on_seed_and_index_alone(workdir, tmp_path):
 
 
 def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, monkeypatch):
-    whole = images(sample.sample(workdir, num_samples=12, out=str(tmp_path / "whole.npz")))
+    whole = images(call("sample", workdir, num_samples=12, out=str(tmp_path / "whole.npz")))
     out = str(tmp_path / "killed.npz")
 
     class Killed(Exception):
         pass
 
-    append = runs.GrowingFile.append
+    append = results.GrowingFile.append
 
     def killed_after_two(self, new):
         append(self, new)
@@ -51,25 +55,25 @@ def test_an_interrupted_command_draws_only_what_is_missing(workdir, tmp_path, mo
                 file.write(b"half an image")
             raise Killed
 
-    monkeypatch.setattr(runs.GrowingFile, "append", killed_after_two)
+    monkeypatch.setattr(results.GrowingFile, "append", killed_after_two)
     with pytest.raises(Killed):
-        sample.sample(workdir, num_samples=12, batch_size=4, out=out)
+        call("sample", workdir, num_samples=12, batch_size=4, out=out)
     drawn = []
     monkeypatch.setattr(
-        runs.GrowingFile, "append", lambda self, new: (drawn.append(len(new)), append(self, new))
+        results.GrowingFile, "append", lambda self, new: (drawn.append(len(new)), append(self, new))
     )
     np.testing.assert_array_equal(
-        images(sample.sample(workdir, num_samples=12, batch_size=4, out=out)), whole
+        images(call("sample", workdir, num_samples=12, batch_size=4, out=out)), whole
     )
     assert drawn == [4]
 
 
 def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
     out = str(tmp_path / "some.npz")
-    few = images(sample.sample(workdir, num_samples=3, out=out))
-    more = images(sample.sample(workdir, num_samples=9, out=out))
+    few = images(call("sample", workdir, num_samples=3, out=out))
+    more = images(call("sample", workdir, num_samples=9, out=out))
     np.testing.assert_array_equal(more[:3], few)
-    np.testing.assert_array_equal(images(sample.sample(workdir, num_samples=2, out=out)), more)
+    np.testing.assert_array_equal(images(call("sample", workdir, num_samples=2, out=out)), more)
     with np.load(out) as file:
         recipe = json.loads(str(file["recipe"]))
     assert recipe["step"] == 3 and recipe["weights"] == "ema" and recipe["spread"] == 0.1
@@ -78,12 +82,12 @@ def test_more_images_of_the_same_recipe_are_added(workdir, tmp_path):
 
 def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     out = str(tmp_path / "x.npz")
-    before = images(sample.sample(workdir, num_samples=3, out=out))
-    with pytest.raises(runs.RunError, match="other settings"):
-        sample.sample(workdir, num_samples=3, seed=5, out=out)
+    before = images(call("sample", workdir, num_samples=3, out=out))
+    with pytest.raises(RunError, match="other settings"):
+        call("sample", workdir, num_samples=3, seed=5, out=out)
     (tmp_path / "y.npz").write_bytes(b"not ours")
-    with pytest.raises(runs.RunError, match="another --out"):
-        sample.sample(workdir, num_samples=3, out=str(tmp_path / "y.npz"))
+    with pytest.raises(RunError, match="another --out"):
+        call("sample", workdir, num_samples=3, out=str(tmp_path / "y.npz"))
     np.testing.assert_array_equal(images(out), before)
 
 
@@ -96,14 +100,14 @@ def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     ],
 )
 def test_refusals(workdir, options, words):
-    with pytest.raises((runs.RunError, config_lib.ConfigError), match=words):
-        sample.sample(workdir, **options)
+    with pytest.raises((RunError, ConfigError), match=words):
+        call("sample", workdir, **options)
 
 
 def test_a_run_without_a_checkpoint(tmp_path):
     config_lib.save(make_config(), tmp_path / "config.json")
-    with pytest.raises(runs.RunError, match="no checkpoint"):
-        sample.sample(str(tmp_path))
+    with pytest.raises(RunError, match="no checkpoint"):
+        call("sample", str(tmp_path))
 
 
 def test_file_names_are_short_and_tell_every_option_apart():

@@ -7,10 +7,15 @@ import types
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from running import call
 from test_train import make_config
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import data, metrics, runs, sample, score, train
+from ddpm_jax import data, metrics
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import loop
 
 TRAIN = data.load("digits").images
 
@@ -34,12 +39,12 @@ def pixels():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train(make_config(num_steps=3), folder)
+    loop.train(make_config(num_steps=3), folder)
     return str(folder)
 
 
 def of(images, **options):
-    return score.score(images=str(images), features="pixels:1", **options)
+    return call("eval", images=str(images), features="pixels:1", **options)
 
 
 def save(path, images):
@@ -59,12 +64,12 @@ def test_the_data_are_no_distance_from_themselves_and_halves_are(workdir, tmp_pa
 
 def test_numbers_are_those_of_the_features_and_carry_what_moved_them(workdir, capsys):
     given = {"features": "pixels:1", "num_samples": 40, "metrics": "fid,is"}
-    results = score.score(workdir, num_seeds=2, **given)
+    results = call("eval", workdir, num_seeds=2, **given)
     entry = results["pixels_fid_40"]
     values = []
     reference = metrics.moments(features(TRAIN)[0])
     for seed in (0, 1):
-        images = runs.read_npz(sample.sample(workdir, num_samples=40, seed=seed))["images"]
+        images = results.read_npz(call("sample", workdir, num_samples=40, seed=seed))["images"]
         drawn = metrics.moments(features(images)[0])
         pairs = (drawn.mean, drawn.covariance, reference.mean, reference.covariance)
         values.append(metrics.frechet_distance(*pairs))
@@ -86,15 +91,15 @@ def test_numbers_are_those_of_the_features_and_carry_what_moved_them(workdir, ca
 
 def test_the_same_again_computes_no_features(workdir, monkeypatch):
     given = {"features": "pixels:1", "num_samples": 30}
-    first = score.score(workdir, **given)
-    monkeypatch.setattr(score, "_extract", None)
-    assert score.score(workdir, **given) == first
+    first = call("eval", workdir, **given)
+    monkeypatch.setattr(metrics_commands, "_extract", None)
+    assert call("eval", workdir, **given) == first
 
 
 def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
     path = save(tmp_path / "x.npz", TRAIN[:1100])
     whole = of(path, workdir=workdir)
-    append, calls = runs.GrowingFile.append, []
+    append, calls = results.GrowingFile.append, []
 
     def killed(self, rows):
         append(self, rows)
@@ -102,10 +107,10 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.GrowingFile, "append", killed)
+    monkeypatch.setattr(results.GrowingFile, "append", killed)
     with pytest.raises(KeyboardInterrupt):
-        score.score(workdir, images=str(path), features="pixels:2")
-    other = score.score(workdir, images=str(path), features="pixels:2")
+        call("eval", workdir, images=str(path), features="pixels:2")
+    other = call("eval", workdir, images=str(path), features="pixels:2")
     assert calls[:2] == [250, 250] and sum(calls) == 1100 + 1500
     assert other["pixels_fid_1100"]["values"] == whole["pixels_fid_1100"]["values"]
 
@@ -113,23 +118,23 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        ({"metrics": "fidd"}, config_lib.ConfigError, "did you mean 'fid'"),
-        ({"features": "nowhere:x"}, runs.RunError, "no module 'nowhere'"),
-        ({"features": "math"}, runs.RunError, "with a load"),
+        ({"metrics": "fidd"}, ConfigError, "did you mean 'fid'"),
+        ({"features": "nowhere:x"}, RunError, "no module 'nowhere'"),
+        ({"features": "math"}, RunError, "with a load"),
         ({"features": "inception:nowhere.pth"}, data.DataError, "nowhere.pth"),
-        ({"num_samples": 3, "metrics": "prdc"}, config_lib.ConfigError, "needs at least"),
+        ({"num_samples": 3, "metrics": "prdc"}, ConfigError, "needs at least"),
         ({"images": "nowhere.npz"}, data.DataError, "nowhere.npz"),
-        ({"out": "x.txt"}, runs.RunError, "must end in .json"),
-        ({"out": "/not/there/x.json"}, runs.RunError, "there is no folder /not/there"),
-        ({"sampler": "ddim"}, config_lib.ConfigError, "no field 'sampler'"),
-        ({"images": "x.npz", "spread": 0.2}, runs.RunError, "--spread is for samples"),
-        ({"metrics": "nll", "num_seeds": 2}, runs.RunError, "num_samples|num_seeds"),
+        ({"out": "x.txt"}, RunError, "must end in .json"),
+        ({"out": "/not/there/x.json"}, RunError, "there is no folder /not/there"),
+        ({"sampler": "ddim"}, ConfigError, "no field 'sampler'"),
+        ({"images": "x.npz", "spread": 0.2}, RunError, "--spread is for samples"),
+        ({"metrics": "nll", "num_seeds": 2}, RunError, "num_samples|num_seeds"),
     ],
 )
 def test_refusals(workdir, options, error, words):
     with pytest.raises(error, match=words) as caught:
         count = {} if "images" in options else {"num_samples": 30}
-        score.score(workdir, **{"features": "pixels:1", **count, **options})
+        call("eval", workdir, **{"features": "pixels:1", **count, **options})
     assert "\n" not in str(caught.value)
 
 
@@ -141,16 +146,16 @@ def test_images_of_another_size(workdir, tmp_path):
 
 def test_a_run_without_a_checkpoint(tmp_path):
     config_lib.save(make_config(), tmp_path / "config.json")
-    with pytest.raises(runs.RunError, match="no checkpoint"):
-        score.score(str(tmp_path), features="pixels:1")
+    with pytest.raises(RunError, match="no checkpoint"):
+        call("eval", str(tmp_path), features="pixels:1")
 
 
 def test_nll_is_among_them(tmp_path):
     config = make_config(num_steps=3, method="tiny", schedule__num_timesteps=12)
     config.schedule.end = 0.5
     config.preview = ConfigDict({"every": 100, "num_images": 2, "steps": "3"})
-    train.train(config, tmp_path)
-    result = score.score(str(tmp_path), metrics="nll", num_images=5)
+    loop.train(config, tmp_path)
+    result = call("eval", str(tmp_path), metrics="nll", num_images=5)
     (path,) = (tmp_path / "eval").glob("*nll_test*.json")
     there = json.loads(path.read_text())
     assert result["nll_bits_per_dim"]["mean"] == pytest.approx(there["total"])

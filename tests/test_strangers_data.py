@@ -11,23 +11,18 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from ddpm_jax import (
-    checkpoints,
-    data,
-    edit,
-    evaluate,
-    report,
-    runs,
-    sample,
-    score,
-    train,
-    training,
-    writers,
-)
-from ddpm_jax import config as config_lib
 
 RNG = np.random.default_rng(0)
 NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
+from running import call
+
+from ddpm_jax import data
+from ddpm_jax.files import checkpoints, results, run_data, runs, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import loop
+from ddpm_jax.training import step as training
 
 
 def pictures(count: int, kind: str) -> np.ndarray:
@@ -82,14 +77,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, folder):
     place = str(tmp_path_factory.mktemp("run"))
-    train.train(make_config(f"image_folder:{folder}"), place)
+    loop.train(make_config(f"image_folder:{folder}"), place)
     return place
 
 
 @pytest.fixture(scope="module")
 def with_classes(tmp_path_factory, folder):
     place = str(tmp_path_factory.mktemp("classes"))
-    train.train(make_config(f"image_folder:{folder}", **{"model.num_classes": -1}), place)
+    loop.train(make_config(f"image_folder:{folder}", **{"model.num_classes": -1}), place)
     return place
 
 
@@ -98,7 +93,7 @@ def copy_of(run, tmp_path):
 
 
 def total(workdir, **options):
-    return evaluate.nll(str(workdir), steps=5, **options).scalars["total"]
+    return call("nll", str(workdir), steps=5, **options).scalars["total"]
 
 
 # ---- order -----------------------------------------------------------------------------------------
@@ -106,37 +101,37 @@ def total(workdir, **options):
 
 def test_some_images_stand_for_all(workdir):
     """The first 80 in the order of the files are all flat."""
-    some = evaluate.nll(workdir, steps=5, num_images=16, seed=1)
-    index = runs.read_npz(some.path)["index"]
+    some = call("nll", workdir, steps=5, num_images=16, seed=1)
+    index = results.read_npz(some.path)["index"]
     assert len(index) == 16 and 4 <= np.sum(index < 80) <= 12  # of either class
     every = total(workdir, seed=1)
     assert abs(some.scalars["total"].mean() - every.mean()) < 3 * np.std(every) / 4
 
 
 def test_errors_of_the_analytic_variance_are_of_all_classes(workdir):
-    evaluate.nll(workdir, num_images=4, steps=5, variance="analytic")
+    call("nll", workdir, num_images=4, steps=5, variance="analytic")
     path = runs.errors_path(runs.load(workdir), {"steps": 5})
-    index = runs.read_npz(path)["index"]
+    index = results.read_npz(path)["index"]
     labels = data.load(f"{config_lib.load(f'{workdir}/config.json').data.name}").labels
-    assert set(labels[index].tolist()) == {0, 1} and len(index) == evaluate.ERROR_IMAGES
+    assert set(labels[index].tolist()) == {0, 1} and len(index) == likelihood_commands.ERROR_IMAGES
 
 
 def test_given_images_are_of_all_classes(workdir, tmp_path):
     def given(command, **options):
-        return runs.read_npz(command(workdir, steps=4, out=str(tmp_path / "x.npz"), **options))
+        return results.read_npz(command(workdir, steps=4, out=str(tmp_path / "x.npz"), **options))
 
     for command, options in (
-        (edit.encode, {"num_images": 8}),
-        (edit.interpolate, {"images": "data", "num_images": 8}),
-        (edit.denoise, {"from_t": 3, "num_images": 8}),
-        (edit.inpaint, {"num_images": 8, "resample": 1, "jump": 1}),
+        ("encode", {"num_images": 8}),
+        ("interpolate", {"images": "data", "num_images": 8}),
+        ("denoise", {"from_t": 3, "num_images": 8}),
+        ("inpaint", {"num_images": 8, "resample": 1, "jump": 1}),
     ):
         arrays = given(command, **options)
         assert min(arrays["index"]) < 80 <= max(arrays["index"]), command
         (tmp_path / "x.npz").unlink()
     # All of them, and there are fewer than by default: in their own order.
     paint(tmp_path / "few", pictures(9, "noise"))
-    arrays = given(edit.encode, images=str(tmp_path / "few"))
+    arrays = given("encode", images=str(tmp_path / "few"))
     assert arrays["index"].tolist() == list(range(9))
 
 
@@ -147,7 +142,7 @@ def test_the_preview_shows_what_the_network_is_shown(tmp_path, capsys):
     paint(tmp_path / "bars", images)
     config = make_config(f"image_folder:{tmp_path / 'bars'}")
     config.data.flip = True
-    train.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     assert "mirrored" in capsys.readouterr().out
     with Image.open(tmp_path / "run" / "data_preview.png") as picture:
         pixels = np.asarray(picture)[:, :, 0]
@@ -164,32 +159,32 @@ def test_a_test_split_without_labels_is_refused_by_a_model_of_classes(tmp_path):
     make_folder(tmp_path / "pictures", labelled_test=False)
     place = str(tmp_path / "run")
     name = f"image_folder:{tmp_path / 'pictures'}"
-    train.train(make_config(name, **{"model.num_classes": -1}), place)
+    loop.train(make_config(name, **{"model.num_classes": -1}), place)
     for command in (
-        lambda: evaluate.nll(place, num_images=4, steps=5),
-        lambda: evaluate.best_steps(place, steps=5, num_images=4),
+        lambda: call("nll", place, num_images=4, steps=5),
+        lambda: call("best_steps", place, steps=5, num_images=4),
     ):
         with pytest.raises(data.DataError, match=r"no label that the model knows.*--split=train"):
             command()
-    with pytest.raises(runs.RunError, match="no such labels; give --labels=3"):
-        edit.encode(place, num_images=4, steps=4)
+    with pytest.raises(RunError, match="no such labels; give --labels=3"):
+        call("encode", place, num_images=4, steps=4)
     assert total(place, num_images=4, split="train").shape == (4,)
-    edit.encode(place, num_images=4, steps=4, labels="noise")
+    call("encode", place, num_images=4, steps=4, labels="noise")
 
 
 def test_classes_are_called_by_their_names(with_classes, tmp_path, capsys):
-    out = sample.sample(with_classes, num_samples=4, steps="4", labels="noise,flat")
-    arrays = runs.read_npz(out)
+    out = call("sample", with_classes, num_samples=4, steps="4", labels="noise,flat")
+    arrays = results.read_npz(out)
     assert arrays["labels"].tolist() == [1, 0, 1, 0]
     assert arrays["class_names"].tolist() == list(NAMES)
     assert "1 noise, 0 flat" in capsys.readouterr().out
-    same = sample.sample(with_classes, num_samples=4, steps="4", labels="1,0")
-    np.testing.assert_array_equal(runs.read_npz(same)["images"], arrays["images"])
-    with pytest.raises(runs.RunError, match="no class 'nois'; did you mean 'noise'"):
-        sample.sample(with_classes, num_samples=4, labels="nois")
+    same = call("sample", with_classes, num_samples=4, steps="4", labels="1,0")
+    np.testing.assert_array_equal(results.read_npz(same)["images"], arrays["images"])
+    with pytest.raises(RunError, match="no class 'nois'; did you mean 'noise'"):
+        call("sample", with_classes, num_samples=4, labels="nois")
     with open(f"{with_classes}/log.txt", encoding="utf-8") as file:
         assert "classes: 0 flat, 1 noise" in file.read()
-    with open(report.report(with_classes), encoding="utf-8") as file:
+    with open(report(with_classes), encoding="utf-8") as file:
         assert ">noise<" in file.read()
     with open(f"{with_classes}/data.json", encoding="utf-8") as file:
         assert json.load(file)["class_names"] == list(NAMES)
@@ -199,10 +194,10 @@ def test_names_that_are_numbers_count_as_names(tmp_path):
     for i, name in enumerate((10, 9, 2)):
         paint(tmp_path / "numbers" / str(name), np.full((4, 8, 8), i, np.uint8))
     config = make_config(f"image_folder:{tmp_path / 'numbers'}", **{"model.num_classes": -1})
-    train.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     run = runs.load(str(tmp_path / "run"))
     assert run.class_names == ("2", "9", "10")
-    assert runs.class_numbers(run, "10,2") == "2,0"
+    assert run_data.class_numbers(run, "10,2") == "2,0"
 
 
 def test_a_run_without_saved_names_keeps_its_numbers(tmp_path):
@@ -210,14 +205,14 @@ def test_a_run_without_saved_names_keeps_its_numbers(tmp_path):
     for i in range(12):
         paint(tmp_path / "p" / str(i), np.full((3, 8, 8), 20 * i, np.uint8))
     config = make_config(f"image_folder:{tmp_path / 'p'}", **{"model.num_classes": -1})
-    train.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     os.remove(tmp_path / "run" / "data.json")
     run = runs.load(str(tmp_path / "run"))
-    dataset = runs.data_of(run, "train")
+    dataset = run_data.data_of(run, "train")
     assert dataset.class_names == tuple(sorted(map(str, range(12))))
     assert set(dataset.labels[dataset.images[:, 0, 0, 0] == 200].tolist()) == {2}  # folder 10
     config.training.num_steps = 8
-    train.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     assert run.class_names == dataset.class_names
 
 
@@ -225,10 +220,10 @@ def test_labels_of_other_images_are_by_name(with_classes, tmp_path):
     paint(tmp_path / "p" / "noise", pictures(2, "noise"))
     paint(tmp_path / "p" / "zebra", pictures(2, "flat"))
     given = {"images": str(tmp_path / "p"), "steps": 4, "out": str(tmp_path / "x.npz")}
-    with pytest.raises(runs.RunError, match="no such labels"):
-        edit.encode(with_classes, **given)
+    with pytest.raises(RunError, match="no such labels"):
+        call("encode", with_classes, **given)
     shutil.rmtree(tmp_path / "p" / "zebra")
-    assert runs.read_npz(edit.encode(with_classes, **given))["labels"].tolist() == [1, 1]
+    assert results.read_npz(call("encode", with_classes, **given))["labels"].tolist() == [1, 1]
 
 
 # ---- places ----------------------------------------------------------------------------------------
@@ -246,54 +241,54 @@ def test_pictures_may_move(workdir, folder, tmp_path):
     moved = total(place, num_images=4, data_dir=str(there))
     np.testing.assert_array_equal(moved, here)
     out = str(tmp_path / "x.npz")
-    edit.nearest(str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
-    assert score.score(str(place), metrics="nll", num_images=4, data_dir=str(there))
+    call("nearest", str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
+    assert call("eval", str(place), metrics="nll", num_images=4, data_dir=str(there))
     assert not list((place / "eval").glob("*.replaced*"))  # the results are still theirs
     # Training goes on with the name of the new place.
     config = make_config(f"image_folder:{there}", **{"training.num_steps": 8})
-    assert int(train.train(config, str(place)).step) == 8
+    assert int(loop.train(config, str(place)).step) == 8
     # Other pictures are not those of the run.
     shutil.rmtree(there / "train" / "flat")
     with pytest.raises(
         data.DataError, match=r"num_classes was 2 and is 1.*count was 160 and is 80"
     ):
-        edit.nearest(str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
+        call("nearest", str(place), num_samples=2, steps="4", data_dir=str(there), out=out)
 
 
 def test_a_relative_path_means_the_same_from_any_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "a" / "pictures", per_class=8)
     make_folder(tmp_path / "b" / "pictures", per_class=8)
     monkeypatch.chdir(tmp_path / "a")
-    train.train(make_config("image_folder:pictures"), "run")
+    loop.train(make_config("image_folder:pictures"), "run")
     here = total("run")
     monkeypatch.chdir(tmp_path / "b")
     os.rename(tmp_path / "a" / "run" / "eval", tmp_path / "eval")
     np.testing.assert_array_equal(total(tmp_path / "a" / "run"), here)
     monkeypatch.chdir(tmp_path / "a")
-    train.train(make_config("image_folder:pictures"), "run")  # the same run: nothing left to do
+    loop.train(make_config("image_folder:pictures"), "run")  # the same run: nothing left to do
 
 
 def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, capsys):
     place, name = str(tmp_path / "run"), f"image_folder:{tmp_path / 'p'}"
     paint(tmp_path / "p", pictures(50, "noise"))
-    train.train(make_config(name), place)
+    loop.train(make_config(name), place)
     paint(tmp_path / "p", pictures(140, "noise"))
     longer = {"training.num_steps": 8}
     with pytest.raises(data.DataError, match=r"count was 50 and is 140.*--change=data"):
-        train.train(make_config(name, **longer), place)
-    assert int(train.train(make_config(name, **longer), place, change=["data"]).step) == 8
+        loop.train(make_config(name, **longer), place)
+    assert int(loop.train(make_config(name, **longer), place, change=["data"]).step) == 8
     assert "the data have changed: count was 50 and is 140" in capsys.readouterr().out
     # Admitted once, and then they are the data of the run; other names or sizes are worth a word.
     os.rename(tmp_path / "p" / "000.png", tmp_path / "p" / "zzz.png")
-    train.train(make_config(name, **{"training.num_steps": 10}), place)
+    loop.train(make_config(name, **{"training.num_steps": 10}), place)
     assert "differs in names, sizes or pixels" in capsys.readouterr().out
-    train.train(make_config(name, **{"training.num_steps": 10}), place)
+    loop.train(make_config(name, **{"training.num_steps": 10}), place)
     assert "differs in names, sizes or pixels" in capsys.readouterr().out  # as long as it is so
     paint(tmp_path / "p", pictures(150, "noise"))
-    train.train(make_config(name, **{"training.num_steps": 10}), place, change=["data"])
-    assert runs.saved_data(place)["count"] == 140  # nothing was trained on the new ones
-    with pytest.raises(config_lib.ConfigError, match="unknown change 'date'; did you mean 'data'"):
-        train.train(make_config(name), place, change=["date"])
+    loop.train(make_config(name, **{"training.num_steps": 10}), place, change=["data"])
+    assert run_data.saved_data(place)["count"] == 140  # nothing was trained on the new ones
+    with pytest.raises(ConfigError, match="unknown change 'date'; did you mean 'data'"):
+        loop.train(make_config(name), place, change=["date"])
 
 
 # ---- results belong to their data ------------------------------------------------------------------
@@ -302,11 +297,11 @@ def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, caps
 def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
     """Test pictures overwritten under the same names: the old numbers are set aside, not repeated."""
     folder, place = make_folder(tmp_path / "p", per_class=10), str(tmp_path / "run")
-    train.train(make_config(f"image_folder:{folder}"), place)
+    loop.train(make_config(f"image_folder:{folder}"), place)
     before = total(place, num_images=8)
     errors = runs.errors_path(runs.load(place), {"steps": 5})
     total(place, num_images=8, variance="analytic")
-    old_errors = runs.read_npz(errors)["images_sha256"]
+    old_errors = results.read_npz(errors)["images_sha256"]
     np.testing.assert_array_equal(total(place, num_images=8), before)  # nothing has changed
     assert "compiling" in capsys.readouterr().out
     total(place, num_images=8)
@@ -321,24 +316,24 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
     after = total(place, num_images=8)
     assert not np.array_equal(after, before)
     assert "or from other images: it is now" in capsys.readouterr().out
-    with pytest.raises(runs.RunError, match="from other images"):
+    with pytest.raises(RunError, match="from other images"):
         total(place, num_images=8, out=out)  # what a user has named is not moved
     total(place, num_images=8, variance="analytic")
-    assert not np.array_equal(runs.read_npz(errors)["images_sha256"], old_errors)
+    assert not np.array_equal(results.read_npz(errors)["images_sha256"], old_errors)
 
 
 def test_errors_of_another_chain_are_not_used(workdir):
-    evaluate.nll(workdir, num_images=4, steps=[0, 1, 2], variance="analytic")
+    call("nll", workdir, num_images=4, steps=[0, 1, 2], variance="analytic")
     run = runs.load(workdir)
     assert runs.errors_path(run, {"steps": "[0,1,2]"}) != runs.errors_path(run, {"steps": "0,1,2"})
     path = runs.errors_path(run, {"steps": "[0,1,2]"})
-    arrays = runs.read_npz(path)
+    arrays = results.read_npz(path)
     old = json.loads(str(arrays["recipe"]))
     options = {"variance": "analytic", "steps": "[0,1,2]"}
     assert runs.with_errors(run, options)
     for change in ({"steps": "[0,1,3]"}, {"chosen": None}):
         np.savez(path, **arrays | {"recipe": json.dumps(old | change)})
-        with pytest.raises(runs.RunError, match="measured with another model, with other steps"):
+        with pytest.raises(RunError, match="measured with another model, with other steps"):
             runs.with_errors(run, options)
     os.remove(path)
 
@@ -346,30 +341,30 @@ def test_errors_of_another_chain_are_not_used(workdir):
 def test_a_process_at_work_is_left_alone(tmp_path):
     """Another recipe under the same name, while the first is at it, and afterwards."""
     out = str(tmp_path / "x.npz")
-    with runs.in_progress(out, {"a": 1}) as (folder, _):
+    with results.in_progress(out, {"a": 1}) as (folder, _):
         open(f"{folder}/half", "w").close()
         for named in (False, True):
-            other = runs.in_progress(out, {"a": 2}, named=named)
+            other = results.in_progress(out, {"a": 2}, named=named)
             with pytest.raises(checkpoints.CheckpointError, match="in use"), other:
                 pass
         assert os.path.exists(f"{folder}/half")
         writers.save_npz(out, x=np.zeros(1), recipe=json.dumps({"a": 1}))
-    with pytest.raises(runs.RunError, match="other settings"), runs.in_progress(out, {"a": 2}):
+    with pytest.raises(RunError, match="other settings"), results.in_progress(out, {"a": 2}):
         pass
     assert os.listdir(tmp_path) == ["x.npz"]
-    with runs.in_progress(out, {"a": 2}, named=False) as (_, finished):
+    with results.in_progress(out, {"a": 2}, named=False) as (_, finished):
         assert finished is None
     assert os.listdir(tmp_path) == ["x.npz.replaced"]
 
 
 def test_nearest_is_of_the_test_images_that_are_there(tmp_path):
     folder, place = make_folder(tmp_path / "p", per_class=8), str(tmp_path / "run")
-    train.train(make_config(f"image_folder:{folder}"), place)
+    loop.train(make_config(f"image_folder:{folder}"), place)
     given = {"num_samples": 2, "steps": "4"}
-    before = runs.read_npz(edit.nearest(place, **given))["distance_of_test"]
+    before = results.read_npz(call("nearest", place, **given))["distance_of_test"]
     shutil.rmtree(folder / "test" / "noise")
     paint(folder / "test" / "flat", pictures(8, "noise"), [f"flat{i:03d}" for i in range(8)])
-    after = runs.read_npz(edit.nearest(place, **given))["distance_of_test"]
+    after = results.read_npz(call("nearest", place, **given))["distance_of_test"]
     assert not np.array_equal(before, after)
 
 
@@ -386,11 +381,11 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
     assert training.initial_share(5, ema_decay=0.0, ema_warmup=False) == 0
     config = make_config("digits", **{"step.ema_warmup": False, "step.ema_decay": 0.9999})
     place = str(tmp_path / "run")
-    train.train(config, place)
+    loop.train(config, place)
     assert "EMA weights are still 100 %" in capsys.readouterr().out
-    sample.sample(place, num_samples=2, steps="4")
+    call("sample", place, num_samples=2, steps="4")
     assert "use --weights=raw" in capsys.readouterr().out
-    sample.sample(place, num_samples=2, steps="4", weights="raw")
+    call("sample", place, num_samples=2, steps="4", weights="raw")
     assert "EMA weights" not in capsys.readouterr().out
 
 
@@ -411,24 +406,24 @@ def test_images_that_are_not_finite_are_refused(workdir, tmp_path):
     with broken_bias(workdir, np.inf):
         out = str(tmp_path / "x.npz")
         for command in (
-            lambda: sample.sample(workdir, num_samples=3, steps="4", clip_x0=False, out=out),
-            lambda: sample.progressive(workdir, num_samples=3, steps="4", clip_x0=False, out=out),
-            lambda: edit.encode(workdir, steps=4, clip_x0=False, out=out),
-            lambda: edit.reconstruct(workdir, steps="4", clip_x0=False, out=out),
-            lambda: edit.denoise(workdir, from_t=3, clip_x0=False, out=out),
-            lambda: edit.interpolate(workdir, steps=4, clip_x0=False, out=out),
-            lambda: edit.inpaint(workdir, steps=4, clip_x0=False, resample=1, jump=1, out=out),
+            lambda: call("sample", workdir, num_samples=3, steps="4", clip_x0=False, out=out),
+            lambda: call("progressive", workdir, num_samples=3, steps="4", clip_x0=False, out=out),
+            lambda: call("encode", workdir, steps=4, clip_x0=False, out=out),
+            lambda: call("reconstruct", workdir, steps="4", clip_x0=False, out=out),
+            lambda: call("denoise", workdir, from_t=3, clip_x0=False, out=out),
+            lambda: call("interpolate", workdir, steps=4, clip_x0=False, out=out),
+            lambda: call("inpaint", workdir, steps=4, clip_x0=False, resample=1, jump=1, out=out),
         ):
-            with pytest.raises(runs.RunError, match=r"\d of \d+ images are not finite.*--clip"):
+            with pytest.raises(RunError, match=r"\d of \d+ images are not finite.*--clip"):
                 command()
             assert not os.path.exists(out)
             shutil.rmtree(f"{out}.partial", ignore_errors=True)
 
 
 def test_a_bound_that_is_not_finite_is_refused(workdir, tmp_path):
-    refused = pytest.raises(runs.RunError, match="bound is not finite for 4 of 4 images")
+    refused = pytest.raises(RunError, match="bound is not finite for 4 of 4 images")
     with broken_bias(workdir, np.nan), refused:
-        evaluate.nll(workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
+        call("nll", workdir, num_images=4, steps=5, out=str(tmp_path / "x.json"))
     assert not (tmp_path / "x.json").exists()
 
 
@@ -439,8 +434,8 @@ def test_none_is_answered_in_one_line(tmp_path, field):
     config = make_config("digits")
     with config.ignore_type():
         config.update_from_flattened_dict({field: None})
-    with pytest.raises(config_lib.ConfigError, match=f"config.{field} must be"):
-        train.train(config, str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"config.{field} must be"):
+        loop.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -452,9 +447,9 @@ def test_a_failed_start_takes_back_its_own_files_alone(tmp_path, monkeypatch):
         (place / "eval" / "hours_of_work.npz").touch()
         raise data.DataError("the data are damaged")
 
-    monkeypatch.setattr(train, "shown_images", look)
+    monkeypatch.setattr(preview, "shown_images", look)
     with pytest.raises(data.DataError):
-        train.train(make_config("digits"), str(place))
+        loop.train(make_config("digits"), str(place))
     assert [path.name for path in place.rglob("*")] == ["eval", "hours_of_work.npz"]
 
 
@@ -463,17 +458,17 @@ def test_a_broken_picture_names_the_option(tmp_path):
     (tmp_path / "p" / "001.png").write_bytes(b"")
     config = make_config(f"image_folder:{tmp_path / 'p'}")
     with pytest.raises(data.DataError, match=r"001.png.*--config\.data\.skip_broken=True"):
-        train.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"))
     config.data.skip_broken = True
-    train.train(config, str(tmp_path / "run"))
+    loop.train(config, str(tmp_path / "run"))
     assert "1 pictures that cannot be decoded" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys):
     out = str(tmp_path / "x.npz")
-    sample.sample(workdir, num_samples=3, steps="4", out=out)
+    call("sample", workdir, num_samples=3, steps="4", out=out)
     capsys.readouterr()
-    sample.sample(workdir, num_samples=3, steps="4", out=out)
+    call("sample", workdir, num_samples=3, steps="4", out=out)
     said = capsys.readouterr().out
     assert "3 images of this recipe are there already" in said and "recipe:" not in said
 
@@ -513,19 +508,19 @@ def test_names_of_results_can_be_read(workdir):
 
 def test_nearest_needs_no_test_split(tmp_path, capsys):
     paint(tmp_path / "p", pictures(12, "noise"))
-    train.train(make_config(f"image_folder:{tmp_path / 'p'}"), str(tmp_path / "run"))
-    edit.nearest(str(tmp_path / "run"), num_samples=2, steps="4")
+    loop.train(make_config(f"image_folder:{tmp_path / 'p'}"), str(tmp_path / "run"))
+    call("nearest", str(tmp_path / "run"), num_samples=2, steps="4")
     assert "no test images to compare with" in capsys.readouterr().out
     with pytest.raises(data.DataError, match=r"no split 'test'.*--split=train"):
-        evaluate.nll(str(tmp_path / "run"), num_images=2, steps=5)
+        call("nll", str(tmp_path / "run"), num_images=2, steps=5)
 
 
 def test_a_number_is_said_with_what_it_means(workdir, capsys):
-    evaluate.nll(workdir, num_images=4, steps=5)
+    call("nll", workdir, num_images=4, steps=5)
     said = capsys.readouterr().out
     assert "uniform noise costs 8 bits/dim" in said and "--split=train" in said
     assert "the loss in training at step 6 was" in said
-    evaluate.nll(workdir, num_images=4, steps=5, split="train")
+    call("nll", workdir, num_images=4, steps=5, split="train")
     capsys.readouterr()
-    evaluate.nll(workdir, num_images=4, steps=5)
+    call("nll", workdir, num_images=4, steps=5)
     assert "4 training images" in capsys.readouterr().out

@@ -20,10 +20,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-from ddpm_jax import checkpoints, data, parallel, runs, schedules, train, writers
-from ddpm_jax import config as config_lib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+from ddpm_jax import data
+from ddpm_jax.files import checkpoints, runs, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process import schedules
+from ddpm_jax.training import guards, loop, parallel, resume
 
 
 def make_config(num_steps=6, **changes):
@@ -63,7 +68,7 @@ def same(a, b):
 
 
 def test_a_run_directory(tmp_path, capsys):
-    state = train.train(make_config(), tmp_path)
+    state = loop.train(make_config(), tmp_path)
     assert int(state.step) == 6
     assert {p.name for p in tmp_path.iterdir()} >= {
         *("config.json", "log.txt", "metrics.jsonl", "loss.png", "data_preview.png"),
@@ -80,11 +85,11 @@ def test_a_run_directory(tmp_path, capsys):
 
 
 def test_the_forward_process_is_a_picture_of_every_diffusion(tmp_path, capsys):
-    train.train(make_config(num_steps=2), tmp_path / "other")
+    loop.train(make_config(num_steps=2), tmp_path / "other")
     assert not (tmp_path / "other" / "forward.png").exists()  # affine.py is no diffusion
     assert "alpha_bar" not in capsys.readouterr().out
     config = make_diffusion()
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     assert "30 steps, sum of beta 0.3015" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "run" / "forward.png")).astype(float)
     assert picture.shape == (16 + 4 * 58 + 2, 11 * 58 + 2, 3)
@@ -94,7 +99,7 @@ def test_the_forward_process_is_a_picture_of_every_diffusion(tmp_path, capsys):
     assert alike[1] > 0.99 and 0.5 < alike[-1] < 0.95
     before = (tmp_path / "run" / "forward.png").read_bytes()
     config.training.num_steps = 3
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
     assert (tmp_path / "run" / "forward.png").read_bytes() == before
 
 
@@ -107,33 +112,33 @@ def test_a_method_with_another_chain_shows_its_own(tmp_path, capsys, monkeypatch
         return method._replace(diffusion=method.diffusion._replace(schedule=chain))
 
     monkeypatch.setattr(tiny, "make", make_another)
-    train.train(make_diffusion(), tmp_path)
+    loop.train(make_diffusion(), tmp_path)
     assert "schedule: 2 steps, sum of beta 0.8" in capsys.readouterr().out
     assert np.asarray(Image.open(tmp_path / "forward.png")).shape[1] == 3 * 58 + 2
 
 
 def test_resuming_is_exact(tmp_path):
-    straight = train.train(make_config(), tmp_path / "straight")
-    train.train(make_config(num_steps=3), tmp_path / "halves")
-    halves = train.train(make_config(), tmp_path / "halves")
+    straight = loop.train(make_config(), tmp_path / "straight")
+    loop.train(make_config(num_steps=3), tmp_path / "halves")
+    halves = loop.train(make_config(), tmp_path / "halves")
     same(straight, halves)
     # num_steps=3 ended a span of log lines at step 3; from step 4 on both files say the same.
     assert metrics(tmp_path / "straight")[-1] == metrics(tmp_path / "halves")[-1]
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
-    straight = train.train(make_config(num_steps=9), tmp_path / "straight")
-    train.train(make_config(num_steps=9), tmp_path / "killed")
+    straight = loop.train(make_config(num_steps=9), tmp_path / "straight")
+    loop.train(make_config(num_steps=9), tmp_path / "killed")
     # As a kill right after step 8 would leave it: the last checkpoint gone, log lines already written.
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "9")
-    again = train.train(make_config(num_steps=9), tmp_path / "killed")
+    again = loop.train(make_config(num_steps=9), tmp_path / "killed")
     same(straight, again)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
 
 
 def test_a_finished_run_says_so(tmp_path, capsys):
-    train.train(make_config(), tmp_path)
-    train.train(make_config(), tmp_path)
+    loop.train(make_config(), tmp_path)
+    loop.train(make_config(), tmp_path)
     assert "nothing to do: 6 of 6 steps" in capsys.readouterr().out
 
 
@@ -141,7 +146,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
 def test_a_signal_saves_and_leaves(tmp_path, number):
     script = (
         "import sys; sys.path[:0] = sys.argv[1:3]; import test_train\n"
-        "test_train.train.train(test_train.make_config(num_steps=1_000_000), sys.argv[3])"
+        "test_train.loop.train(test_train.make_config(num_steps=1_000_000), sys.argv[3])"
     )
     command = [sys.executable, "-c", script, HERE, os.path.dirname(HERE), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -155,8 +160,8 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     step = checkpoints.latest_step(tmp_path / "checkpoints")
     assert 2 <= step < 1_000_000
     # What it saved is what an undisturbed run has at that step, its log lines included.
-    resumed = train.train(make_config(num_steps=step + 4), tmp_path)
-    straight = train.train(make_config(num_steps=step + 4), tmp_path / "straight")
+    resumed = loop.train(make_config(num_steps=step + 4), tmp_path)
+    straight = loop.train(make_config(num_steps=step + 4), tmp_path / "straight")
     same(resumed, straight)
     assert metrics(tmp_path) == metrics(tmp_path / "straight")
 
@@ -165,7 +170,7 @@ def test_a_second_process_is_refused(tmp_path):
     with checkpoints.lock(tmp_path):
         code = (
             "import sys; sys.path[:0] = sys.argv[1:3]; import test_train\n"
-            "test_train.train.train(test_train.make_config(), sys.argv[3])"
+            "test_train.loop.train(test_train.make_config(), sys.argv[3])"
         )
         result = subprocess.run(
             [sys.executable, "-c", code, HERE, os.path.dirname(HERE), str(tmp_path)],
@@ -185,7 +190,7 @@ def test_two_processes_are_one_run(tmp_path):
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]; import jax\n"
         "jax.distributed.initialize(sys.argv[4], 2, int(sys.argv[5])); import test_train\n"
-        "test_train.train.train(test_train.make_config(), sys.argv[3])"
+        "test_train.loop.train(test_train.make_config(), sys.argv[3])"
     )
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
     processes = [
@@ -201,7 +206,7 @@ def test_two_processes_are_one_run(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    one = train.train(make_config(), tmp_path / "one")
+    one = loop.train(make_config(), tmp_path / "one")
     run = runs.load(tmp_path, "raw")
     assert run.step == 6
     np.testing.assert_allclose(run.params["level"], one.params["level"], atol=1e-6)
@@ -209,36 +214,36 @@ def test_two_processes_are_one_run(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
-    train.train(make_config(num_steps=3), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
     config = config_lib.load(tmp_path / "config.json")
     config.affine.scale = float("inf")
     config.training.num_steps = 9
     config_lib.save(config, tmp_path / "config.json")
-    with pytest.raises(train.TrainingError, match=r"not finite at step 3.*the last is step 3"):
-        train.train(config, tmp_path)
+    with pytest.raises(guards.TrainingError, match=r"not finite at step 3.*the last is step 3"):
+        loop.train(config, tmp_path)
     assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
     run = runs.load(tmp_path)
     assert run.step == 3 and np.isfinite(run.params["level"]).all()
 
 
 def test_a_run_keeps_its_config(tmp_path):
-    train.train(make_config(num_steps=3), tmp_path)
-    with pytest.raises(config_lib.ConfigError, match=r"config.seed is 0 there and 1 here") as error:
-        train.train(make_config(seed=1), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
+    with pytest.raises(ConfigError, match=r"config.seed is 0 there and 1 here") as error:
+        loop.train(make_config(seed=1), tmp_path)
     assert "another --workdir" in str(error.value) and "\n" not in str(error.value)
-    train.train(make_config(num_steps=4, training__log_every=1), tmp_path)  # these may change
+    loop.train(make_config(num_steps=4, training__log_every=1), tmp_path)  # these may change
 
 
 def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
-    train.train(make_config(num_steps=3), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
     config = config_lib.load(tmp_path / "config.json")
     for name in ("t_sampling", "min_snr_gamma"):
         del config.diffusion[name]
     config_lib.save(config, tmp_path / "config.json")
     path = tmp_path / "config.json"
-    train.refuse_another_config(make_config(), path)  # both have their defaults
-    with pytest.raises(config_lib.ConfigError, match=r"t_sampling is '.no such field.' there"):
-        train.refuse_another_config(make_config(diffusion__t_sampling="antithetic"), path)
+    resume.refuse_another_config(make_config(), path)  # both have their defaults
+    with pytest.raises(ConfigError, match=r"t_sampling is '.no such field.' there"):
+        resume.refuse_another_config(make_config(diffusion__t_sampling="antithetic"), path)
 
 
 @pytest.mark.parametrize(
@@ -269,46 +274,46 @@ def test_a_field_that_a_run_lacks_stands_for_its_default(tmp_path, section, name
         del old[section][name]
     path = tmp_path / "config.json"
     config_lib.save(old, path)
-    train.refuse_another_config(new, path)
+    resume.refuse_another_config(new, path)
     config_lib.save(new, path)
-    train.refuse_another_config(old, path)  # and the other way round: a config file of one's own
+    resume.refuse_another_config(old, path)  # and the other way round: a config file of one's own
     config_lib.save(old, path)
     with new.ignore_type():
         new[section][name] = other
-    with pytest.raises(config_lib.ConfigError, match=f"{name} is '.no such field.' there"):
-        train.refuse_another_config(new, path)
+    with pytest.raises(ConfigError, match=f"{name} is '.no such field.' there"):
+        resume.refuse_another_config(new, path)
 
 
 def test_a_field_without_a_default_is_missed(tmp_path):
     config = make_config()
     config_lib.save(config, tmp_path / "config.json")
     del config.affine["scale"]
-    with pytest.raises(config_lib.ConfigError, match=r"affine.scale is 1.0 there and '.no such"):
-        train.refuse_another_config(config, tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"affine.scale is 1.0 there and '.no such"):
+        resume.refuse_another_config(config, tmp_path / "config.json")
 
 
 def test_a_run_of_own_betas_needs_no_number_of_steps(tmp_path):
     betas = {"schedule__name": "betas", "schedule__betas": (0.1, 0.5, 0.9)}
-    train.train(make_config(num_steps=3, **betas), tmp_path)  # the base config says 1000
+    loop.train(make_config(num_steps=3, **betas), tmp_path)  # the base config says 1000
     assert config_lib.load(tmp_path / "config.json").schedule.num_timesteps == 3
     for length in (1000, 3, None):  # how such a run was begun before, too
         again = make_config(num_steps=3, **betas, schedule__num_timesteps=length)
-        train.train(again, tmp_path)
+        loop.train(again, tmp_path)
         saved = again.copy_and_resolve_references()
         config_lib.save(saved, tmp_path / "other.json")
-        train.refuse_another_config(make_config(**betas), tmp_path / "other.json")
+        resume.refuse_another_config(make_config(**betas), tmp_path / "other.json")
     betas["schedule__betas"] = (0.1, 0.5, 0.8)
-    with pytest.raises(config_lib.ConfigError, match=r"0\.9\] there and \[0\.1, 0\.5, 0\.8\] here"):
-        train.train(make_config(num_steps=3, **betas), tmp_path)
+    with pytest.raises(ConfigError, match=r"0\.9\] there and \[0\.1, 0\.5, 0\.8\] here"):
+        loop.train(make_config(num_steps=3, **betas), tmp_path)
 
 
 def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
-    train.train(make_config(num_steps=3), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
     config = config_lib.load(tmp_path / "config.json")
     del config.model["head_channels"]  # from before there was this field: recipes digest the config
     config_lib.save(config, tmp_path / "config.json")
     before = (tmp_path / "config.json").read_bytes()
-    train.train(make_config(num_steps=3), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -326,8 +331,8 @@ def test_a_run_with_nothing_to_do_is_left_as_it_is(tmp_path):
     ],
 )
 def test_bad_configs_are_one_line_and_leave_no_run(tmp_path, changes, words):
-    with pytest.raises((config_lib.ConfigError, data.DataError), match=words) as error:
-        train.train(make_config(**changes), tmp_path)
+    with pytest.raises((ConfigError, data.DataError), match=words) as error:
+        loop.train(make_config(**changes), tmp_path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
@@ -348,7 +353,7 @@ def test_bad_configs_are_one_line_and_leave_no_run(tmp_path, changes, words):
 def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, there, changes, words):
     workdir = tmp_path / "runs" / "mine"
     if there == "a run":
-        train.train(make_config(num_steps=3), workdir)
+        loop.train(make_config(num_steps=3), workdir)
     elif there != "nothing":
         workdir.mkdir(parents=True)
     if there == "a folder with a file":
@@ -360,14 +365,14 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, there
     before = files()
     monkeypatch.setattr(parallel, "free_memory", lambda: 0.0 if not changes else float("inf"))
     with pytest.raises((ValueError, RuntimeError), match=words) as error:
-        train.train(make_config(**changes), workdir)
+        loop.train(make_config(**changes), workdir)
     assert "\n" not in str(error.value)
     assert files() == before
 
 
 def test_the_run_directory_is_printed_once_before_an_error(tmp_path, capsys):
-    with pytest.raises(config_lib.ConfigError):
-        train.train(make_config(optimizer__name="adma"), tmp_path)
+    with pytest.raises(ConfigError):
+        loop.train(make_config(optimizer__name="adma"), tmp_path)
     assert capsys.readouterr().out.count("run directory:") == 1
 
 
@@ -386,17 +391,17 @@ def stop_reading(monkeypatch, error, step):
 
 @pytest.mark.parametrize("error", [data.DataError("7.png is cut short"), OSError(5, "I/O error")])
 def test_an_error_that_is_not_the_states_own_saves_the_state(tmp_path, monkeypatch, capsys, error):
-    straight = train.train(make_config(num_steps=9), tmp_path / "straight")
+    straight = loop.train(make_config(num_steps=9), tmp_path / "straight")
     with monkeypatch.context() as patch:
         stop_reading(patch, error, 5)
         with pytest.raises(type(error)) as raised:
-            train.train(make_config(num_steps=9, training__checkpoint_every=100), tmp_path / "run")
+            loop.train(make_config(num_steps=9, training__checkpoint_every=100), tmp_path / "run")
     assert raised.value is error
     said = "stopped by an error; step 5 is saved, and the same command continues there"
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "run" / "log.txt").read_text()
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 5
-    same(train.train(make_config(num_steps=9), tmp_path / "run"), straight)
+    same(loop.train(make_config(num_steps=9), tmp_path / "run"), straight)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
@@ -415,10 +420,10 @@ def test_a_truncated_picture_met_on_the_way(tmp_path, capsys):
     changes = {"data__name": f"image_folder:{pictures}", "data__memory_limit_gb": 0.0}
     config = make_config(num_steps=12, training__checkpoint_every=100, **changes)
     with pytest.raises(data.DataError, match=rf"{broken.name}.*--config\.data\.skip_broken=True"):
-        train.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 9
     broken.write_bytes(content)
-    state = train.train(config, tmp_path / "run")
+    state = loop.train(config, tmp_path / "run")
     assert int(state.step) == 12 and "resuming at step 9" in capsys.readouterr().out
 
 
@@ -427,7 +432,7 @@ def test_a_state_that_is_not_finite_is_not_saved_on_an_error(tmp_path, monkeypat
     config = make_config(num_steps=9, affine__scale=float("inf"), **rare)
     stop_reading(monkeypatch, OSError(5, "I/O error"), 5)
     with pytest.raises(OSError, match="I/O error"):
-        train.train(config, tmp_path)
+        loop.train(config, tmp_path)
     assert "nothing is saved: the same command begins at step 0" in capsys.readouterr().out
     assert checkpoints.latest_step(tmp_path / "checkpoints") is None
 
@@ -450,7 +455,7 @@ def test_a_state_that_went_into_a_failing_step_is_not_saved(tmp_path, monkeypatc
     monkeypatch.setattr(parallel, "memory", lambda step: float("nan"))
     monkeypatch.setattr(parallel, "compile_step", failing)
     with pytest.raises(jax.errors.JaxRuntimeError, match="the device is gone"):
-        train.train(make_config(), tmp_path)
+        loop.train(make_config(), tmp_path)
     assert "step 3 is saved, and the same command continues there" in capsys.readouterr().out
     assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
 
@@ -462,13 +467,13 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
     os.symlink("/dev/full", full / "log.txt")
     os.symlink("/dev/full", full / "loss.tmp.png")
     (full / "samples").write_text("in the way")
-    state = train.train(make_config(preview__every=2), full)
+    state = loop.train(make_config(preview__every=2), full)
     out, err = capsys.readouterr()
     assert int(state.step) == 6 and checkpoints.latest_step(full / "checkpoints") == 6
     assert out.count("WARNING: not written, and training goes on: ") == 4, out
     assert "samples" in out and "loss" in out
     assert err.count("log.txt cannot be written: [Errno 28] No space left on device") == 1
-    same(state, train.train(make_config(), tmp_path / "straight"))
+    same(state, loop.train(make_config(), tmp_path / "straight"))
 
 
 def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -488,8 +493,8 @@ def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_an_early_preview_says_that_it_is_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "FIRST_PREVIEW_SECONDS", 0.0)
-    train.train(make_config(preview__every=4), tmp_path)
+    monkeypatch.setattr(loop, "FIRST_PREVIEW_SECONDS", 0.0)
+    loop.train(make_config(preview__every=4), tmp_path)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early look" in line]
     assert "step_00000001.png" in line and "every 4 steps" in line
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
@@ -497,11 +502,11 @@ def test_an_early_preview_says_that_it_is_one(tmp_path, capsys, monkeypatch):
 
 
 def test_a_field_of_the_data_that_an_old_run_lacks(tmp_path):
-    train.train(make_config(num_steps=3), tmp_path)
+    loop.train(make_config(num_steps=3), tmp_path)
     config = config_lib.load(tmp_path / "config.json")
     del config.data["memory_limit_gb"]
     config_lib.save(config, tmp_path / "config.json")
-    state = train.train(make_config(num_steps=4, data__memory_limit_gb=0.1), tmp_path)
+    state = loop.train(make_config(num_steps=4, data__memory_limit_gb=0.1), tmp_path)
     assert int(state.step) == 4
 
 
@@ -510,11 +515,11 @@ def test_a_field_of_the_data_that_an_old_run_lacks(tmp_path):
 
 def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch):
     found = {}
-    check = train.check_memory
+    check = guards.check_memory
     monkeypatch.setattr(
         train, "check_memory", lambda needed, state: found.update(needed=needed, state=state)
     )
-    train.train(make_config(num_steps=1), tmp_path)
+    loop.train(make_config(num_steps=1), tmp_path)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(found["state"]))
     assert found["needed"] > held > 0
     monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held)
@@ -522,7 +527,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch)
     check(float("nan"), found["state"])  # of several processes: unknown
     monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held - 1)
     names = "accumulate=2.*model.remat.*training.batch_size.*model.channels.*data.image_shape"
-    with pytest.raises(train.TrainingError, match=names):
+    with pytest.raises(guards.TrainingError, match=names):
         check(**found)
 
 
@@ -616,7 +621,7 @@ def test_a_second_ctrl_c_leaves_what_there_was_and_says_so(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         interrupt_when(patch, saving=True)
         with pytest.raises(KeyboardInterrupt) as stopped:
-            train.train(config, tmp_path)
+            loop.train(config, tmp_path)
     out = capsys.readouterr().out
     assert "SIGINT: saving after the running step; Ctrl-C once more aborts without saving" in out
     assert "leaving without saving" in out
@@ -625,14 +630,14 @@ def test_a_second_ctrl_c_leaves_what_there_was_and_says_so(tmp_path, monkeypatch
     saved = saved if earlier else "nothing is saved: the same command begins at step 0"
     assert str(stopped.value) == f"stopped by Ctrl-C; {saved}"
     assert {path.name for path in (tmp_path / "checkpoints").glob("*")} <= {"3"}
-    assert int(train.train(config, tmp_path).step) == 6
+    assert int(loop.train(config, tmp_path).step) == 6
     assert ("resuming at step 3" in capsys.readouterr().out) == bool(earlier)
 
 
 def test_one_ctrl_c_saves(tmp_path, monkeypatch, capsys):
     interrupt_when(monkeypatch, saving=False)
     with pytest.raises(SystemExit) as stopped:
-        train.train(make_config(training__checkpoint_every=100), tmp_path)
+        loop.train(make_config(training__checkpoint_every=100), tmp_path)
     assert stopped.value.code == 130
     lines = capsys.readouterr().out.splitlines()
     assert "stopped by SIGINT after step 4, which is saved; the same command continues" in lines
@@ -652,7 +657,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch, ca
     before = signal.signal(signal.SIGTERM, lambda *_: passed_on.append(number))
     try:
         with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
-            train.train(make_config(), tmp_path / "run")
+            loop.train(make_config(), tmp_path / "run")
     finally:
         signal.signal(signal.SIGTERM, before)
     saved = "nothing is saved: the same command begins at step 0"

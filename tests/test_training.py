@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax import parallel, training
+from ddpm_jax.training import parallel
+from ddpm_jax.training import step as training
 
 CONFIG = types.SimpleNamespace(
     data=types.SimpleNamespace(image_shape=(2, 2, 3)), affine=types.SimpleNamespace(scale=1.0)

@@ -12,9 +12,6 @@ from PIL import Image
 from scipy import stats
 from test_configs import trace_step
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import data, evaluate, runs, sample, train, training
-from ddpm_jax.ddpm import make_method
 from experiments import vae
 from experiments.vae import __main__ as command
 from experiments.vae import config as vae_config
@@ -22,6 +19,14 @@ from experiments.vae import draws
 
 Z = np.linspace(-14, 14, 14001)
 DZ = Z[1] - Z[0]
+from running import call
+
+from ddpm_jax import data
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.method import from_config
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import loop
+from ddpm_jax.training import step as training
 
 
 def make_config(shape=(2, 2, 1), **changes):
@@ -36,12 +41,12 @@ def one_latent():
     """A Method, its network, parameters that make a bent decoder and a poor encoder, and an image."""
     config = make_config()
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(make_method(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(from_config(config).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.float32(rng.normal(0, 1.2, leaf.shape)), shapes)
     params["encoder_log_variance"]["bias"] += 1.0  # with σ near 1 mistakes would not show
     network = vae.make_network(config.data.image_shape, **config.vae)
     image = np.array([[255, 40], [0, 128]], np.uint8).reshape(1, 2, 2, 1)
-    return make_method(config), network, params, image
+    return from_config(config), network, params, image
 
 
 def exact(params, image):
@@ -131,7 +136,7 @@ def test_the_likelihood_of_all_binary_images_is_one():
 
 
 def test_an_example_does_not_depend_on_its_batch():
-    method = make_method(make_config((4, 4, 1), latents=3, hidden=8))
+    method = from_config(make_config((4, 4, 1), latents=3, hidden=8))
     params = method.init(jax.random.key(0))
     batch = batch_of(np.zeros((1, 4, 4, 1), np.uint8), 6)
     batch["image"] = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1)).astype(np.uint8)
@@ -156,9 +161,9 @@ def test_flips_are_the_config_s():
     flipped = make_config((2, 2, 1))
     flipped.data.flip = True
     image = np.array([[255, 40], [0, 128]], np.uint8).reshape(1, 2, 2, 1)
-    params = make_method(plain).init(jax.random.key(0))
+    params = from_config(plain).init(jax.random.key(0))
     as_it_is, mirrored, either = (
-        np.asarray(jax.jit(make_method(config).loss)(params, (), jax.random.key(0), batch)[0])
+        np.asarray(jax.jit(from_config(config).loss)(params, (), jax.random.key(0), batch)[0])
         for config, batch in (
             (plain, batch_of(image, 16)),
             (plain, batch_of(image[:, :, ::-1], 16)),
@@ -171,7 +176,7 @@ def test_flips_are_the_config_s():
 
 
 def test_the_gradient_reaches_every_parameter():
-    method = make_method(make_config((4, 4, 1), latents=2, hidden=8))
+    method = from_config(make_config((4, 4, 1), latents=2, hidden=8))
     params = method.init(jax.random.key(0))
     batch = batch_of(np.full((1, 4, 4, 1), 200, np.uint8), 4)
 
@@ -207,8 +212,8 @@ def test_mistakes_are_one_line(name, value, said):
     config = make_config()
     with config.vae.unlocked(), config.vae.ignore_type():
         config.vae[name] = value
-    with pytest.raises(config_lib.ConfigError, match=said):
-        make_method(config)
+    with pytest.raises(ConfigError, match=said):
+        from_config(config)
 
 
 def test_the_loss_of_several_draws_is_their_mean(one_latent):
@@ -220,7 +225,7 @@ def test_the_loss_of_several_draws_is_their_mean(one_latent):
         config = make_config()
         with config.unlocked():
             config.vae.draws = count
-        method = make_method(config)
+        method = from_config(config)
         network = vae.make_network(config.data.image_shape, **config.vae)
         loss, metrics, _ = method.loss(params, (), key, batch)
         eps = jax.vmap(lambda k, n=count: jax.random.normal(k, (n, 1)))(keys)  # [B, K, J]
@@ -239,9 +244,9 @@ def test_the_loss_of_several_draws_is_their_mean(one_latent):
     np.testing.assert_array_equal(
         jax.vmap(lambda k: jax.random.normal(k, (1, 1)))(keys)[:, 0], once
     )
-    with pytest.raises(config_lib.ConfigError, match="draws must be at least 1"):
+    with pytest.raises(ConfigError, match="draws must be at least 1"):
         config.vae.draws = 0
-        make_method(config)
+        from_config(config)
 
 
 def test_the_gradient_s_variance_is_taken_apart(one_latent):
@@ -274,8 +279,8 @@ def test_the_table_of_draws_compares_seed_by_seed():
 def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ddpm_jax.writers.save_loss_curve", lambda *args: None)  # takes a second
     workdir = str(tmp_path / "run")
-    state = train.train(vae_config.get_config("smoke"), workdir)
-    out = sample.sample(workdir, num_samples=5)
+    state = loop.train(vae_config.get_config("smoke"), workdir)
+    out = call("sample", workdir, num_samples=5)
     with np.load(out) as file:
         assert file["images"].shape == (5, 8, 8, 1)
 
@@ -287,12 +292,12 @@ def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypa
         f"ELBO {result['elbo']:.2f} ± {result['elbo_stderr']:.2f} nats" in capsys.readouterr().out
     )
 
-    with pytest.raises(runs.RunError, match=r"its own command is python -m experiments\.vae"):
-        evaluate.nll(workdir, num_images=2)
+    with pytest.raises(RunError, match=r"its own command is python -m experiments\.vae"):
+        call("nll", workdir, num_images=2)
 
     # By hand, in one batch: the same images and the same draws.
     run, network = command.load(workdir, "ema")
-    images = command.runs.load_data(run.config, split="test").images
+    images = command.run_data.load_data(run.config, split="test").images
     rows, key = data.choose(len(images), 10), training.make_keys(0).evaluate
     values = command.make_bounds(network, 3)(run.params, key, images[rows], rows)
     for name, each in values.items():

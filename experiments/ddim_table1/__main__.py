@@ -48,56 +48,66 @@ Not run: the same with several seeds.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
 import numpy as np
 from scipy import stats
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import parallel, runs, sample, score, writers
+from ddpm_jax import options
+from ddpm_jax.commands import metrics as metrics_lib
+from ddpm_jax.commands.sampling import sample
+from ddpm_jax.commands.shared import Output
+from ddpm_jax.ddpm import Sampling
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, runs, writers
+from ddpm_jax.files.run_data import RunError
 from ddpm_jax.main import USER_ERRORS
+from ddpm_jax.method import is_diffusion
+from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver
+from ddpm_jax.training import parallel
 
 COUNTS = (5, 10, 20, 50)  # S, and for the chain that the model was trained for also T
 LATENT_COUNTS = (*COUNTS, 1000)  # one latent followed through them
 ROWS = {
-    "DDIM η 0.0": {"sampler": "ddim", "eta": 0.0},
-    "DDIM η 0.2": {"sampler": "ddim", "eta": 0.2},
-    "DDIM η 0.5": {"sampler": "ddim", "eta": 0.5},
-    "DDIM η 1.0": {"sampler": "ddim", "eta": 1.0},
-    "DDIM σ̂": {"sampler": "ddim", "eta": "hat"},
-    "DDIM η 0.0, quadratic": {"sampler": "ddim", "eta": 0.0, "spacing": "quadratic"},
-    "DPM-Solver++ 2, log-SNR": {"sampler": "dpm_solver", "order": 2, "spacing": "log_snr"},
-    "DPM-Solver++ 3, log-SNR": {"sampler": "dpm_solver", "order": 3, "spacing": "log_snr"},
-    "ancestral": {"sampler": "ancestral"},
+    "DDIM η 0.0": Sampling(sampler=DDIM()),
+    "DDIM η 0.2": Sampling(sampler=DDIM(eta=0.2)),
+    "DDIM η 0.5": Sampling(sampler=DDIM(eta=0.5)),
+    "DDIM η 1.0": Sampling(sampler=DDIM(eta=1.0)),
+    "DDIM σ̂": Sampling(sampler=DDIM(eta="hat")),
+    "DDIM η 0.0, quadratic": Sampling(sampler=DDIM(), spacing="quadratic"),
+    "DPM-Solver++ 2, log-SNR": Sampling(sampler=DPMSolver(order=2), spacing="log_snr"),
+    "DPM-Solver++ 3, log-SNR": Sampling(sampler=DPMSolver(order=3), spacing="log_snr"),
+    "ancestral": Sampling(sampler=Ancestral()),
 }
 ONLY = {"ancestral": (50, None)}  # None: all T steps
 
 
-def measure(workdir, *, features, num_samples, metrics="fid", rows=ROWS, counts=COUNTS, **options):
-    """{row: {S or "T": {metric: numbers of each seed}}}, each cell as `score.score` gives it.
+def measure(workdir, *, rows=ROWS, counts=COUNTS, **asked):
+    """{row: {S or "T": {metric: numbers of each seed}}}, each cell as `commands.metrics.evaluate` gives it.
 
     Args:
       workdir: a run of a diffusion.
-      features, num_samples, metrics, options: of `score.score`.
-      rows: {name: options of the sampler}.
+      rows: {name: Sampling}.
       counts: the S of each row but those in `ONLY`.
+      asked: arguments of `evaluate`.
     """
-    given = {"features": features, "num_samples": num_samples, "metrics": metrics, **options}
-    method = runs.load(workdir).method
-    if method.diffusion is None:
-        raise runs.RunError(f"{workdir} is of no diffusion: it has no steps to leave out")
+    run = runs.load(workdir)
+    if not is_diffusion(run.method):
+        raise RunError(f"{workdir} is not a diffusion: it has no steps to leave out")
     cells = [
-        (name, "T" if S is None else S, row | ({} if S is None else {"steps": str(S)}))
+        (name, "T" if S is None else S, dataclasses.replace(row, steps=S and str(S)))
         for name, row in rows.items()
         for S in ONLY.get(name, counts)
-        if S is None or len(method.diffusion.schedule) >= S
+        if S is None or len(run.method.schedule) >= S
     ]
-    for _, _, asked in cells:  # what can be refused is, before hours of sampling
-        config_lib.call("ddim_table1", method.make_sample, asked)
+    for _, _, sampling in cells:  # what can be refused is, before hours of sampling
+        with options.errors_at("ddim_table1"):
+            run.method.chain(sampling)
     table = {}
-    for name, S, asked in cells:
-        result = score.score(workdir, **given, **asked)
+    for name, S, sampling in cells:
+        result = metrics_lib.evaluate(run, sampling=sampling, **asked)
         table.setdefault(name, {})[S] = {key: one["values"] for key, one in result.items()}
         print(f"{name}, S = {S}: {table[name][S]}", flush=True)
     return table
@@ -136,14 +146,13 @@ def _cell(values: list[float], of_first: list[float]) -> str:
     return text
 
 
-def follow(workdir: str, *, counts=LATENT_COUNTS, num_images: int = 10, **options) -> str:
+def follow(workdir, *, counts=LATENT_COUNTS, num_images: int = 10, seed: int = 0, output=Output()) -> str:  # noqa: B008
     """Draws one row of images for each S, all from the same latents by DDIM; returns the picture's path."""
-    grids = []
+    run, grids = runs.load(workdir), []
     for S in counts:
-        path = sample.sample(
-            workdir, num_samples=num_images, sampler="ddim", steps=S, eta=0.0, **options
-        )
-        grids.append((f"S = {S}", runs.read_npz(path)["images"][:num_images]))
+        sampling = Sampling(sampler=DDIM(), steps=str(S))
+        path = sample(run, sampling=sampling, num_samples=num_images, seed=seed, output=output)
+        grids.append((f"S = {S}", results.read_npz(path)["images"][:num_images]))
     path = os.path.join(config_lib.path(workdir), "eval", "ddim_table1.png")
     writers.save_grids(path, grids, columns=num_images)
     return path
@@ -169,15 +178,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.workdir = config_lib.path(args.workdir)
     parallel.enable_compilation_cache()
-    shared = {"seed": args.seed, "batch_size": args.batch_size}
+    output = Output(batch_size=args.batch_size)
     try:
         counts = tuple(int(S) for S in args.counts.split(","))
-        given = {"features": args.features, "num_samples": args.num_samples, **shared}
-        given |= {"metrics": args.metrics, "counts": counts, "data_dir": args.data_dir}
-        given |= {"num_seeds": args.num_seeds}
-        table = measure(args.workdir, **given)
-        T = len(runs.load(args.workdir).method.diffusion.schedule)
-        picture = follow(args.workdir, counts=(*counts, T), **shared)
+        table = measure(
+            args.workdir,
+            counts=counts,
+            features=args.features,
+            metrics=args.metrics,
+            num_samples=args.num_samples,
+            num_seeds=args.num_seeds,
+            seed=args.seed,
+            data_dir=args.data_dir,
+            output=output,
+        )
+        T = len(runs.load(args.workdir).method.schedule)
+        picture = follow(args.workdir, counts=(*counts, T), seed=args.seed, output=output)
     except (*USER_ERRORS, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,14 +10,16 @@ the ELBO bounds the mean log-likelihood of such binary images, in nats an image.
 8-bit images: it must not be divided into bits/dim, nor compared with `--mode=nll` of a diffusion.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import gaussians
-from ddpm_jax.ddpm import Method, fold_in_each, mirror_at_random
+from ddpm_jax import options
+from ddpm_jax.method import Method, NoOptions, fold_in_each, mirror_at_random
+from ddpm_jax.process import gaussians
 
 SECTIONS = ("vae",)  # of a config, beside those that every Method has
 
@@ -98,23 +100,25 @@ def parts(network: Network, params, x, eps):
     return reconstruction, kl, log_ratio
 
 
-def make(config) -> Method:
-    """The Method of a config: reads its sections data and vae.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class VAE(Method):
+    """The auto-encoder as a Method."""
 
-    Raises:
-      ConfigError: a field that is unknown, of a wrong type or impossible.
-    """
-    image_shape, flip = tuple(config.data.image_shape), config.data.flip
-    network = config_lib.call("config.vae", make_network, config.vae, image_shape=image_shape)
+    network: Network
+    image_shape: tuple[int, int, int]
+    flip: bool = False
+    metric_names = ("reconstruction", "kl")
 
-    def init(key):
-        return network.init(key, jnp.zeros((1, network.pixels)))["params"]
+    def init(self, key):
+        return self.network.init(key, jnp.zeros((1, self.network.pixels)))["params"]
 
-    def loss(params, memory, key, batch):
-        del memory  # nothing here depends on it
+    def loss_fn(self, params, loss_state, key, batch):
+        """The negative ELBO of each image, in nats."""
+        network = self.network
         keys = jax.vmap(jax.random.split)(fold_in_each(key, batch["index"]))
         eps_keys, flip_keys = keys[:, 0], keys[:, 1]
-        images = mirror_at_random(flip_keys, batch["image"]) if flip else batch["image"]
+        images = batch["image"]
+        images = mirror_at_random(flip_keys, images) if self.flip else images
         shape = (network.draws, network.latents)
         eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(eps_keys)
         reconstruction, kl, _ = parts(network, params, grey(images), eps)
@@ -122,25 +126,23 @@ def make(config) -> Method:
         once = jnp.ones_like(kl)
         return error + kl, {"reconstruction": (error, once), "kl": (kl, once)}, ()
 
-    def make_sample():
-        """Images are the probabilities y(z) of z ~ N(0, I), as in Kingma & Welling's figures; no options."""
+    def sample(self, params, key, index, label, sampling=NoOptions()):  # noqa: B008
+        """The probabilities y(z) of z ~ N(0, I) as images, as in Kingma & Welling's figures."""
+        del label, sampling
+        keys = fold_in_each(key, index)
+        z = jax.vmap(lambda key: jax.random.normal(key, (self.network.latents,)))(keys)
+        return decoded(self.network, params, z).reshape(-1, *self.image_shape)
 
-        def sample(params, key, index, label):
-            del label  # it looks at none
-            keys = fold_in_each(key, index)
-            z = jax.vmap(lambda key: jax.random.normal(key, (network.latents,)))(keys)
-            return decoded(network, params, z).reshape(-1, *image_shape)
 
-        return sample
+def make(config) -> VAE:
+    """The Method of a config: reads its sections data and vae.
 
-    return Method(
-        image_shape=image_shape,
-        num_classes=0,
-        init=init,
-        loss=loss,
-        metric_names=("reconstruction", "kl"),
-        make_sample=make_sample,
-    )
+    Raises:
+      ConfigError: a field that is unknown, of a wrong type or impossible.
+    """
+    image_shape = tuple(config.data.image_shape)
+    network = options.build(make_network, config.vae, "config.vae", image_shape=image_shape)
+    return VAE(network=network, image_shape=image_shape, flip=config.data.flip)
 
 
 def decoded(network: Network, params, z):

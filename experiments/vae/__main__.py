@@ -18,11 +18,15 @@ import jax
 import numpy as np
 from scipy import special
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import data, diffusion, parallel, runs, training, writers
+from ddpm_jax import data, options
 from ddpm_jax import main as command_line
-from ddpm_jax.ddpm import fold_in_each
-from ddpm_jax.evaluate import mean_and_error
+from ddpm_jax.files import run_data, runs, writers
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.method import fold_in_each
+from ddpm_jax.process.diffusion import to_uint8
+from ddpm_jax.stats import mean_and_error
+from ddpm_jax.training import parallel
+from ddpm_jax.training.step import make_keys
 from experiments import vae
 
 PLANE = 20  # images along each side
@@ -57,9 +61,9 @@ def load(workdir: str, weights: str) -> tuple[runs.Run, vae.Network]:
     Raises:
       RunError: it is a run of another Method; or as `runs.load`.
     """
-    run = runs.load(workdir, weights)
+    run = runs.load(workdir, weights=weights)
     if run.config.method != vae.__name__:
-        raise runs.RunError(
+        raise RunError(
             f"{run.workdir} is a run of {run.config.method}, which this command does not know; it"
             f" measures those of {vae.__name__}"
         )
@@ -94,12 +98,12 @@ def measure(
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
     run, network = load(workdir, weights)
-    with config_lib.errors_at("--seed"):
-        key = training.make_keys(seed).evaluate
-    dataset = runs.data_of(run, split, data_dir)
+    with options.errors_at("--seed"):
+        key = make_keys(seed).evaluate
+    dataset = run_data.data_of(run, split, data_dir)
     count = num_images or len(dataset)
     if count > len(dataset):
-        raise runs.RunError(f"{count} images asked of the {len(dataset)} in {dataset.name}/{split}")
+        raise RunError(f"{count} images asked of the {len(dataset)} in {dataset.name}/{split}")
 
     mapped = parallel.map_examples(make_bounds(network, num_draws))
     params = parallel.place(run.params)
@@ -151,7 +155,7 @@ def plane(network: vae.Network, params) -> np.ndarray:
     """
     axis = special.ndtri((np.arange(PLANE) + 0.5) / PLANE).astype(np.float32)
     z = np.stack(np.meshgrid(axis, -axis), axis=-1).reshape(-1, 2)
-    return np.asarray(diffusion.to_uint8(vae.decoded(network, params, z)))
+    return np.asarray(to_uint8(vae.decoded(network, params, z)))
 
 
 def draw_plane(workdir: str, *, weights: str = "ema") -> str | None:
@@ -189,14 +193,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_draws", type=int, default=50, help="K (default: 50)")
     parser.add_argument("--batch_size", type=int, help="images at a time")
     parser.add_argument("--data_dir", help="where the data are; else as the config says")
-    options = vars(parser.parse_args(argv))
+    arguments = vars(parser.parse_args(argv))
     for name in ("num_images", "num_draws", "batch_size"):
-        if options[name] is not None and options[name] < 1:
+        if arguments[name] is not None and arguments[name] < 1:
             parser.error(f"--{name} must be at least 1")
     parallel.enable_compilation_cache()
     try:
-        measure(**options)
-        draw_plane(options["workdir"], weights=options["weights"])
+        measure(**arguments)
+        draw_plane(arguments["workdir"], weights=arguments["weights"])
     except command_line.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -34,9 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ddpm_jax import data, parallel, train
-from ddpm_jax.evaluate import mean_and_error
+from ddpm_jax import data
 from ddpm_jax.main import USER_ERRORS
+from ddpm_jax.stats import mean_and_error
+from ddpm_jax.training import loop, parallel
 from experiments import vae
 from experiments.vae import __main__ as command
 from experiments.vae import config as vae_config
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             name = f"draws_{draws}_steps_{num_steps}_seed_{seed}"
             workdir, start = os.path.join(options.out, name), time.perf_counter()
             new = not os.path.exists(workdir)
-            train.train(make_config(draws, num_steps, seed, options.data_dir), workdir)
+            loop.train(make_config(draws, num_steps, seed, options.data_dir), workdir)
             seconds = time.perf_counter() - start if new else np.inf  # not of a run that was there
             values = command.measure(workdir, num_draws=10, data_dir=options.data_dir)
             found[draws, num_steps].append((values["elbo"].mean(), seconds))
