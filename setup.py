@@ -1,6 +1,6 @@
 """Installs the package `ddpm_jax`; configs and experiments stay in the clone, to be forked."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
 
@@ -8,7 +8,7 @@ setup(
     name="ddpm_jax",
     version="0.1.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
-    packages=["ddpm_jax"],
+    packages=find_packages(include=["ddpm_jax*"]),
     python_requires=">=3.11",
     # Floors, at or below what a Colab TPU runtime ships, and no upper pins: installing ddpm_jax never
     # moves an accelerator's own jax.

@@ -40,7 +40,7 @@ def needs(folder):
 def no_other_data(monkeypatch, tmp_path):
     """Keeps this machine's own prepared data sets, and waiting, out of the tests."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds-default"))
-    monkeypatch.setattr(data, "BACKOFF", 0.0)
+    monkeypatch.setattr(data.archives, "BACKOFF", 0.0)
 
 
 def error(*args, **kwargs):
@@ -67,7 +67,7 @@ def test_every_example_once_per_epoch(n, batch_size):
 def test_order_depends_on_seed_and_step_alone():
     draw = functools.partial(data.batch_indices, 1000, batch_size=64)
     forwards = [draw(seed=5, step=step) for step in range(40)]
-    data._permutation.cache_clear()
+    data.batching.permutation.cache_clear()
     backwards = [draw(seed=5, step=step) for step in reversed(range(40))][::-1]
     np.testing.assert_array_equal(forwards, backwards)
     assert (draw(seed=6, step=0) != forwards[0]).any()
@@ -304,12 +304,12 @@ def test_archives_of_another_data_set_are_refused():
 
 def test_sums_are_those_of_tensorflow_datasets():
     package = Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
-    for name, sums in data._SUMS.items():
+    for name, sums in data.archives.SUMS.items():
         lines = (package / "url_checksums" / f"{name}.txt").read_text().splitlines()
         theirs = {}
         for url, size, sha256, file in (line.split("\t") for line in lines):
             theirs[file] = (int(size), sha256)
-            assert url[: -len(file)] in data._MIRRORS[name]
+            assert url[: -len(file)] in data.archives.MIRRORS[name]
         assert sums == theirs
 
 
@@ -339,7 +339,7 @@ def cifar(tmp_path, monkeypatch):
 
 def register(monkeypatch, name, file, content):
     sums = (len(content), hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(data._SUMS, name, data._SUMS[name] | {file: sums})
+    monkeypatch.setitem(data.archives.SUMS, name, data.archives.SUMS[name] | {file: sums})
 
 
 @pytest.mark.parametrize("place", [".", "cifar10"])
@@ -409,7 +409,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setitem(
-            data._MIRRORS, "cifar10", (f"http://127.0.0.1:{httpd.server_port}/some/",)
+            data.archives.MIRRORS, "cifar10", (f"http://127.0.0.1:{httpd.server_port}/some/",)
         )
         yield replies, asked
         httpd.shutdown()
@@ -443,7 +443,9 @@ def test_a_wrong_download_is_not_kept(server, cifar, tmp_path):
 def test_the_next_mirror_is_tried(server, cifar, tmp_path, monkeypatch):
     (replies, asked), (archive, _, _) = server, cifar
     closed = "http://127.0.0.1:9/"  # nothing listens to the discard port
-    monkeypatch.setitem(data._MIRRORS, "cifar10", (closed, *data._MIRRORS["cifar10"]))
+    monkeypatch.setitem(
+        data.archives.MIRRORS, "cifar10", (closed, *data.archives.MIRRORS["cifar10"])
+    )
     replies += [(200, archive, len(archive))]
     assert len(data.load("cifar10", data_dir=tmp_path)) == 10
     assert len(asked) == 1
@@ -457,7 +459,7 @@ def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypat
         asked.append(url)
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "_copy", refuse)
+    monkeypatch.setattr(data.archives, "_copy", refuse)
     message = error(name, data_dir=tmp_path)
     hosts = {urllib.parse.urlsplit(url).hostname for url in asked}
     assert len(hosts) >= 2 and len(asked) == 3 * len(set(asked))
@@ -465,7 +467,7 @@ def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypat
 
 
 def test_without_a_network(cifar, tmp_path, monkeypatch):
-    monkeypatch.setitem(data._MIRRORS, "cifar10", ("http://127.0.0.1:9/",))
+    monkeypatch.setitem(data.archives.MIRRORS, "cifar10", ("http://127.0.0.1:9/",))
     message = error("cifar10", data_dir=tmp_path)
     assert f"http://127.0.0.1:9/{CIFAR}" in message and str(tmp_path / "cifar10") in message
 
@@ -909,9 +911,9 @@ def test_places_and_versions_of_prepared_data(prepared, place):
     link(f"{place}/mine/1.10.0")
     link(f"{place}/mine/1.9.0")
     link(f"{place}/mine/large/1.0.0")
-    assert data._prepared("mine", root).name == "1.10.0"
-    assert data._prepared("mine:1.9.0", root).name == "1.9.0"
-    assert data._prepared("mine/large", root).name == "1.0.0"
+    assert data.prepared.find("mine", root).name == "1.10.0"
+    assert data.prepared.find("mine:1.9.0", root).name == "1.9.0"
+    assert data.prepared.find("mine/large", root).name == "1.0.0"
     load = functools.partial(data.load, data_dir=root, memory_limit_gb=0)
     assert len(load("mine/large", split="test")) == 10000
     assert len(load("mine", split="train[:1%]")) == 600
@@ -960,9 +962,9 @@ def test_a_name_that_is_not_here(tmp_path):
 def test_progress_line(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    update = data._progress("reading", 100, "MB")
+    progress = data.progress.Progress("reading", 100, "MB")
     for now[0], done in ((0.5, 5), (9, 30), (10, 40), (11, 50), (20, 100)):
-        update(done)
+        progress.update(done)
     assert capsys.readouterr().err.splitlines() == [
         "reading: 40 of 100 MB, 4.0 MB/s, 15 s left",
         "reading: 100 of 100 MB, 5.0 MB/s, done",

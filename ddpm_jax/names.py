@@ -1,0 +1,99 @@
+"""Things by name: a built-in name or `module:NAME`, and the nearest name to a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean 'x'?" or nothing; the prefix stands before the x."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def check_choice(kind: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest choice, if `value` is not one of them."""
+    if value not in choices:
+        raise ValueError(
+            f"unknown {kind} {value!r}{nearest(str(value), choices)} (choose from {', '.join(choices)})"
+        )
+
+
+def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
+    """What a name stands for: an entry of `built_in`, or NAME in a module, written `module:NAME`.
+
+    A spec that is not text is returned as it is, so that Python may hand over the thing itself.
+
+    Args:
+      kind: what is looked for, for the message, such as "sampler".
+
+    Raises:
+      ValueError: one line: an unknown name with the nearest, no such module, or no such NAME in it.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if spec in built_in:
+        return built_in[spec]
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown {kind} {spec!r}{nearest(spec, built_in)} (choose from {', '.join(built_in)}, or"
+            " module:NAME)"
+        )
+    module = import_module(module_name, kind)
+    if not hasattr(module, name):
+        there = [word for word in vars(module) if not word.startswith("_")]
+        raise ValueError(
+            f"{kind} {spec!r}: {module.__file__} has no {name!r}{nearest(name, there)}"
+        )
+    return getattr(module, name)
+
+
+def import_module(name: str, kind: str):
+    """A module by its dotted name; the current folder counts, as it does for `python -m`.
+
+    Raises:
+      ValueError: one line: there is no such module, or an error in it, with file and line.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ValueError(
+                f"{kind}: there is no module {name!r} that can be imported from here"
+            ) from error
+        raise ValueError(f"{kind}: {place_of(error)}: {error}") from error
+    except Exception as error:  # whatever the file of a user raises
+        raise ValueError(
+            f"{kind}: {place_of(error)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def place_of(error: BaseException) -> str:
+    """The file and line where an error was raised, of code outside the libraries if any was there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if is_foreign(frame.filename)]
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frame = (own or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a source file is neither ours, nor Python's, nor of an installed library."""
+    ours = os.path.dirname(os.path.abspath(__file__))
+    return (
+        os.path.isabs(path)
+        and not path.startswith(ours)
+        and "site-packages" not in path
+        and not path.startswith(os.path.dirname(os.__file__))
+    )
+
