@@ -143,19 +143,9 @@ def _of_own(name, split, image_shape, root):
     """The data set that the function module:NAME returns, checked."""
     result, where = _called(name, split, image_shape, root)
     if not isinstance(result, Dataset):
-        num_classes, class_names = None, ()
-        if split != "train":
-            train = _of_own(name, "train", image_shape, root)
-            num_classes, class_names = train.num_classes, train.class_names
-        images, labels = result
-        result = Dataset.from_arrays(
-            images,
-            labels,
-            name=where,
-            split=split,
-            class_names=class_names,
-            num_classes=num_classes,
-        )
+        train = None if split == "train" else _of_own(name, "train", image_shape, root)
+        classes, number = (train.class_names, train.num_classes) if train else ((), None)
+        result = Dataset.from_arrays(*result, name=where, class_names=classes, num_classes=number)
     result = check_shape(_checked(result, where), image_shape, where)
     return dataclasses.replace(result, name=name, split=split)
 
@@ -172,9 +162,8 @@ def _called(name, split, image_shape, root):
             line += names.nearest(module, _known_names(root))
         raise DataError(f"{line}; expected a function {signature}") from error
     where = f"{getattr(sys.modules[module], '__file__', module)}: {attribute}"
-    options = {"split": split, "image_shape": image_shape, "data_dir": root}
     try:
-        inspect.signature(function).bind(**options)
+        inspect.signature(function).bind(split=split, image_shape=image_shape, data_dir=root)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}; expected a function {signature}") from error
     try:
