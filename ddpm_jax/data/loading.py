@@ -29,20 +29,17 @@ class Loader(Protocol):
     def __call__(
         self, *, split: str, image_shape: tuple[int, int, int] | None, data_dir: Path
     ) -> Dataset | tuple[np.ndarray, np.ndarray | None]:
-        """One split, as a `Dataset` or as (images, labels).
-
-        It must be a function of its arguments alone: a run that resumes calls it again.
+        """One split, a function of the arguments alone: a run that resumes calls it again.
 
         Args:
-            split: "train", "test", …; a split that does not exist is a DataError.
+            split: "train", "test", …; raise DataError for a split that does not exist.
             image_shape: (H, W, C) of the config, which the images must have, or None for any.
             data_dir: the folder for files, `data.data_dir`.
 
         Returns:
-            images uint8 [N, H, W, C] (or [N, H, W]), and integer labels 0, 1, … [N] or None. For
-            another split than "train" the training split is loaded too, whose classes count.
-            For class names, or images decoded on demand, a `Dataset`: then
-            `dataset.fetch(indices)` must be callable from several threads.
+            images uint8 [N, H, W, C] or [N, H, W], with integer labels 0, 1, … [N] or None; for a
+            split other than "train" the function is called for "train" too, whose classes count.
+            Or a `Dataset`, for class names or for images decoded on demand.
         """
         ...
 
@@ -79,7 +76,7 @@ def load(
               `def stripes(*, split, image_shape, data_dir): return images, labels`.
             * any other name: what tensorflow-datasets has already prepared as array_record in
               `data_dir/tfds`, `data_dir` or its default folder.
-        split: which part; `train` and `test` exist for every built-in data set.
+        split: `train` and `test` exist for every built-in data set.
         image_shape: (H, W, C). Pictures of a folder or of tensorflow-datasets are resized
             (shorter side to fit, antialiased), cropped at the centre and converted to C = 1 or 3
             channels; without it all must have the size of the first. Arrays are never resized:
@@ -96,9 +93,8 @@ def load(
     """
     kind, _, path = name.partition(":")
     root, shape = _user_path(data_dir), _checked_shape(image_shape)
-    colour = _checked_colour(background)
+    colour, found = _checked_colour(background), None
     try:
-        found = None
         if kind == "image_folder":
             found = pictures.image_folder(_existing(kind, path), split, flatten)
         elif flatten or skip_broken:
@@ -123,9 +119,8 @@ def load(
         else:
             raise DataError(prepared.advice(name, root, _known_names(root)))
         if found:
-            return pictures.dataset_of(
-                found, name, split, shape, memory_limit_gb, skip_broken, colour
-            )
+            options = (shape, memory_limit_gb, skip_broken, colour)
+            return pictures.dataset_of(found, name, split, *options)
     except OSError as error:
         raise DataError(f"{name}: {error} (data_dir is {root})") from error
     return check_shape(dataset, shape, name)
