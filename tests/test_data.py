@@ -40,7 +40,7 @@ def needs(folder):
 def no_other_data(monkeypatch, tmp_path):
     """Keeps this machine's own prepared data sets, and waiting, out of the tests."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds-default"))
-    monkeypatch.setattr(data, "BACKOFF", 0.0)
+    monkeypatch.setattr(data.archives, "BACKOFF", 0.0)
 
 
 def error(*args, **kwargs):
@@ -67,7 +67,7 @@ def test_every_example_once_per_epoch(n, batch_size):
 def test_order_depends_on_seed_and_step_alone():
     draw = functools.partial(data.batch_indices, 1000, batch_size=64)
     forwards = [draw(seed=5, step=step) for step in range(40)]
-    data._permutation.cache_clear()
+    data.batching.permutation.cache_clear()
     backwards = [draw(seed=5, step=step) for step in reversed(range(40))][::-1]
     np.testing.assert_array_equal(forwards, backwards)
     assert (draw(seed=6, step=0) != forwards[0]).any()
@@ -304,12 +304,12 @@ def test_archives_of_another_data_set_are_refused():
 
 def test_sums_are_those_of_tensorflow_datasets():
     package = Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
-    for name, sums in data._SUMS.items():
+    for name, sums in data.archives.SUMS.items():
         lines = (package / "url_checksums" / f"{name}.txt").read_text().splitlines()
         theirs = {}
         for url, size, sha256, file in (line.split("\t") for line in lines):
             theirs[file] = (int(size), sha256)
-            assert url[: -len(file)] in data._MIRRORS[name]
+            assert url[: -len(file)] in data.archives.MIRRORS[name]
         assert sums == theirs
 
 
@@ -339,7 +339,7 @@ def cifar(tmp_path, monkeypatch):
 
 def register(monkeypatch, name, file, content):
     sums = (len(content), hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(data._SUMS, name, data._SUMS[name] | {file: sums})
+    monkeypatch.setitem(data.archives.SUMS, name, data.archives.SUMS[name] | {file: sums})
 
 
 @pytest.mark.parametrize("place", [".", "cifar10"])
@@ -409,7 +409,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setitem(
-            data._MIRRORS, "cifar10", (f"http://127.0.0.1:{httpd.server_port}/some/",)
+            data.archives.MIRRORS, "cifar10", (f"http://127.0.0.1:{httpd.server_port}/some/",)
         )
         yield replies, asked
         httpd.shutdown()
@@ -443,7 +443,9 @@ def test_a_wrong_download_is_not_kept(server, cifar, tmp_path):
 def test_the_next_mirror_is_tried(server, cifar, tmp_path, monkeypatch):
     (replies, asked), (archive, _, _) = server, cifar
     closed = "http://127.0.0.1:9/"  # nothing listens to the discard port
-    monkeypatch.setitem(data._MIRRORS, "cifar10", (closed, *data._MIRRORS["cifar10"]))
+    monkeypatch.setitem(
+        data.archives.MIRRORS, "cifar10", (closed, *data.archives.MIRRORS["cifar10"])
+    )
     replies += [(200, archive, len(archive))]
     assert len(data.load("cifar10", data_dir=tmp_path)) == 10
     assert len(asked) == 1
@@ -457,7 +459,7 @@ def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypat
         asked.append(url)
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "_copy", refuse)
+    monkeypatch.setattr(data.archives, "_copy", refuse)
     message = error(name, data_dir=tmp_path)
     hosts = {urllib.parse.urlsplit(url).hostname for url in asked}
     assert len(hosts) >= 2 and len(asked) == 3 * len(set(asked))
@@ -465,7 +467,7 @@ def test_a_failure_names_every_place_it_was_looked_for(name, tmp_path, monkeypat
 
 
 def test_without_a_network(cifar, tmp_path, monkeypatch):
-    monkeypatch.setitem(data._MIRRORS, "cifar10", ("http://127.0.0.1:9/",))
+    monkeypatch.setitem(data.archives.MIRRORS, "cifar10", ("http://127.0.0.1:9/",))
     message = error("cifar10", data_dir=tmp_path)
     assert f"http://127.0.0.1:9/{CIFAR}" in message and str(tmp_path / "cifar10") in message
 
@@ -850,6 +852,204 @@ def test_folders_that_cannot_be_used(folder, tmp_path):
     assert "stray.png" in message and "dog/" in message
 
 
+# Data of one's own: arrays, and functions named module:NAME.
+
+
+def test_dataset_from_arrays():
+    x = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
+    plain = data.Dataset.from_arrays(x)
+    assert plain.describe() == "arrays/train: 6 images 4×5×1, no labels, uint8, in memory"
+    assert plain.labels.tolist() == [0] * 6 and np.shares_memory(plain.images, x)
+    labels = np.array([[2], [0], [1], [2], [0], [1]], np.uint8)
+    given = dict(name="mine", split="test", class_names=["ant", "bee", "cow", "dog"])
+    named = data.Dataset.from_arrays(np.stack([x] * 3, -1), labels, **given)
+    assert (named.name, named.split, named.image_shape) == ("mine", "test", (4, 5, 3))
+    assert named.num_classes == 4 and named.class_names == ("ant", "bee", "cow", "dog")
+    assert named.labels.tolist() == labels[:, 0].tolist() and named.labels.dtype == np.int32
+    unlabelled = data.Dataset.from_arrays(x, **given)
+    assert unlabelled.labels.tolist() == [-1] * 6 and unlabelled.num_classes == 4
+    of_two = data.Dataset.from_arrays(x, labels, num_classes=2)  # a class that train lacks is none
+    assert of_two.labels.tolist() == [-1, 0, 1, -1, 0, 1] and of_two.num_classes == 2
+    [batch] = data.batches(named, seed=0, start=0, stop=1, batch_size=6)
+    assert np.bincount(batch["label"]).tolist() == [2, 2, 2]
+
+
+UINT8 = "np.zeros((4, 8, 8, 1), np.uint8)"
+HOSTILE = [  # images, labels, part of the message
+    ("np.linspace(-1, 1, 256).reshape(4, 8, 8)", "None", "(x + 1) * 127.5"),
+    ("np.linspace(0, 1, 256).reshape(4, 8, 8)", "None", "pass numpy.rint(x * 255)"),
+    ("np.zeros((4, 8, 8), bool)", "None", "is bool [4, 8, 8] in 0..0, expected uint8"),
+    ("np.zeros((8, 8), np.uint8)", "None", "uint8 [8, 8], expected [N, H, W] or [N, H, W, C]"),
+    ("np.zeros((0, 8, 8), np.uint8)", "None", "at least one image"),
+    ("np.zeros((4, 3, 8, 8), np.uint8)", "None", "channels last"),
+    ("np.full((4, 8, 8), 'x')", "None", "<U1 [4, 8, 8], expected uint8"),
+    ("[[1, 2], [3]]", "None", "is not an array: ValueError"),
+    ("None", "None", "object [], expected [N, H, W]"),
+    (UINT8, "np.arange(3)", "int64 [3], expected one class 0, 1, … (an integer) for each of the 4"),
+    (UINT8, "np.arange(5)", "for each of the 4 images"),
+    (UINT8, "[]", "float64 [0], expected one class"),
+    (UINT8, "np.arange(4) / 2", "float64 [4]"),
+    (UINT8, "np.arange(4) - 1", "int64 [4], expected one class 0, 1"),
+    (UINT8, "['a', 'b', 'c', 'd']", "<U1 [4]"),
+]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module in a folder that Python searches: module(text) is its (name, path)."""
+    monkeypatch.syspath_prepend(tmp_path)
+    written = []
+
+    def write(text):
+        path = tmp_path / f"own_data_{len(written)}.py"
+        path.write_text(f"import numpy as np\nfrom ddpm_jax.data import *\n{text}\n")
+        importlib.invalidate_caches()
+        written.append(path.stem)
+        return path.stem, str(path)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def returning(value):
+    return f"def make(*, split, image_shape, data_dir):\n    return {value}"
+
+
+@pytest.mark.parametrize(("images", "labels", "words"), HOSTILE)
+def test_arrays_that_cannot_be_used(images, labels, words, module):
+    values = [eval(text, {"np": np}) for text in (images, labels)]
+    with pytest.raises(data.DataError) as info:
+        data.Dataset.from_arrays(*values, name="mine")
+    kind = "images" if labels == "None" else "labels"
+    assert words in str(info.value) and str(info.value).startswith(f"mine: {kind} is ")
+    name, path = module(returning(f"{images}, {labels}"))
+    message = error(f"{name}:make")
+    assert words in message and message.startswith(f"{path}: make: {kind} is ")
+
+
+def test_fewer_names_than_classes():
+    with pytest.raises(data.DataError, match="mine: 1 class_names for 2 classes"):
+        data.Dataset.from_arrays(
+            np.zeros((2, 2, 2), np.uint8), [0, 1], name="mine", class_names="a"
+        )
+
+
+def test_a_data_set_of_ones_own(module, tmp_path):
+    text = """
+def make(*, split, image_shape, data_dir):
+    height, width, channels = image_shape or (4, 5, 1)
+    number = len(str(data_dir)) if split == "train" else 3
+    images = np.zeros((number, height, width, channels), np.uint8)
+    images[:] = np.arange(number)[:, None, None, None]
+    return images, (np.arange(number) % 3 if split == "train" else np.array([0, 3, 1]))
+def unlabelled_test(**options):
+    images, labels = make(**options)
+    return images, labels if options["split"] == "train" else None
+def names(*, split, **options):
+    images, labels = make(split="train", **options)
+    part = slice(None) if split == "train" else slice(1)
+    return Dataset.from_arrays(images[part], labels[part], class_names=["ant", "bee", "cow"])
+"""
+    name, _ = module(text)
+    place = "~/" + "x" * 5
+    train = data.load(f"{name}:make", data_dir=place)
+    length = len(os.path.expanduser(place))
+    assert train.name == f"{name}:make" and train.split == "train" and len(train) == length
+    assert train.image_shape == (4, 5, 1) and train.num_classes == 3
+    assert train.images[:, 0, 0, 0].tolist() == list(range(length))
+    test = data.load(f"{name}:make", split="test", image_shape=[2, 2, 3])
+    assert test.split == "test" and test.image_shape == (2, 2, 3)
+    assert test.num_classes == 3 and test.labels.tolist() == [0, -1, 1]  # the classes of train
+    test = data.load(f"{name}:unlabelled_test", split="test")
+    assert test.num_classes == 3 and test.labels.tolist() == [-1] * 3
+    test = data.load(f"{name}:names", split="test")
+    assert (test.name, test.split) == (f"{name}:names", "test")
+    assert test.num_classes == 3 and test.class_names == ("ant", "bee", "cow")
+    assert "flatten=True is for image_folder" in error(f"{name}:make", flatten=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            UINT8,
+            "make returns uint8 [4, 8, 8, 1], expected a Dataset or (images uint8 [N, H, W, C]",
+        ),
+        (f"[{UINT8}, None]", "make returns list of 2, expected"),
+        (f"{UINT8}, None, None", "make returns tuple of 3, expected"),
+        ("None", "make returns NoneType, expected"),
+        ("1 / 0", ", line 4: ZeroDivisionError: division by zero"),
+        ("open('/nowhere')", ", line 4: FileNotFoundError"),
+        (
+            "Dataset('x', 'train', (8, 8, 1), 0, np.zeros(4), None)",
+            "labels is float64 [4], expected",
+        ),
+        ("Dataset('x', 'train', (8, 8, 1), 0, np.zeros(0, np.int32), None)", "int32 [0], expected"),
+        (
+            "Dataset('x', 'train', (8, 8, 1), 0, np.zeros(4, np.int32), lambda i: np.zeros((1, 8, 8)))",
+            "make: fetch returns float64 [1, 8, 8] for one, expected uint8 [1, 8, 8, 1]",
+        ),
+        ("Dataset('x', 'train', (8, 8, 1), 0, np.zeros(4, np.int32), None)", "fetch: TypeError"),
+    ],
+)
+def test_wrong_results_of_ones_own_function(value, words, module):
+    name, path = module(returning(value))
+    message = error(f"{name}:make")
+    assert words in message and ("fetch: TypeError" in message or message.startswith(path))
+
+
+def test_mistakes_in_a_module_of_ones_own(module, tmp_path):
+    name, path = module(returning(f"{UINT8}, None"))
+    expected = "make(*, split, image_shape, data_dir)"
+    message = error(f"{name}:mke")
+    assert f"{path} has no 'mke'; did you mean 'make'?" in message
+    assert "expected a function mke(*, split, image_shape, data_dir)" in message
+    message = error(f"{name}:make", image_shape=(4, 4, 1))
+    assert message.startswith(f"{path}: make holds images 8×8×1, but the config asks for 4×4×1")
+    message = error("no_such_module_of_mine:make")
+    assert "there is no module 'no_such_module_of_mine'" in message and expected in message
+    assert "did you mean 'image_folder:'?" in error("imagefolder:pictures", data_dir=tmp_path)
+    for text, words in (
+        ("def make(*, split): return 1", f"expected a function {expected}"),
+        ("make = 3", f"expected a function {expected}"),
+        ("import no_such_package", "line 3: No module named 'no_such_package'"),
+        ("def make(:", "line 3: SyntaxError"),
+        ("raise ValueError('a\\nb')", "line 3: ValueError: a b"),
+    ):
+        name, path = module(text)
+        message = error(f"{name}:make")
+        assert path in message and words in message
+    name, _ = module("def make(**options): raise DataError('no split of mine')")
+    assert error(f"{name}:make") == "no split of mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("mine:make", True),
+        ("mine.deeper:make", True),
+        ("mnist:3.0.1", False),
+        ("lsun/church", False),
+        ("lsun/church:1.0.0", False),
+        ("mine:", False),
+        (":make", False),
+        ("mine:make:x", False),
+        ("a-b:make", False),
+        ("mine:/make", False),
+    ],
+)
+def test_names_of_modules(name, own, tmp_path):
+    message = error(name, data_dir=tmp_path)
+    assert ("there is no module" in message) == own == ("tensorflow-datasets" not in message)
+
+
+def test_kinds_with_a_path_are_not_modules(module, monkeypatch, tmp_path):
+    for kind in data.WITH_PATH:
+        assert "there is no f" in error(f"{kind}:make")
+        assert not data.loading._is_module_name(kind)
+
+
 # tensorflow-datasets.
 
 
@@ -909,14 +1109,16 @@ def test_places_and_versions_of_prepared_data(prepared, place):
     link(f"{place}/mine/1.10.0")
     link(f"{place}/mine/1.9.0")
     link(f"{place}/mine/large/1.0.0")
-    assert data._prepared("mine", root).name == "1.10.0"
-    assert data._prepared("mine:1.9.0", root).name == "1.9.0"
-    assert data._prepared("mine/large", root).name == "1.0.0"
+    assert data.prepared.find("mine", root).name == "1.10.0"
+    assert data.prepared.find("mine:1.9.0", root).name == "1.9.0"
+    assert data.prepared.find("mine/large", root).name == "1.0.0"
     load = functools.partial(data.load, data_dir=root, memory_limit_gb=0)
     assert len(load("mine/large", split="test")) == 10000
     assert len(load("mine", split="train[:1%]")) == 600
     assert "no split 'val'; it has train, test" in error("mine", split="val", data_dir=root)
     assert "did you mean mine/large" in error("mine/larg", data_dir=root)
+    link(f"{place}/mine/nightly")  # a version that is an identifier: prepared, so not module:NAME
+    assert len(load("mine:nightly", split="test")) == 10000
 
 
 @needs("tfds")
@@ -960,9 +1162,9 @@ def test_a_name_that_is_not_here(tmp_path):
 def test_progress_line(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    update = data._progress("reading", 100, "MB")
+    progress = data.progress.Progress("reading", 100, "MB")
     for now[0], done in ((0.5, 5), (9, 30), (10, 40), (11, 50), (20, 100)):
-        update(done)
+        progress.update(done)
     assert capsys.readouterr().err.splitlines() == [
         "reading: 40 of 100 MB, 4.0 MB/s, 15 s left",
         "reading: 100 of 100 MB, 5.0 MB/s, done",

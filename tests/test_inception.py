@@ -338,7 +338,7 @@ def as_published(published, tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "SIZE", published.stat().st_size)
     monkeypatch.setattr(inception, "SHA256", digest)
     monkeypatch.setattr(inception, "URLS", (published.as_uri(),))
-    monkeypatch.setattr(data, "BACKOFF", 0.0)
+    monkeypatch.setattr(data.archives, "BACKOFF", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_HOME", raising=False)
     return published

@@ -1,0 +1,240 @@
+"""From the name of a data set to the data set: built-in, files, prepared, or a function of one's own."""
+
+import dataclasses
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ddpm_jax import names
+from ddpm_jax.data import archives, arrays, pictures, prepared
+from ddpm_jax.data.dataset import (
+    DataError,
+    Dataset,
+    check_shape,
+    no_split,
+    one_line,
+)
+
+BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10", "synthetic")
+WITH_PATH = ("image_folder", "npz")  # kinds of data sets whose name holds their path
+
+
+class Loader(Protocol):
+    """A data set of one's own: the function NAME of `data.name = "module:NAME"`."""
+
+    def __call__(
+        self, *, split: str, image_shape: tuple[int, int, int] | None, data_dir: Path
+    ) -> Dataset | tuple[np.ndarray, np.ndarray | None]:
+        """One split, a function of the arguments alone: a run that resumes calls it again.
+
+        Args:
+            split: "train", "test", …; raise DataError for a split that does not exist.
+            image_shape: (H, W, C) of the config, which the images must have, or None for any.
+            data_dir: the folder for files, `data.data_dir`.
+
+        Returns:
+            images uint8 [N, H, W, C] or [N, H, W], with integer labels 0, 1, … [N] or None; for a
+            split other than "train" the function is called for "train" too, whose classes count.
+            Or a `Dataset`, for class names or for images decoded on demand.
+        """
+        ...
+
+
+def load(
+    name: str,
+    *,
+    split: str = "train",
+    image_shape: tuple[int, int, int] | None = None,
+    data_dir: str | os.PathLike = "data",
+    memory_limit_gb: float = 4.0,
+    flatten: bool = False,
+    skip_broken: bool = False,
+    background: str = "white",
+) -> Dataset:
+    """Finds, checks and reads a data set; downloads it only if it is nowhere on this machine.
+
+    Args:
+        name: one of
+            * `digits`: scikit-learn's 8×8 digits; train is the first 1,500 images of a fixed
+              permutation, test the other 297.
+            * `mnist`, `fashion_mnist`, `cifar10`: the official archives in `data_dir/<name>` or
+              `data_dir`; without them, a copy that tensorflow-datasets has prepared; without that,
+              downloaded into `data_dir/<name>`. Sizes and SHA-256 sums are checked every time.
+            * `synthetic`: 1,024 + 256 images of gradients with blobs, from no file at all.
+            * `npz:PATH`: uint8 arrays `x_train`, `y_train`, `x_test`, `y_test`, or `images` and
+              `labels`, or `arr_0` and `arr_1`; the labels are optional, and so is `class_names`.
+            * `image_folder:PATH`: every sub-folder is a class, a flat folder has no labels;
+              sub-folders `train` and `test` or `val` are splits instead. Classes are those of the
+              training split, numbered in the order of their names (2 before 10, if all are
+              numbers). Pictures are what Pillow decodes; HEIC needs the package pillow-heif.
+            * `module:NAME`: a function of your own, see `Loader`, in a module that Python finds,
+              also from the current folder; for example `my_data:stripes` with, in my_data.py,
+              `def stripes(*, split, image_shape, data_dir): return images, labels`.
+            * any other name: what tensorflow-datasets has already prepared as array_record in
+              `data_dir/tfds`, `data_dir` or its default folder.
+        split: `train` and `test` exist for every built-in data set.
+        image_shape: (H, W, C). Pictures of a folder or of tensorflow-datasets are resized
+            (shorter side to fit, antialiased), cropped at the centre and converted to C = 1 or 3
+            channels; without it all must have the size of the first. Arrays are never resized:
+            for them it must be the shape they have (`synthetic` is drawn at any shape).
+        data_dir: the folder in which archives are looked for and saved.
+        memory_limit_gb: pictures larger than this in all (N·H·W·C bytes) are decoded on demand.
+        flatten: take the pictures of a folder at any depth, without classes.
+        skip_broken: leave out pictures of a folder that cannot be decoded, and list them; without it
+            the first one is an error. All are decoded once at the start, in memory or not.
+        background: colour laid under transparent pictures, by a name or #rrggbb.
+
+    Raises:
+        DataError: one line: what is wrong with the data or the arguments.
+    """
+    kind, _, path = name.partition(":")
+    root, shape = _user_path(data_dir), _checked_shape(image_shape)
+    colour, found = _checked_colour(background), None
+    try:
+        if kind == "image_folder":
+            found = pictures.image_folder(_existing(kind, path), split, flatten)
+        elif flatten or skip_broken:
+            option = "flatten" if flatten else "skip_broken"
+            raise DataError(f"{option}=True is for image_folder:PATH, and the data are {name}")
+        elif kind == "npz":
+            dataset = arrays.npz(_existing(kind, path), name, split)
+        elif name in BUILT_IN and split not in ("train", "test"):
+            raise no_split(name, split, ("train", "test"))
+        elif name == "digits":
+            dataset = arrays.digits(split)
+        elif name == "synthetic":
+            dataset = arrays.synthetic(split, shape or (32, 32, 3))
+        elif name in archives.SUMS and archives.are_here(name, split, root):
+            dataset = archives.official(name, split, root)
+        elif folder := prepared.find(name, root):
+            found = prepared.pictures(folder, name, split)
+        elif name in archives.SUMS:  # to be downloaded
+            dataset = archives.official(name, split, root)
+        elif _is_module_name(name):
+            return _of_own(name, split, shape, root)
+        else:
+            raise DataError(prepared.advice(name, root, _known_names(root)))
+        if found:
+            options = (shape, memory_limit_gb, skip_broken, colour)
+            return pictures.dataset_of(found, name, split, *options)
+    except OSError as error:
+        raise DataError(f"{name}: {error} (data_dir is {root})") from error
+    return check_shape(dataset, shape, name)
+
+
+# A data set of one's own.
+
+
+def _is_module_name(name):
+    module, _, function = name.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _of_own(name, split, image_shape, root):
+    """The data set that the function module:NAME returns, checked."""
+    result, where = _called(name, split, image_shape, root)
+    if not isinstance(result, Dataset):
+        train = None if split == "train" else _of_own(name, "train", image_shape, root)
+        classes, number = (train.class_names, train.num_classes) if train else ((), None)
+        result = Dataset.from_arrays(*result, name=where, class_names=classes, num_classes=number)
+    result = check_shape(_checked(result, where), image_shape, where)
+    return dataclasses.replace(result, name=name, split=split)
+
+
+def _called(name, split, image_shape, root):
+    """What the function module:NAME returns, a Dataset or a pair, and "FILE: NAME" for messages."""
+    module, _, attribute = name.partition(":")
+    signature = f"{attribute}(*, split, image_shape, data_dir)"
+    try:
+        function = names.find(name, {}, "data set")
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            line += names.nearest(module, _known_names(root))
+        raise DataError(f"{line}; expected a function {signature}") from error
+    where = f"{getattr(sys.modules[module], '__file__', module)}: {attribute}"
+    try:
+        inspect.signature(function).bind(split=split, image_shape=image_shape, data_dir=root)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {error}; expected a function {signature}") from error
+    try:
+        result = function(split=split, image_shape=image_shape, data_dir=root)
+    except DataError:
+        raise
+    except Exception as error:  # whatever the function of a user raises
+        raise DataError(f"{names.place_of(error)}: {one_line(error)}") from error
+    if isinstance(result, Dataset) or (isinstance(result, tuple) and len(result) == 2):
+        return result, where
+    raise DataError(
+        f"{where} returns {_described(result)}, expected a Dataset or (images uint8 [N, H, W, C],"
+        " labels int [N] or None)"
+    )
+
+
+def _checked(dataset, where):
+    """The data set, whose labels and first image must be as `Dataset` describes them."""
+    labels = dataset.labels
+    if _described(labels) != f"int32 [{np.size(labels)}]" or not len(labels):
+        raise DataError(f"{where}: labels is {_described(labels)}, expected int32 [N], N > 0")
+    try:
+        image = dataset.fetch(np.zeros(1, np.int64))
+    except Exception as error:
+        raise DataError(f"{names.place_of(error)}: fetch: {one_line(error)}") from error
+    expected = f"uint8 {[1, *dataset.image_shape]}"
+    if _described(image) != expected:
+        raise DataError(f"{where}: fetch returns {_described(image)} for one, expected {expected}")
+    return dataset
+
+
+def _described(value):
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return type(value).__name__ + length
+
+
+# Arguments.
+
+
+def _known_names(root):
+    return sorted({*BUILT_IN, "npz:", "image_folder:", *prepared.known_names(root)})
+
+
+def _existing(kind, path):
+    if not path:
+        raise DataError(f"{kind} needs a path, as in {kind}:/home/me/pictures")
+    what, place = "folder" if kind == "image_folder" else "file", _user_path(path)
+    if not (place.is_dir() if what == "folder" else place.is_file()):
+        raise DataError(
+            f"{kind}: there is no {what} {place}; if it has moved,"
+            f" give the new place: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train"
+        )
+    return place
+
+
+def _user_path(text) -> Path:
+    return Path(os.path.expanduser(text))  # leaves ~nobody as it is, where Path.expanduser fails
+
+
+def _checked_shape(shape):
+    if shape is None:
+        return None
+    shape = tuple(shape)
+    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise DataError(f"image_shape is {shape}, expected (height, width, channels)")
+    return shape
+
+
+def _checked_colour(background):
+    from PIL import ImageColor
+
+    try:
+        return (*ImageColor.getrgb(background)[:3], 255)
+    except (ValueError, AttributeError):
+        raise DataError(
+            f"background is {background!r}, expected a colour such as white, black or #808080"
+        ) from None
