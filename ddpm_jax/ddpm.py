@@ -33,6 +33,9 @@ from ddpm_jax.process.time_sampling import TIME_SAMPLERS, TimeSampler
 
 SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those of every Method
 
+# Fields of a config's section model that older configs may lack, and what was the default then.
+ONCE_DEFAULT = {"num_groups": 32, "attention_resolutions": (16,)}
+
 STEPS_HELP = (
     "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
     " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
@@ -437,7 +440,7 @@ def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")
     if network is UNet:  # what a config without these fields has always meant
-        section = {"num_groups": 32, "attention_resolutions": (16,)} | section
+        section = ONCE_DEFAULT | section
         section["attention_resolutions"] = section["attention_resolutions"] or ()
     network = options.build(network, section, "config.model", name=None, parent=None)
     if hasattr(network, "check"):

@@ -307,19 +307,29 @@ def execute(request: Request) -> None:
     options.bind(command, request.values(command), "--", given=POSITIONAL)  # before files are read
     with _advice_on_writing(workdir):
         run = runs.load(workdir, **options.bind(run_flags, request.values(run_flags), "--"))
-        values = request.values(command)
-        if run.method.Sampling is not Sampling and "sampling" in parameters:
-            for one in options.flat(Sampling, request.chosen):
-                if one.name in values and one.name not in dict(parameters):
-                    raise ConfigError(
-                        f"--{one.flag} is for diffusions, and {run.config.method} (config.method) has no"
-                        " such option"
-                    )
-            kwargs = options.bind(command, values, "--", given=(*POSITIONAL, "sampling"))
-            kwargs["sampling"] = run.method.Sampling()
-        else:
-            kwargs = options.bind(command, values, "--", given=POSITIONAL)
-        command(run, **kwargs)
+        command(run, **arguments(command, run, request.values(command), "--"))
+
+
+def arguments(command: Callable, run: runs.Run, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keyword arguments of a command on a run, whose Method has its own options of sampling.
+
+    Raises:
+      ConfigError: an option that the command, or the Method, does not have.
+    """
+    own = run.method.Sampling
+    if own is Sampling or "sampling" not in inspect.signature(command).parameters:
+        return options.bind(command, values, where, given=POSITIONAL)
+    names = {one.name for one in options.flat(own)}
+    rest = {name: value for name, value in values.items() if name not in names}
+    for one in options.flat(Sampling):
+        if one.name in rest:
+            raise ConfigError(
+                f"{where}{one.flag} is for diffusions, and {run.config.method} (config.method) has no such"
+                " option"
+            )
+    kwargs = options.bind(command, rest, where, given=(*POSITIONAL, "sampling"))
+    mine = {name: value for name, value in values.items() if name in names}
+    return kwargs | {"sampling": options.build(own, mine, where)}
 
 
 @contextlib.contextmanager

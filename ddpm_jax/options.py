@@ -243,7 +243,7 @@ def _unknown(target, name: str, values, where: str, given) -> str:
         current, _ = _chosen(one, chosen.get(one.name))
         for owner, cls in one.choice.built_in.items():
             if inspect.isclass(cls) and name in {inner.name for inner in options_of(cls)}:
-                here = name_of(current, one.choice)
+                here = "none" if current is None else name_of(current, one.choice)
                 return f"{name} is an option of {one.choice.kind} {owner!r}, and {here!r} has none"
     if _is_field(where):
         return f"{where} has no field {name!r}{nearest(name, names)} (it has {', '.join(names)})"

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax.checkpoints import CheckpointError, latest_step, lock, restore, save
+from ddpm_jax.files.checkpoints import CheckpointError, latest_step, lock, restore, save
 from ddpm_jax.files import checkpoints
 
 
@@ -342,7 +342,7 @@ def test_two_leaves_of_one_path(tmp_path):
 
 def start(code: str, directory: Path) -> subprocess.Popen:
     """A second process, at work on `directory`."""
-    imports = "import sys, time, pathlib, numpy as np\nfrom ddpm_jax.checkpoints import *\n"
+    imports = "import sys, time, pathlib, numpy as np\nfrom ddpm_jax.files.checkpoints import *\n"
     return subprocess.Popen(
         [
             sys.executable,

@@ -16,7 +16,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
-from ddpm_jax.process import samplers
+from ddpm_jax.process.samplers import inversion
 from ddpm_jax.training import loop
 
 
@@ -171,7 +171,7 @@ def test_interpolation_of_images_keeps_each_under_its_own_label(with_classes, tm
     # The middle: the latents half-way, decoded under the label of the second image.
     file = dict(results.read_npz(latents))
     x, y = file["latents"][0::2], file["latents"][1::2]
-    file["latents"] = np.asarray(samplers.slerp(x, y, np.full(2, 0.5, np.float32)))
+    file["latents"] = np.asarray(inversion.slerp(x, y, np.full(2, 0.5, np.float32)))
     np.savez(tmp_path / "middle.npz", **file | {"labels": file["labels"][1::2]})
     middle = read(call("sample", with_classes, latents=str(tmp_path / "middle.npz")))[0]["images"]
     np.testing.assert_allclose(row[:, 4], middle.astype(int), atol=1)
@@ -210,13 +210,13 @@ def test_stochastic_interpolation_mixes_less_the_earlier_it_begins(workdir):
     [
         ({"num_images": 3}, RunError, "pairs"),
         ({"sampler": "ancestral"}, RunError, "deterministic"),
-        ({"eta": 0.3}, RunError, "deterministic"),
+        ({"eta": 0.3}, ConfigError, "option of sampler 'ddim'"),
         ({"from_t": "half"}, RunError, "whole numbers"),
         ({"from_t": "40"}, ConfigError, "0 to 39"),
         ({"images": "nowhere"}, data.DataError, "no folder nowhere"),
         ({"num_images": 1000, "images": "data"}, RunError, "297"),
         ({"from_t": 0.5}, RunError, "whole numbers"),
-        ({"images": "x.npz", "split": "train"}, RunError, "not of --images"),
+        ({"images": "x.npz", "split": "train"}, RunError, "not for --images"),
     ],
 )
 def test_interpolation_refuses(workdir, options, error, words):
@@ -324,7 +324,7 @@ def test_a_method_that_is_no_diffusion(tmp_path):
     from test_train import make_config as make_affine
 
     loop.train(make_affine(num_steps=3), tmp_path)
-    with pytest.raises(RunError, match="no diffusion"):
+    with pytest.raises(RunError, match="not a diffusion"):
         call("encode", str(tmp_path))
 
 

@@ -95,8 +95,8 @@ def test_another_recipe_does_not_overwrite(workdir, tmp_path):
     "options, words",
     [
         ({"out": "x.png"}, "must end in .npz"),
-        ({"varaince": "fixed_small"}, "no field 'varaince'"),
-        ({"spread": "wide"}, "spread must be float"),
+        ({"varaince": "fixed_small"}, "no option varaince"),
+        ({"spread": "wide"}, "spread must be a number"),
     ],
 )
 def test_refusals(workdir, options, words):
@@ -111,7 +111,9 @@ def test_a_run_without_a_checkpoint(tmp_path):
 
 
 def test_file_names_are_short_and_tell_every_option_apart():
-    run = runs.Run("run", None, None, None, 7, "ema")
+    run = runs.Run(
+        workdir="run", config=None, method=None, params=None, step=7, weights="ema"
+    )
     times = list(range(0, 1000, 3))
     options = [
         {"steps": times},

@@ -110,15 +110,16 @@ def test_some_images_stand_for_all(workdir):
 
 def test_errors_of_the_analytic_variance_are_of_all_classes(workdir):
     call("nll", workdir, num_images=4, steps=5, variance="analytic")
-    path = runs.errors_path(runs.load(workdir), {"steps": 5})
+    path = analytic.path(runs.load(workdir, allow_code=True), Bounding(steps="5"))
     index = results.read_npz(path)["index"]
     labels = data.load(f"{config_lib.load(f'{workdir}/config.json').data.name}").labels
     assert set(labels[index].tolist()) == {0, 1} and len(index) == likelihood_commands.ERROR_IMAGES
 
 
 def test_given_images_are_of_all_classes(workdir, tmp_path):
-    def given(command, **options):
-        return results.read_npz(command(workdir, steps=4, out=str(tmp_path / "x.npz"), **options))
+    def given(mode, **options):
+        out = str(tmp_path / "x.npz")
+        return results.read_npz(call(mode, workdir, steps=4, out=out, **options))
 
     for command, options in (
         ("encode", {"num_images": 8}),
@@ -299,7 +300,7 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
     folder, place = make_folder(tmp_path / "p", per_class=10), str(tmp_path / "run")
     loop.train(make_config(f"image_folder:{folder}"), place)
     before = total(place, num_images=8)
-    errors = runs.errors_path(runs.load(place), {"steps": 5})
+    errors = runs.errors_path(runs.load(place, allow_code=True), {"steps": 5})
     total(place, num_images=8, variance="analytic")
     old_errors = results.read_npz(errors)["images_sha256"]
     np.testing.assert_array_equal(total(place, num_images=8), before)  # nothing has changed
@@ -324,7 +325,7 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
 
 def test_errors_of_another_chain_are_not_used(workdir):
     call("nll", workdir, num_images=4, steps=[0, 1, 2], variance="analytic")
-    run = runs.load(workdir)
+    run = runs.load(workdir, allow_code=True)
     assert runs.errors_path(run, {"steps": "[0,1,2]"}) != runs.errors_path(run, {"steps": "0,1,2"})
     path = runs.errors_path(run, {"steps": "[0,1,2]"})
     arrays = results.read_npz(path)
@@ -392,7 +393,7 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
 @contextlib.contextmanager
 def broken_bias(workdir, value):
     """Every command finds one parameter of the run to be this value."""
-    run = runs.load(workdir)
+    run = runs.load(workdir, allow_code=True)
     dense = {**run.params["Dense_0"], "bias": np.full(1, value, np.float32)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -491,7 +492,7 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
         return call
 
     monkeypatch.setattr(runs.parallel, "map_examples", map_examples)
-    runs.map_images(runs.load(workdir), None, None, np.arange(40), batch_size=4)
+    runs.map_images(runs.load(workdir, allow_code=True), None, None, np.arange(40), batch_size=4)
     first, *lines = (line for line in capsys.readouterr().out.splitlines() if "EMA" not in line)
     assert first == "compiling"
     assert lines[0] == "image 4/40  10 %  2 images/s  18 s left"
@@ -499,7 +500,7 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
 
 
 def test_names_of_results_can_be_read(workdir):
-    run = runs.load(workdir)
+    run = runs.load(workdir, allow_code=True)
     name = run.name(
         "denoise", from_t=[250, 500, 750], images="/somewhere/my pictures", steps="5,10"
     )

@@ -67,21 +67,22 @@ def test_accumulation_equals_the_whole_batch(devices):
 def test_the_method_remembers_the_whole_batch_in_its_order(devices, accumulate):
     states = run(2, devices=devices, accumulate=accumulate)
     for k in (0, 1):
-        losses = METHOD.loss(states[k].params, (), jax.random.fold_in(KEY, k), make_batch(seed=k))[
+        losses = METHOD.loss_fn(states[k].params, (), jax.random.fold_in(KEY, k), make_batch(seed=k))[
             0
         ]
-        np.testing.assert_allclose(states[k + 1].memory, losses, rtol=1e-6)
+        np.testing.assert_allclose(states[k + 1].loss_state, losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize("devices, accumulate", [(0, 1), (0, 2), (4, 1), (4, 2)])
 def test_each_example_knows_its_place_in_the_whole_batch(devices, accumulate):
-    def loss(params, memory, key, batch):
-        values, metrics, _ = METHOD.loss(params, memory, key, batch)
-        return values, metrics, batch["place"]
+    class Positions(affine.Affine):
+        def loss_fn(self, params, loss_state, key, batch):
+            values, metrics, _ = super().loss_fn(params, loss_state, key, batch)
+            return values, metrics, batch["position"]
 
-    method = METHOD._replace(loss=loss)
+    method = Positions(image_shape=METHOD.image_shape, scale=METHOD.scale)
     state = run(1, devices=devices, accumulate=accumulate, method=method)[-1]
-    assert state.memory.tolist() == [k / 8 for k in range(8)]
+    assert state.loss_state.tolist() == [k / 8 for k in range(8)]
 
 
 def test_the_same_compiled_step_serves_every_state():
@@ -100,12 +101,12 @@ def test_the_same_compiled_step_serves_every_state():
 def test_randomness_is_of_the_key_the_step_and_the_index():
     params = METHOD.init(jax.random.key(0))
     batch = make_batch()
-    whole = METHOD.loss(params, (), KEY, batch)[0]
+    whole = METHOD.loss_fn(params, (), KEY, batch)[0]
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(8)]
     np.testing.assert_allclose(
-        np.concatenate([METHOD.loss(params, (), KEY, row)[0] for row in rows]), whole, rtol=1e-6
+        np.concatenate([METHOD.loss_fn(params, (), KEY, row)[0] for row in rows]), whole, rtol=1e-6
     )
-    other = METHOD.loss(params, (), jax.random.fold_in(KEY, 1), batch)[0]
+    other = METHOD.loss_fn(params, (), jax.random.fold_in(KEY, 1), batch)[0]
     assert np.abs(other - whole).min() > 0
 
 
@@ -140,7 +141,7 @@ def test_per_replica_clip_is_the_mean_of_clipped_gradients():
     grads = []
     for d in range(4):
         part = jax.tree.map(lambda x, d=d: x[2 * d : 2 * d + 2], batch)
-        gradient = jax.grad(lambda p, b=part: METHOD.loss(p, (), step_key, b)[0].mean())
+        gradient = jax.grad(lambda p, b=part: METHOD.loss_fn(p, (), step_key, b)[0].mean())
         grads.append(gradient(params)["level"])
     expected = np.mean([g * min(1, 0.01 / np.linalg.norm(g)) for g in grads], axis=0)
     moved = states[1].params["level"] - states[0].params["level"]
@@ -209,7 +210,7 @@ def test_batches_must_divide_over_devices_and_parts():
 
 def test_examples_are_the_same_for_any_number_of_them():
     params = parallel.place(METHOD.init(jax.random.key(0)))
-    draw = parallel.map_examples(METHOD.make_sample())
+    draw = parallel.map_examples(METHOD.sample)
     whole = draw(params, KEY, np.arange(7), np.zeros(7))
     part = draw(params, KEY, np.arange(5, 7), np.zeros(2))
     assert whole.shape == (7, 2, 2, 3)

@@ -3,14 +3,16 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, schedules
+from ddpm_jax import options
+from ddpm_jax.ddpm import DDPM
+from ddpm_jax.networks import UNet
+from ddpm_jax.process import schedules
 
 
 class Network(nn.Module):
     """[x, t] times a matrix, at each pixel."""
 
-    out_channels: int
+    out_channels: int = 1
     num_classes: int = 0
 
     @nn.compact
@@ -21,18 +23,16 @@ class Network(nn.Module):
             y += nn.Embed(self.num_classes, self.out_channels)(labels)[:, None, None, :]
         return y
 
+    init_params = UNet.init_params  # by the names of the leaves, never compiled
+
 
 def make(config):
-    shape = tuple(config.data.image_shape)
-    learned = config.diffusion.variance in ("learned", "learned_range")
-    classes = config.model.num_classes
-    classes += bool(classes and config.diffusion.label_dropout)  # the last one: no label
-    return config_lib.call(
-        "config.diffusion",
-        ddpm.diffusion_method,
+    return options.build(
+        DDPM,
         config.diffusion,
+        "config.diffusion",
         schedule=schedules.make(**config.schedule),
-        unet=Network(shape[-1] * (1 + learned), classes),
-        image_shape=shape,
+        network=Network(num_classes=config.model.num_classes),
+        image_shape=tuple(config.data.image_shape),
         flip=config.data.flip,
     )

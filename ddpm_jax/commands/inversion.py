@@ -129,7 +129,7 @@ def reconstruct(
         parts = steps.replace(" ", "").strip(";").split(";")
         counts = [int(S) if S.isdecimal() else S for S in parts]
     elif steps is not None:
-        counts = shared.numbers("steps", ",".join(map(str, np.ravel(steps))))
+        counts = shared.numbers("steps", steps)
     pairs = {}
     for S in counts:  # whatever can be refused is, before anything is computed
         one = dataclasses.replace(chain, steps=str(S))
@@ -187,7 +187,8 @@ def reconstruct(
 
 
 FromT = Annotated[
-    str | None, "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated."
+    shared.Times | None,
+    "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated."
 ]
 
 

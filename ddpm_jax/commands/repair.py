@@ -34,7 +34,7 @@ MASKS = ("centre", "left", "right", "top", "bottom")
 def denoise(
     run: Run,
     *,
-    from_t: Annotated[str, "The time up to which noise is added, or several as 250,500,750."],
+    from_t: Annotated[shared.Times, "The time up to which noise is added, or several as 250,500,750."],
     sampling: Sampling = Sampling(),  # noqa: B008
     images: Images = Images(),  # noqa: B008
     seed: Seed = 0,

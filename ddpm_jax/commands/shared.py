@@ -23,6 +23,7 @@ from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
 Seed = Annotated[int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)]
+Times = str | int | float | tuple[float, ...]  # as text with commas, from a command line
 Labels = Annotated[
     str,
     "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7; classes that have"
@@ -155,15 +156,17 @@ def resolved(run: Run, chosen: Any) -> Any:
     return run.method.resolve(chosen) if hasattr(run.method, "resolve") else chosen
 
 
-def numbers(name: str, value: str) -> list[int]:
-    """Whole numbers from text with commas.
+def numbers(name: str, value) -> list[int]:
+    """Whole numbers from text with commas, or from a number or several.
 
     Raises:
       RunError: it is not that.
     """
+    parts = value.strip("[]()").split(",") if isinstance(value, str) else np.ravel(value).tolist()
     try:
-        parts = str(value).strip("[]()").split(",")
         found = [int(part) for part in parts]
+        exact = all(float(part) == number for part, number in zip(parts, found, strict=True))
+        found = found if exact else []
     except ValueError:
         found = []
     if not found:

@@ -18,6 +18,7 @@ from ddpm_jax.files import checkpoints
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError, saved_data
 from ddpm_jax.names import check_choice
+from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
@@ -69,6 +70,8 @@ class Run:
         """A file name that says what affects a result: step, weights, the parts and the settings that are not None."""
         words = [f"step_{self.step:08d}", self.weights, *parts]
         settings = {key: value for key, value in settings.items() if value is not None}
+        if "steps" in settings:
+            settings["steps"] = as_text(settings["steps"])
         words += [f"{key}_{_short(value)}" for key, value in sorted(settings.items())]
         name = "_".join(words)
         if len(name) <= NAME_LIMIT:

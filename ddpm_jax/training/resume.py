@@ -8,7 +8,7 @@ import os
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
-from ddpm_jax.ddpm import DDPM, Sampling
+from ddpm_jax.ddpm import DDPM, ONCE_DEFAULT, Sampling
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data
 from ddpm_jax.names import find
@@ -98,6 +98,8 @@ def as_saved(config, path: str) -> None:
 def _or_default(field: str, value, config):
     """The value of a config's field or, where it is missing or None, the default in the signature that reads the section."""
     section, _, name = field.removeprefix("config.").rpartition(".")
+    if value == config_lib.MISSING and section == "model" and name in ONCE_DEFAULT:
+        return json.loads(json.dumps(ONCE_DEFAULT[name]))
     if value not in (config_lib.MISSING, None):
         return value
     reader = reader_of(section, config)
