@@ -110,8 +110,11 @@ class DDPM(Method):
     prediction: str | Callable = option(
         "eps", "What the network predicts: eps, x_0, mean, v, velocity, edm, or module:NAME."
     )
-    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"] = option(
-        "fixed_large", "The variance of the reverse chain; a learned one doubles the network's channels."
+    variance: Literal["fixed_small", "fixed_large", "learned", "learned_range", "analytic"] = (
+        option(
+            "fixed_large",
+            "The variance of the reverse chain; a learned one doubles the network's channels.",
+        )
     )
     loss: str | Callable = option(
         "simple", "simple, vlb (the bound), hybrid (a learned variance), or module:NAME."
@@ -232,7 +235,10 @@ class DDPM(Method):
         return tuple(keys[:, n] for n in range(5))
 
     def shown(self, key, batch):
-        x_0, (*_, flip_keys, _) = diffusion.from_uint8(batch["image"]), self.example_keys(key, batch)
+        x_0, (*_, flip_keys, _) = (
+            diffusion.from_uint8(batch["image"]),
+            self.example_keys(key, batch),
+        )
         return mirror_at_random(flip_keys, x_0) if self.flip else x_0
 
     def loss_fn(self, params, loss_state, key, batch):
@@ -242,9 +248,7 @@ class DDPM(Method):
         if self.label_dropout:
             hidden = jax.vmap(lambda key: jax.random.bernoulli(key, self.label_dropout))(label_keys)
             label = jnp.where(hidden, np.int32(self.num_classes), label)
-        t, weight = self.t_sampling.draw(
-            self.schedule, loss_state, key, t_keys, batch["position"]
-        )
+        t, weight = self.t_sampling.draw(self.schedule, loss_state, key, t_keys, batch["position"])
         eps = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(eps_keys)
         variance = None if self.loss == "simple" else self.variance
         denoiser = self.denoiser(params, label, variance=variance, dropout_keys=dropout_keys)

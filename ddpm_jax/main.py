@@ -86,7 +86,9 @@ def shared_flags(
         "The config file, as FILE.py or FILE.py:VARIANT; NAME stands for configs/NAME.py. Every field of it can be"
         " changed, as with --config.training.num_steps=5000.",
     ] = None,
-    workdir: Annotated[str | None, "The run directory. Default: runs/ and the name of the config."] = None,
+    workdir: Annotated[
+        str | None, "The run directory. Default: runs/ and the name of the config."
+    ] = None,
     debug: Annotated[bool, "Shows the traceback of an error."] = False,
 ) -> None:
     """Flags of every mode."""
@@ -218,7 +220,7 @@ class Request:
             raise ConfigError(f"there is no flag --{flag}{self.near_flag(flag)}")
 
     def near_flag(self, flag: str) -> str:
-        """"; did you mean …?" for an unknown flag: a field of the config, or a flag of the mode."""
+        """ "; did you mean …?" for an unknown flag: a field of the config, or a flag of the mode."""
         if self.config_file is not None:
             with contextlib.suppress(ConfigError):
                 fields = config_lib.fields(config_lib.from_file(str(self.config_file)))
@@ -252,7 +254,9 @@ class Request:
             return None
         result = config_lib.from_file(str(self.config_file))
         before = config_lib.fields(result).get("data.name")
-        for field, text in sorted(self.fields.items(), key=lambda item: not item[0].endswith(".name")):
+        for field, text in sorted(
+            self.fields.items(), key=lambda item: not item[0].endswith(".name")
+        ):
             config_lib.override(result, field, text, resume.reader_of)
         after = config_lib.fields(result).get("data.name")
         own_data = after != before and after not in data.BUILT_IN
@@ -288,13 +292,12 @@ def execute(request: Request) -> None:
     parallel.enable_compilation_cache()
     parameters = inspect.signature(command).parameters
     if "config" in parameters:
-        settings = request.config()
+        workdir, settings = request.workdir(), request.config()
         if settings is None:
             what = "training" if mode == "train" else f"--mode={mode}"
             raise ConfigError(f"{what} needs --config=configs/NAME.py")
         kwargs = options.bind(command, request.values(command), "--", given=POSITIONAL)
-        where = {"workdir": request.workdir()} if "workdir" in parameters else {}
-        command(settings, **where, **kwargs)
+        command(settings, *([workdir] if "workdir" in parameters else []), **kwargs)
         return
     workdir, settings = request.workdir(), request.config()
     if settings is not None and mode != "report":
@@ -310,7 +313,9 @@ def execute(request: Request) -> None:
         command(run, **arguments(command, run, request.values(command), "--"))
 
 
-def arguments(command: Callable, run: runs.Run, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def arguments(
+    command: Callable, run: runs.Run, values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """The keyword arguments of a command on a run, whose Method has its own options of sampling.
 
     Raises:
@@ -367,7 +372,9 @@ def help_text(request: Request) -> str:
     known = flags_of(request.mode, request.chosen)
     text += "".join(help_line(one) for one in known.values())
     for one in known.values():
-        for name, cls in one.choice.built_in.items() if one.choice and one.flag not in request.flags else ():
+        for name, cls in (
+            one.choice.built_in.items() if one.choice and one.flag not in request.flags else ()
+        ):
             own = [inner for inner in options.flat(cls) if inner.flag not in known]
             if own:
                 text += f"\nWith --{one.flag}={name}:\n\n" + "".join(map(help_line, own))
@@ -438,7 +445,9 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
         line, status = traceback.format_exc(), 1
     print(line, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
-        os._exit(status)  # an orderly exit would wait for the other processes, and they for this one
+        os._exit(
+            status
+        )  # an orderly exit would wait for the other processes, and they for this one
     sys.exit(status)
 
 

@@ -72,9 +72,7 @@ def import_module(name: str, kind: str):
             ) from error
         raise ValueError(f"{kind}: {place_of(error)}: {error}") from error
     except Exception as error:  # whatever the file of a user raises
-        raise ValueError(
-            f"{kind}: {place_of(error)}: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{kind}: {place_of(error)}: {type(error).__name__}: {error}") from error
 
 
 def place_of(error: BaseException) -> str:
@@ -96,4 +94,3 @@ def is_foreign(path: str) -> bool:
         and "site-packages" not in path
         and not path.startswith(os.path.dirname(os.__file__))
     )
-

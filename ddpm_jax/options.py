@@ -87,7 +87,9 @@ def options_of(target: Callable) -> tuple[Option, ...]:
     hints = typing.get_type_hints(target, include_extras=True)
     if is_class and not dataclasses.is_dataclass(target):
         hints = typing.get_type_hints(target.__init__, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
+    fields = (
+        {f.name: f for f in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
+    )
     result = []
     for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -153,7 +155,9 @@ def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
     default = None if one.default is EMPTY else one.default
     if name is None:
         return (None if default is None else type(default)), default
-    found = find(str(name) if isinstance(name, Text) else name, one.choice.built_in, one.choice.kind)
+    found = find(
+        str(name) if isinstance(name, Text) else name, one.choice.built_in, one.choice.kind
+    )
     if inspect.isclass(found):
         return found, (default if type(default) is found else None)
     return type(found), found
@@ -216,11 +220,17 @@ def _bind(target, left: dict, where: str, given=frozenset(), base=None) -> dict[
                 continue
             inner = _bind(cls, left, where, base=default)
             if value is not None or inner:
-                kwargs[one.name] = dataclasses.replace(default, **inner) if default else cls(**inner)
+                kwargs[one.name] = (
+                    dataclasses.replace(default, **inner) if default else cls(**inner)
+                )
         elif one.name in left:
             kwargs[one.name] = convert(one, left.pop(one.name), where)
         elif one.default is EMPTY and base is None:
-            raise ConfigError(f"{where} lacks the field {one.name!r}" if _is_field(where) else f"give {_called(one, where)}")
+            raise ConfigError(
+                f"{where} lacks the field {one.name!r}"
+                if _is_field(where)
+                else f"give {_called(one, where)}"
+            )
     return kwargs
 
 
@@ -229,7 +239,9 @@ def _is_field(where: str) -> bool:
 
 
 def _called(one: Option, where: str) -> str:
-    return f"{where}.{one.name}" if _is_field(where) else f"{where}{one.flag if where else one.name}"
+    return (
+        f"{where}.{one.name}" if _is_field(where) else f"{where}{one.flag if where else one.name}"
+    )
 
 
 def _unknown(target, name: str, values, where: str, given) -> str:
@@ -284,7 +296,9 @@ def convert(one: Option, value: Any, where: str) -> Any:
         try:
             value = read(str(value), one.hint)
         except ValueError:
-            raise ConfigError(f"{_called(one, where)} must be {expected(one.hint)}, got {str(value)!r}") from None
+            raise ConfigError(
+                f"{_called(one, where)} must be {expected(one.hint)}, got {str(value)!r}"
+            ) from None
     if value is None and _is_sequence(one.hint):
         value = ()
     if not fits(value, one.hint):
@@ -408,7 +422,9 @@ def describe(group: Any) -> dict[str, Any]:
         value = getattr(group, one.name)
         if one.choice is not None and value is not None:
             inner = describe(value)
-            if clash := inner.keys() & ({other.name for other in options_of(type(group))} | {one.name}):
+            if clash := inner.keys() & (
+                {other.name for other in options_of(type(group))} | {one.name}
+            ):
                 raise ConfigError(_clash(type(value), one.choice, clash))
             result |= {one.name: name_of(value, one.choice)} | inner
         elif one.group is not None:
@@ -425,4 +441,8 @@ def changed(group: Any) -> dict[str, Any]:
     for one in inner:  # the defaults of what is chosen, not of the default choice
         with contextlib.suppress(TypeError):
             default |= describe(type(getattr(group, one.name))())
-    return {name: value for name, value in values.items() if name not in default or value != default[name]}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in default or value != default[name]
+    }

@@ -45,7 +45,7 @@ class Affine(Method):
         metrics = {"dark": (values, dark), "never": (values, dark & ~dark)}
         return values * self.scale, metrics, values
 
-    def sample(self, params, key, index, label, sampling=Spread()):  # noqa: B008
+    def sample(self, params, key, index, label, sampling=Spread()):
         height, width, _ = self.image_shape
         ramp = jnp.linspace(-1.0, 1.0, height * width).reshape(1, height, width, 1)
         level = params["level"][None, None, None, :]

@@ -23,7 +23,6 @@ FLOORS = {
 FILES = sorted((ROOT / "ddpm_jax").glob("**/*.py"))
 
 
-
 def imports(path):
     """Every module that a file imports anywhere, as dotted names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

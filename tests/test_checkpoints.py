@@ -18,8 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax.files.checkpoints import CheckpointError, latest_step, lock, restore, save
 from ddpm_jax.files import checkpoints
+from ddpm_jax.files.checkpoints import CheckpointError, latest_step, lock, restore, save
 
 
 class State(NamedTuple):

@@ -8,10 +8,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from running import call
 
-from ddpm_jax.commands import nearest, sampling, shared
-
 from configs import digits
 from ddpm_jax import data
+from ddpm_jax.commands import nearest, sampling, shared
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results
 from ddpm_jax.files.run_data import RunError
@@ -136,8 +135,8 @@ def test_latents_are_refused_where_they_do_not_fit(workdir, tmp_path):
 
 
 def test_a_trajectory_ends_in_the_images(workdir, tmp_path):
-    out = call("sample",
-        workdir, num_samples=3, steps="8", trajectory=True, out=str(tmp_path / "x.npz")
+    out = call(
+        "sample", workdir, num_samples=3, steps="8", trajectory=True, out=str(tmp_path / "x.npz")
     )
     with Image.open(tmp_path / "x_trajectory.png") as strip:
         assert strip.size[0] == 8 * (56 + 2) + 2
@@ -355,7 +354,9 @@ def test_a_tilde_is_the_home_directory(workdir, tmp_path, monkeypatch):
     assert call("encode", "~/run", out="~/x.npz", **given) == f"{tmp_path}/x.npz"
     drawn = call("sample", "~/run", latents="~/x.npz", out="~/y.npz")
     assert drawn == f"{tmp_path}/y.npz" and len(read(drawn)[0]["images"]) == 2
-    filled, _ = read(call("inpaint", "~/run", mask="~/mask.png", out="~/z.npz", resample=1, **given))
+    filled, _ = read(
+        call("inpaint", "~/run", mask="~/mask.png", out="~/z.npz", resample=1, **given)
+    )
     np.testing.assert_array_equal(filled["mask"], hole)
     assert not (tmp_path / "~").exists()
 

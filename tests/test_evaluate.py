@@ -1,23 +1,21 @@
 """Evaluation of run directories: what is printed is what the Method says, whatever interrupts it."""
 
 import dataclasses
-import types
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 from running import call
-
-from ddpm_jax.commands import likelihood as likelihood_commands
-from ddpm_jax.files import writers
 from test_train import make_config as affine_config
 
 from configs import digits
 from ddpm_jax import data
+from ddpm_jax.commands import likelihood as likelihood_commands
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import run_data, runs
+from ddpm_jax.files import run_data, runs, writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import likelihood

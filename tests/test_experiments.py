@@ -11,18 +11,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from configs import digits
+from ddpm_jax import main, options
+from ddpm_jax.ddpm import Bounding, Sampling
+from ddpm_jax.method import from_config
+from ddpm_jax.process.samplers import DDIM
+from ddpm_jax.training import step as training
 from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
 TABLES = [f"experiments/{Path(table).name}" for table in sweep.tables()]
 NAME = re.compile(r"[a-z0-9_]+")  # of a row or a column: a folder and a file
 EVERY = [(table, size) for table in TABLES for size in sweep.SIZES]
-from ddpm_jax import main
-from ddpm_jax.method import from_config
-from ddpm_jax.training import step as training
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,8 @@ def printed(capsys, *arguments) -> list[list[str]]:
 def parsed(command):
     """The config and the work directory of a training command, as the main program reads them."""
     assert command[:3] == ["python", "-m", "ddpm_jax.main"]
-    with flagsaver.flagsaver():
-        assert main.parse_flags(command[2:]) == ["ddpm_jax.main"]
-        return main.given_config(), main.flags.FLAGS.workdir
+    request = main.Request(command[3:])
+    return request.config(), request.workdir()
 
 
 def config_of(file: str):
@@ -91,16 +91,18 @@ def test_evaluations_follow_their_training_and_use_flags_that_exist(table, size,
             out = f"{workdir}/eval/{column}.json"
             expected = ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}", *arguments]
             assert next(commands) == [*expected, f"--out={out}"] and NAME.fullmatch(column)
-            given = dict(argument[2:].split("=", 1) for argument in arguments if "=" in argument)
-            for name, value in given.items():  # KeyError, ValueError: no such flag, no such value
-                main.flags.FLAGS[name].parser.parse(value)
-            options = {k: given[k] for k in ("sampler", "steps", "variance") if k in given}
-            if given["mode"] == "eval":
-                method.make_sample(**options, clip_x0="--noclip" not in arguments)
+            request = main.Request(arguments)  # ConfigError: no such flag
+            command = main.COMMANDS[request.mode]
+            kwargs = options.bind(
+                command, request.values(command), "--", given=main.POSITIONAL
+            )  # ConfigError: no such value
+            if request.mode == "eval":
+                method.chain(kwargs.get("sampling", Sampling()))
             else:
-                length = int(options.get("steps", config.schedule.num_timesteps))
-                analytic = options.get("variance") == "analytic"
-                method.make_bound(**options, x_0_error=np.ones(length) if analytic else None)
+                bounding = kwargs.get("bounding", Bounding())
+                analytic = bounding.variance == "analytic"
+                length = int(bounding.steps or config.schedule.num_timesteps)
+                method.bound_chain(bounding, x_0_error=np.ones(length) if analytic else None)
     assert next(commands, None) is None
 
 
@@ -308,19 +310,19 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
     table1 = importlib.import_module("experiments.ddim_table1.__main__")
     asked = []
 
-    def score(workdir, **options):
-        asked.append(options)
-        mean = 1.0 + 100 * int(options.get("steps", 0)) + 0.125 * (options["sampler"] == "ddim")
+    def evaluate(run, *, sampling, **asked_too):
+        asked.append(sampling)
+        mean = 1.0 + 100 * int(sampling.steps or 0) + 0.125 * isinstance(sampling.sampler, DDIM)
         return {"fid_300": {"values": [mean]}}
 
     class Run:
         method = from_config(digits.get_config())
 
     monkeypatch.setattr(table1.runs, "load", lambda workdir: Run)
-    monkeypatch.setattr(table1.score, "score", score)
+    monkeypatch.setattr(table1.metrics_lib, "evaluate", evaluate)
     table = table1.measure("run", features="x", num_samples=300, counts=(2, 4))
     assert len(asked) == 2 * (len(table1.ROWS) - 1) + 2
-    assert len({str(sorted(options.items())) for options in asked}) == len(asked)
+    assert len(set(asked)) == len(asked)
     lines = table1.show(table, "fid_300").splitlines()
     assert lines[0] == "| S | 2 | 4 | 50 | T |"
     assert lines[2] == "| DDIM η 0.0 | 201.12 | 401.12 |  |  |"

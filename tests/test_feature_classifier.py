@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from ddpm_jax import data, metrics
+from ddpm_jax.commands import metrics as metrics_commands
+from ddpm_jax.files.run_data import RunError
 from experiments import feature_classifier
 
 DIGITS = data.load("digits", split="test").images
-from ddpm_jax import data, metrics
-from ddpm_jax.files.run_data import RunError
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,24 @@ import sys
 
 import numpy as np
 import pytest
+from running import call
 from test_edit import make_config
 
-from ddpm_jax.report import arrange, blocks, charts, render, report, results, words
-from ddpm_jax.report.find import find
+from ddpm_jax.commands.report import arrange, blocks, charts, render, results, words
+from ddpm_jax.commands.report import report as write_report
+from ddpm_jax.commands.report.find import find
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.run_data import RunError
+from ddpm_jax.process import schedules
+from ddpm_jax.training import loop
 
 STYLE = os.path.join(os.path.dirname(charts.__file__), "style.css")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOID = {"br", "img", "meta", "wbr"}
-from running import call
 
-from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import results
-from ddpm_jax.files.run_data import RunError
-from ddpm_jax.process import schedules
-from ddpm_jax.training import loop
+
+def report(workdir, **options):
+    return write_report(workdir, allow_code=True, **options)
 
 
 class Reader(html.parser.HTMLParser):
@@ -196,11 +199,11 @@ def test_the_schedule_is_that_of_the_method(trained, tmp_path):
     config.log_linear = {"start": 9.2, "end": -10.1}
     config.model.num_groups = 2
     config_lib.save(config, f"{tmp_path}/config.json")
-    assert f"ᾱ at the end {1 / (1 + np.exp(10.1)):.3g}" in read(report(str(tmp_path))).text
+    assert f"α² at the end {1 / (1 + np.exp(10.1)):.3g}" in read(report(str(tmp_path))).text
     config.method = "experiments.of_another_checkout"
     config_lib.save(config, f"{tmp_path}/config.json")
     text = read(report(str(tmp_path))).text
-    assert "ᾱ at the end" not in text and "--mode=inpaint" not in text
+    assert "α² at the end" not in text and "--mode=inpaint" not in text
     assert "Rate and distortion" in text and "Encoded and decoded" in text  # there all the same
 
 
@@ -260,7 +263,7 @@ def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdirs = f"{tmp_path}/linear,{tmp_path}/cosine"
     alike = read(report(workdirs))
-    assert alike.text.count("ᾱ at the end") == 1 and "linear: T = 40" not in alike.text
+    assert alike.text.count("α² at the end") == 1 and "linear: T = 40" not in alike.text
     config = config_lib.load(f"{tmp_path}/cosine/config.json")
     config.schedule.update(name="cosine", start=None, end=None)
     config_lib.save(config, f"{tmp_path}/cosine/config.json")
@@ -271,7 +274,7 @@ def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     for name in ("linear", "cosine"):
         run = find(str(tmp_path / name))
         health = schedules.health(run.chain)
-        assert f"{name}: T = 40; ᾱ at the end {health.alpha_bar_T:.3g}" in reader.text
+        assert f"{name}: T = 40; α² at the end {health.alpha_bar_T:.3g}" in reader.text
     assert reader.row("cosine")[0] == "1.250" != reader.row("linear")[0]
     labels = [svg["aria-label"] for svg in reader.all("svg")]
     for title in ("β", "ᾱ", "SNR", "L_t"):

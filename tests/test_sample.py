@@ -111,9 +111,7 @@ def test_a_run_without_a_checkpoint(tmp_path):
 
 
 def test_file_names_are_short_and_tell_every_option_apart():
-    run = runs.Run(
-        workdir="run", config=None, method=None, params=None, step=7, weights="ema"
-    )
+    run = runs.Run(workdir="run", config=None, method=None, params=None, step=7, weights="ema")
     times = list(range(0, 1000, 3))
     options = [
         {"steps": times},

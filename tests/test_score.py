@@ -11,6 +11,7 @@ from running import call
 from test_train import make_config
 
 from ddpm_jax import data, metrics
+from ddpm_jax.commands import metrics as metrics_commands
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results
 from ddpm_jax.files.run_data import RunError
@@ -64,8 +65,8 @@ def test_the_data_are_no_distance_from_themselves_and_halves_are(workdir, tmp_pa
 
 def test_numbers_are_those_of_the_features_and_carry_what_moved_them(workdir, capsys):
     given = {"features": "pixels:1", "num_samples": 40, "metrics": "fid,is"}
-    results = call("eval", workdir, num_seeds=2, **given)
-    entry = results["pixels_fid_40"]
+    found = call("eval", workdir, num_seeds=2, **given)
+    entry = found["pixels_fid_40"]
     values = []
     reference = metrics.moments(features(TRAIN)[0])
     for seed in (0, 1):
@@ -126,7 +127,7 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
         ({"images": "nowhere.npz"}, data.DataError, "nowhere.npz"),
         ({"out": "x.txt"}, RunError, "must end in .json"),
         ({"out": "/not/there/x.json"}, RunError, "there is no folder /not/there"),
-        ({"sampler": "ddim"}, ConfigError, "no field 'sampler'"),
+        ({"sampler": "ddim"}, ConfigError, "sampler is for diffusions"),
         ({"images": "x.npz", "spread": 0.2}, RunError, "--spread is for samples"),
         ({"metrics": "nll", "num_seeds": 2}, RunError, "num_samples|num_seeds"),
     ],

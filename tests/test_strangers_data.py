@@ -1,6 +1,7 @@
 """Runs on data that lie in an unlucky order, place or size: two classes of pictures, sorted into folders."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,20 +10,22 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-
-from configs import digits
-
-RNG = np.random.default_rng(0)
-NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
 from running import call
 
+from configs import digits
 from ddpm_jax import data
+from ddpm_jax.commands import analytic, shared
+from ddpm_jax.commands import likelihood as likelihood_commands
+from ddpm_jax.commands.report import report
+from ddpm_jax.ddpm import Bounding
 from ddpm_jax.files import checkpoints, results, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
-from ddpm_jax.training import loop
-from ddpm_jax.training import step as training
+from ddpm_jax.training import loop, parallel, preview
+
+RNG = np.random.default_rng(0)
+NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
 
 
 def pictures(count: int, kind: str) -> np.ndarray:
@@ -196,7 +199,7 @@ def test_names_that_are_numbers_count_as_names(tmp_path):
         paint(tmp_path / "numbers" / str(name), np.full((4, 8, 8), i, np.uint8))
     config = make_config(f"image_folder:{tmp_path / 'numbers'}", **{"model.num_classes": -1})
     loop.train(config, str(tmp_path / "run"))
-    run = runs.load(str(tmp_path / "run"))
+    run = runs.load(str(tmp_path / "run"), allow_code=True)
     assert run.class_names == ("2", "9", "10")
     assert run_data.class_numbers(run, "10,2") == "2,0"
 
@@ -208,7 +211,7 @@ def test_a_run_without_saved_names_keeps_its_numbers(tmp_path):
     config = make_config(f"image_folder:{tmp_path / 'p'}", **{"model.num_classes": -1})
     loop.train(config, str(tmp_path / "run"))
     os.remove(tmp_path / "run" / "data.json")
-    run = runs.load(str(tmp_path / "run"))
+    run = runs.load(str(tmp_path / "run"), allow_code=True)
     dataset = run_data.data_of(run, "train")
     assert dataset.class_names == tuple(sorted(map(str, range(12))))
     assert set(dataset.labels[dataset.images[:, 0, 0, 0] == 200].tolist()) == {2}  # folder 10
@@ -300,7 +303,7 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
     folder, place = make_folder(tmp_path / "p", per_class=10), str(tmp_path / "run")
     loop.train(make_config(f"image_folder:{folder}"), place)
     before = total(place, num_images=8)
-    errors = runs.errors_path(runs.load(place, allow_code=True), {"steps": 5})
+    errors = analytic.path(runs.load(place, allow_code=True), Bounding(steps="5"))
     total(place, num_images=8, variance="analytic")
     old_errors = results.read_npz(errors)["images_sha256"]
     np.testing.assert_array_equal(total(place, num_images=8), before)  # nothing has changed
@@ -326,16 +329,17 @@ def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
 def test_errors_of_another_chain_are_not_used(workdir):
     call("nll", workdir, num_images=4, steps=[0, 1, 2], variance="analytic")
     run = runs.load(workdir, allow_code=True)
-    assert runs.errors_path(run, {"steps": "[0,1,2]"}) != runs.errors_path(run, {"steps": "0,1,2"})
-    path = runs.errors_path(run, {"steps": "[0,1,2]"})
+    path = analytic.path(run, Bounding(steps="[0,1,2]"))
+    assert path != analytic.path(run, Bounding(steps="0,1,2"))
     arrays = results.read_npz(path)
     old = json.loads(str(arrays["recipe"]))
-    options = {"variance": "analytic", "steps": "[0,1,2]"}
-    assert runs.with_errors(run, options)
+    options = Bounding(variance="analytic", steps="[0,1,2]")
+    errors, _ = analytic.errors_for(run, options, "analytic")
+    assert len(errors) == 3
     for change in ({"steps": "[0,1,3]"}, {"chosen": None}):
         np.savez(path, **arrays | {"recipe": json.dumps(old | change)})
         with pytest.raises(RunError, match="measured with another model, with other steps"):
-            runs.with_errors(run, options)
+            analytic.errors_for(run, options, "analytic")
     os.remove(path)
 
 
@@ -373,13 +377,11 @@ def test_nearest_is_of_the_test_images_that_are_there(tmp_path):
 
 
 def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
-    assert training.initial_share(600, ema_decay=0.9999, ema_warmup=False) == pytest.approx(
-        0.9999**600
-    )
-    assert training.initial_share(9, ema_decay=0.5, ema_warmup=True) == pytest.approx(
+    assert runs.initial_share(600, ema_decay=0.9999, ema_warmup=False) == pytest.approx(0.9999**600)
+    assert runs.initial_share(9, ema_decay=0.5, ema_warmup=True) == pytest.approx(
         np.prod([min(0.5, (1 + k) / (10 + k)) for k in range(9)])
     )
-    assert training.initial_share(5, ema_decay=0.0, ema_warmup=False) == 0
+    assert runs.initial_share(5, ema_decay=0.0, ema_warmup=False) == 0
     config = make_config("digits", **{"step.ema_warmup": False, "step.ema_decay": 0.9999})
     place = str(tmp_path / "run")
     loop.train(config, place)
@@ -396,9 +398,8 @@ def broken_bias(workdir, value):
     run = runs.load(workdir, allow_code=True)
     dense = {**run.params["Dense_0"], "bias": np.full(1, value, np.float32)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runs, "load", lambda *args: run._replace(params={**run.params, "Dense_0": dense})
-        )
+        broken = dataclasses.replace(run, params={**run.params, "Dense_0": dense})
+        patch.setattr(runs, "load", lambda *args, **options: broken)
         yield
 
 
@@ -491,8 +492,9 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
         call.compile = compile
         return call
 
-    monkeypatch.setattr(runs.parallel, "map_examples", map_examples)
-    runs.map_images(runs.load(workdir, allow_code=True), None, None, np.arange(40), batch_size=4)
+    monkeypatch.setattr(parallel, "map_examples", map_examples)
+    run = runs.load(workdir, allow_code=True)
+    shared.map_images(run, None, None, np.arange(40), batch_size=4, settings={})
     first, *lines = (line for line in capsys.readouterr().out.splitlines() if "EMA" not in line)
     assert first == "compiling"
     assert lines[0] == "image 4/40  10 %  2 images/s  18 s left"

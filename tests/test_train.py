@@ -21,15 +21,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import digits
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 from ddpm_jax import data
 from ddpm_jax.files import checkpoints, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
 from ddpm_jax.training import guards, loop, parallel, resume
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def make_config(num_steps=6, **changes):
@@ -518,7 +517,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch)
     found = {}
     check = guards.check_memory
     monkeypatch.setattr(
-        train, "check_memory", lambda needed, state: found.update(needed=needed, state=state)
+        guards, "check_memory", lambda needed, state: found.update(needed=needed, state=state)
     )
     loop.train(make_config(num_steps=1), tmp_path)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(found["state"]))

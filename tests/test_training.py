@@ -67,9 +67,9 @@ def test_accumulation_equals_the_whole_batch(devices):
 def test_the_method_remembers_the_whole_batch_in_its_order(devices, accumulate):
     states = run(2, devices=devices, accumulate=accumulate)
     for k in (0, 1):
-        losses = METHOD.loss_fn(states[k].params, (), jax.random.fold_in(KEY, k), make_batch(seed=k))[
-            0
-        ]
+        losses = METHOD.loss_fn(
+            states[k].params, (), jax.random.fold_in(KEY, k), make_batch(seed=k)
+        )[0]
         np.testing.assert_allclose(states[k + 1].loss_state, losses, rtol=1e-6)
 
 

@@ -9,17 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from running import call
 from scipy import stats
 from test_configs import trace_step
-
-from experiments import vae
-from experiments.vae import __main__ as command
-from experiments.vae import config as vae_config
-from experiments.vae import draws
-
-Z = np.linspace(-14, 14, 14001)
-DZ = Z[1] - Z[0]
-from running import call
 
 from ddpm_jax import data
 from ddpm_jax.files.run_data import RunError
@@ -27,6 +19,13 @@ from ddpm_jax.method import from_config
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
 from ddpm_jax.training import step as training
+from experiments import vae
+from experiments.vae import __main__ as command
+from experiments.vae import config as vae_config
+from experiments.vae import draws
+
+Z = np.linspace(-14, 14, 14001)
+DZ = Z[1] - Z[0]
 
 
 def make_config(shape=(2, 2, 1), **changes):
@@ -183,7 +182,7 @@ def test_the_gradient_reaches_every_parameter():
     @jax.jit
     @jax.grad
     def gradient(params):
-        return method.loss(params, (), jax.random.key(1), batch)[0].mean()
+        return method.loss_fn(params, (), jax.random.key(1), batch)[0].mean()
 
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient(params)))
 
@@ -205,7 +204,7 @@ def test_the_training_step_of_every_variant(variant, latents):
     [
         ("latent", 3, "did you mean 'latents'"),
         ("latents", 0, "must be at least 1"),
-        ("hidden", 2.5, "config.vae.hidden must be int"),
+        ("hidden", 2.5, "config.vae.hidden must be a whole number"),
     ],
 )
 def test_mistakes_are_one_line(name, value, said):
@@ -227,7 +226,7 @@ def test_the_loss_of_several_draws_is_their_mean(one_latent):
             config.vae.draws = count
         method = from_config(config)
         network = vae.make_network(config.data.image_shape, **config.vae)
-        loss, metrics, _ = method.loss(params, (), key, batch)
+        loss, metrics, _ = method.loss_fn(params, (), key, batch)
         eps = jax.vmap(lambda k, n=count: jax.random.normal(k, (n, 1)))(keys)  # [B, K, J]
         each = [
             vae.parts(network, params, vae.grey(batch["image"]), eps[None, :, k])
@@ -277,7 +276,9 @@ def test_the_table_of_draws_compares_seed_by_seed():
 
 
 def test_a_run_its_samples_and_what_is_measured_of_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ddpm_jax.writers.save_loss_curve", lambda *args: None)  # takes a second
+    monkeypatch.setattr(
+        "ddpm_jax.files.writers.save_loss_curve", lambda *args: None
+    )  # takes a second
     workdir = str(tmp_path / "run")
     state = loop.train(vae_config.get_config("smoke"), workdir)
     out = call("sample", workdir, num_samples=5)
@@ -323,7 +324,7 @@ def test_the_plane_is_even_in_probability_with_z_1_to_the_right_and_z_2_upwards(
 
 def test_a_run_of_another_method_is_refused(capsys, monkeypatch):
     run = SimpleNamespace(workdir="runs/other", config=SimpleNamespace(method="ddpm_jax.ddpm"))
-    monkeypatch.setattr(command.runs, "load", lambda *args: run)
+    monkeypatch.setattr(command.runs, "load", lambda *args, **options: run)
     with pytest.raises(SystemExit) as exit:
         command.main(["--workdir=runs/other"])
     (line,) = capsys.readouterr().err.splitlines()

@@ -188,7 +188,7 @@ def reconstruct(
 
 FromT = Annotated[
     shared.Times | None,
-    "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated."
+    "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated.",
 ]
 
 

@@ -41,7 +41,9 @@ from ddpm_jax.training.step import make_keys
 CURVE = "curve_"  # names of [S] in an .npz, beside the [N] of each image
 DIGESTS = "images_sha256"  # uint8 [N, 16] in an .npz, of each image
 INDEX = "index"  # int64 [N] in an .npz, the position of each image in its split
-ERROR_IMAGES = 64  # images of the training split for the analytic variance: means over all their pixels
+ERROR_IMAGES = (
+    64  # images of the training split for the analytic variance: means over all their pixels
+)
 
 Split = Annotated[str, "The split of the data, such as train or test."]
 NumImages = Annotated[int | None, "How many images to use. Default: all.", AtLeast(1)]
@@ -123,7 +125,9 @@ def rate_distortion(
     ]
     writers.save_panels(f"{path}.png", _title(result), panels)
     curves = {"reverse_steps": steps.tolist(), "rate": rate.tolist(), "rmse": rmse.tolist()}
-    writers.save_json(f"{path}.json", curves | {"num_images": result.count, "recipe": result.recipe})
+    writers.save_json(
+        f"{path}.json", curves | {"num_images": result.count, "recipe": result.recipe}
+    )
     print(f"table and curves: {path}.json, .png", flush=True)
     return result
 
@@ -158,8 +162,7 @@ def best_steps(
     S = bounding.steps
     if S is None or not str(S).isdecimal():
         raise options.ConfigError(
-            "best_steps: steps must be a number of steps to choose, such as --steps=50;"
-            f" got {S!r}"
+            f"best_steps: steps must be a number of steps to choose, such as --steps=50; got {S!r}"
         )
     S, full = int(S), model.schedule
     variance = model.resolve(bounding).variance
@@ -167,7 +170,9 @@ def best_steps(
         budget.check_num_steps(S, len(full))
         if variance != "analytic":  # what can be refused is, before anything is measured
             model.bound_chain(dataclasses.replace(bounding, steps=str(S)))
-    request = _Request(run, split, num_images, data_dir, seed, dataclasses.replace(output, out=None))
+    request = _Request(
+        run, split, num_images, data_dir, seed, dataclasses.replace(output, out=None)
+    )
     request.dataset()
     whole = dataclasses.replace(bounding, steps=None, variance="analytic")
     request.measure_errors(whole)
@@ -290,7 +295,9 @@ class _Request:
         except data.DataError as error:
             if not os.path.exists(path):
                 raise
-            print(f"WARNING: {path} is used, and its images cannot be compared: {error}", flush=True)
+            print(
+                f"WARNING: {path} is used, and its images cannot be compared: {error}", flush=True
+            )
             return
         count = min(ERROR_IMAGES, len(dataset))
         key = jax.random.fold_in(make_keys(0).evaluate, 1)
@@ -443,9 +450,7 @@ def _report(result: Evaluation) -> Evaluation:
         y_scale="log",
     )
     x_0 = {"x̂_0": root_mean_square(curves["x_0_error"])}
-    distortion = writers.Panel(
-        "error of x̂_0 on the scale 0 … 255", "t", "root mean square", t, x_0
-    )
+    distortion = writers.Panel("error of x̂_0 on the scale 0 … 255", "t", "root mean square", t, x_0)
     eps = writers.Panel(
         *("squared error of ε̂", "t", "mean over pixels", t, {"ε̂": curves["eps_error"]}),
         y_scale="log",

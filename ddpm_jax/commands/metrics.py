@@ -83,7 +83,9 @@ def evaluate(
     images: Annotated[
         str | None, "A folder of pictures or an .npz to judge. Default: samples are drawn."
     ] = None,
-    split: Annotated[str, "The split of the data that is compared with; Ho et al. take train."] = "train",
+    split: Annotated[
+        str, "The split of the data that is compared with; Ho et al. take train."
+    ] = "train",
     num_images: Annotated[int | None, "How many images for nll. Default: all.", AtLeast(1)] = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
@@ -138,7 +140,11 @@ def evaluate(
             else:
                 count = num_samples or NUM_SAMPLES
                 path = sampling_lib.sample(
-                    run, sampling=sampling, num_samples=count, labels=labels, seed=one,
+                    run,
+                    sampling=sampling,
+                    num_samples=count,
+                    labels=labels,
+                    seed=one,
                     output=shared_output,
                 )
                 dataset, recipe = _samples(path, count)
@@ -185,9 +191,7 @@ def check_request(run: Run, sampling: Sampling | None) -> None:
         check_sampling(run.method, chosen, "sampling")
 
 
-def _judge(
-    results, run, functions, extractor, spec, dataset, recipe, reference, origin
-) -> None:
+def _judge(results, run, functions, extractor, spec, dataset, recipe, reference, origin) -> None:
     """Adds the numbers of one set of images to the results."""
     generated = features_of(run, extractor, dataset)
     recipe = recipe or {"images": dataset.name}

@@ -1,6 +1,6 @@
 """Samples beside the training images nearest to them: has the model memorised them?
 
-    python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
+python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ def nearest(
         num_samples = num_samples or 8
         drawing = dataclasses.replace(output, out=None)
         path = sampling_lib.sample(
-            run, sampling=sampling, num_samples=num_samples, labels=labels, seed=seed, output=drawing
+            run,
+            sampling=sampling,
+            num_samples=num_samples,
+            labels=labels,
+            seed=seed,
+            output=drawing,
         )
         with np.load(path) as file:
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))

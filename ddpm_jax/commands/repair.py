@@ -1,7 +1,7 @@
 """Repairs of given images: noise that is added and taken away again, and parts that are filled in.
 
-    python -m ddpm_jax.main --mode=denoise --workdir=runs/digits --from_t=250,500
-    python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
+python -m ddpm_jax.main --mode=denoise --workdir=runs/digits --from_t=250,500
+python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ MASKS = ("centre", "left", "right", "top", "bottom")
 def denoise(
     run: Run,
     *,
-    from_t: Annotated[shared.Times, "The time up to which noise is added, or several as 250,500,750."],
+    from_t: Annotated[
+        shared.Times, "The time up to which noise is added, or several as 250,500,750."
+    ],
     sampling: Sampling = Sampling(),  # noqa: B008
     images: Images = Images(),  # noqa: B008
     seed: Seed = 0,
@@ -103,7 +105,9 @@ def inpaint(
         str, f"What is filled in: the white of a picture, or one of {', '.join(MASKS)}."
     ] = "centre",
     chain: Chain = Chain(),  # noqa: B008
-    variance: Annotated[str | None, "The variance of the reverse chain. Default: as in the config."] = None,
+    variance: Annotated[
+        str | None, "The variance of the reverse chain. Default: as in the config."
+    ] = None,
     resample: Annotated[int, "How often each part of the chain is walked.", AtLeast(1)] = 10,
     jump: Annotated[int, "How many steps it goes back for each --resample.", AtLeast(1)] = 10,
     images: Images = Images(),  # noqa: B008
@@ -161,7 +165,10 @@ def inpaint(
     recipe = given.recipe | {"seed": seed} | options.describe(chosen) | walk | {"x_0_error": origin}
     recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
     settings = {"mask": os.path.basename(mask), "variance": variance}
-    settings |= {"resample": None if resample == 10 else resample, "jump": None if jump == 10 else jump}
+    settings |= {
+        "resample": None if resample == 10 else resample,
+        "jump": None if jump == 10 else jump,
+    }
     name = run.name(
         "inpaint", f"seed{seed}", **images.named(), **options.changed(chain), **settings
     )

@@ -43,7 +43,9 @@ TRAJECTORY_IMAGES = 8
 ANIMATION_FRAMES = 48
 
 NumSamples = Annotated[
-    int | None, "How many images to draw. Default: 64, or as many as there are --latents.", AtLeast(1)
+    int | None,
+    "How many images to draw. Default: 64, or as many as there are --latents.",
+    AtLeast(1),
 ]
 
 

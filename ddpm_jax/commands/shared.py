@@ -22,7 +22,9 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
-Seed = Annotated[int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)]
+Seed = Annotated[
+    int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)
+]
 Times = str | int | float | tuple[float, ...]  # as text with commas, from a command line
 Labels = Annotated[
     str,

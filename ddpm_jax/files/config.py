@@ -141,11 +141,12 @@ def override(config, field: str, text: str, reader_of: Callable | None = None) -
 
 def _options_of_section(config, section: str, reader_of: Callable | None) -> dict:
     """The options of what reads a section, by name."""
-    reader = reader_of(section, config) if reader_of and section in config else None
-    if reader is None:
-        return {}
-    chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
-    return {one.name: one for one in options.flat(reader, chosen)}
+    with errors_at(f"config.{section}"):
+        reader = reader_of(section, config) if reader_of and section in config else None
+        if reader is None:
+            return {}
+        chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
+        return {one.name: one for one in options.flat(reader, chosen)}
 
 
 def near_field(word: str, known: Sequence[str]) -> str:

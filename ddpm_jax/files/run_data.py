@@ -26,9 +26,7 @@ class RunError(RuntimeError):
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
-    return options.build(
-        data.load, section | changes, "config.data", split=split
-    )
+    return options.build(data.load, section | changes, "config.data", split=split)
 
 
 def data_of(run: Any, split: str, data_dir: str | None = None) -> data.Dataset:

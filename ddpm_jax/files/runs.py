@@ -22,7 +22,11 @@ from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
-OURS = ("ddpm_jax", "experiments", "configs")  # packages whose code a run may name without being asked
+OURS = (
+    "ddpm_jax",
+    "experiments",
+    "configs",
+)  # packages whose code a run may name without being asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

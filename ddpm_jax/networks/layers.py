@@ -312,5 +312,3 @@ class Attention(nn.Module):
             y = y.reshape(b, self.num_heads, h * w, size).swapaxes(1, 2)
         y = project(y.reshape(b, h * w, c), "proj_out", NEAR_ZERO)
         return x + y.reshape(b, h, w, c)
-
-

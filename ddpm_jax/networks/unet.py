@@ -235,7 +235,9 @@ class UNet(nn.Module):
             is_sequence = isinstance(values, (tuple, list))
             if not (is_sequence and (values or empty) and all(_is_integer(v, 1) for v in values)):
                 example = "(1, 2, 2, 2)" if name == "channel_mults" else "(16,), or () for none"
-                raise ValueError(f"{name}={values!r} should be positive integers, such as {example}")
+                raise ValueError(
+                    f"{name}={values!r} should be positive integers, such as {example}"
+                )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is outside [0, 1); Ho et al. use 0.1")
         check_choice("dtype", self.dtype, DTYPES)

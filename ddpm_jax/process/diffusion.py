@@ -251,7 +251,9 @@ class Denoised(NamedTuple):
     prediction: Images  # the output of the network: what a loss compares
     x_0: Images  # the same as an image, not clipped
     eps: Images  # the same as noise
-    log_variance: Float[Array, "..."] | None = None  # log σ² of p(x_s | x_t), if a variance was asked for
+    log_variance: Float[Array, "..."] | None = (
+        None  # log σ² of p(x_s | x_t), if a variance was asked for
+    )
 
 
 DenoiseFn = Callable[[Images, Row], Denoised]

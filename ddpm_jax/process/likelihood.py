@@ -27,7 +27,9 @@ class Bound(NamedTuple):
 
     terms: Float[Array, "B S"]  # L_0, L_1, … in bits/dim
     prior: Float[Array, " B"]  # L_T in bits/dim
-    x_0_error: Float[Array, "B S"]  # squared error of x̂_0, clipped if asked, per dimension in [−1, 1]
+    x_0_error: Float[
+        Array, "B S"
+    ]  # squared error of x̂_0, clipped if asked, per dimension in [−1, 1]
     eps_error: Float[Array, "B S"]  # squared error of ε̂ per dimension, before any clipping
 
 

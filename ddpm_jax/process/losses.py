@@ -36,9 +36,7 @@ def target(
     tables = predictions.named(prediction)(schedule, schedule)
     if tables.is_eps:
         return eps
-    return (
-        diffusion.at(tables.of_x_0, t, x_0) * x_0 + diffusion.at(tables.of_eps, t, x_0) * eps
-    )
+    return diffusion.at(tables.of_x_0, t, x_0) * x_0 + diffusion.at(tables.of_eps, t, x_0) * eps
 
 
 def simple(

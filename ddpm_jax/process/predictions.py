@@ -25,7 +25,9 @@ from jaxtyping import Float64
 from ddpm_jax.names import find
 from ddpm_jax.process.schedules import Schedule
 
-DATA_STD = 0.5  # standard deviation of the data in EDM's preconditioning; Karras et al. 2022, Table 1
+DATA_STD = (
+    0.5  # standard deviation of the data in EDM's preconditioning; Karras et al. 2022, Table 1
+)
 
 
 class Prediction(NamedTuple):

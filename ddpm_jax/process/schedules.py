@@ -135,7 +135,9 @@ class Schedule:
     @functools.cached_property
     def prior_std(self) -> float:
         """The standard deviation of x_T for data of unit variance, which sampling begins with; 1 if variance-preserving."""
-        return 1.0 if self.is_variance_preserving else float(np.hypot(self.alpha[-1], self.sigma[-1]))
+        return (
+            1.0 if self.is_variance_preserving else float(np.hypot(self.alpha[-1], self.sigma[-1]))
+        )
 
     @functools.cached_property
     def noise_ids(self) -> UInt32[np.ndarray, " S"]:

@@ -172,7 +172,9 @@ def shorten(
         steps = f"{SPACINGS[spacing]}{steps}"
     tau = np.arange(T) if steps is None else subsequence(steps, T, snr=schedule.snr)
     if isinstance(steps, str) and not steps.startswith("[") and not schedule.is_variance_preserving:
-        tau = np.append(tau[:-1], T - 1)  # elsewhere less noise than the prior would begin the chain
+        tau = np.append(
+            tau[:-1], T - 1
+        )  # elsewhere less noise than the prior would begin the chain
     if last is not None:
         if not 0 <= last < T:
             raise ValueError(f"from_t={last} is not a time of the chain; choose 0 to {T - 1}")

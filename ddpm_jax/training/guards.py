@@ -76,7 +76,6 @@ def check_memory(needed: float, state: TrainState) -> None:
         )
 
 
-
 @contextlib.contextmanager
 def run_directory(workdir: str):
     """Makes and locks a run directory.
@@ -146,5 +145,3 @@ def not_worth_a_run(say: Callable[[str], None]):
         yield
     except OSError as error:
         say(f"WARNING: not written, and training goes on: {error}")
-
-

@@ -189,9 +189,7 @@ class Trainer:
             )
         if own_shape:
             shape = ",".join(map(str, dataset.image_shape))
-            self.say(
-                f"image size taken from the data, as with --config.data.image_shape={shape}"
-            )
+            self.say(f"image size taken from the data, as with --config.data.image_shape={shape}")
         run_data.check_classes(self.method, dataset)
         if continues:
             may_change = "data" in self.change

@@ -84,9 +84,7 @@ def make_optimizer(
 def optimizer_of(config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """`make_optimizer` of a config's section optimizer, for a run of its training.num_steps."""
     num_steps = config.training.num_steps
-    return options.build(
-        make_optimizer, config.optimizer, "config.optimizer", num_steps=num_steps
-    )
+    return options.build(make_optimizer, config.optimizer, "config.optimizer", num_steps=num_steps)
 
 
 class Keys(NamedTuple):

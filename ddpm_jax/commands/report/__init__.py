@@ -36,6 +36,9 @@ def report(
         str | None,
         "The .html to write. Default: report.html in the run directory, or comparison.html here for several.",
     ] = None,
+    allow_code: Annotated[
+        bool, "Imports modules outside ddpm_jax and experiments that a run names, for its schedule."
+    ] = False,
 ) -> str:
     """Writes a report on a run, or on several runs with commas, as one page of HTML.
 
@@ -65,7 +68,7 @@ def report(
             os.path.join(workdirs[0], "report.html") if one else "comparison.html"
         )
     _check_out(out)
-    text = render(arrange.page([find(path) for path in workdirs]))
+    text = render(arrange.page([find(path, allow_code=allow_code) for path in workdirs]))
     writers.save_text(out, text)
     print(f"{out} ({len(text.encode()) / 1e6:.1f} MB)", flush=True)
     return out

@@ -57,7 +57,7 @@ class Run(NamedTuple):
         return [picture for picture in self.pictures if picture.kind == kind]
 
 
-def find(workdir: str) -> Run:
+def find(workdir: str, *, allow_code: bool = False) -> Run:
     """Reads a run directory.
 
     Raises:
@@ -97,13 +97,13 @@ def find(workdir: str) -> Run:
     name = os.path.basename(os.path.abspath(workdir))
     log = _text(os.path.join(workdir, "log.txt"))
     class_names = tuple((run_data.saved_data(workdir) or {}).get("class_names", ()))
-    chain = _chain(config)
+    chain = _chain(config, allow_code)
     return Run(workdir, name, config, chain, rows, log, previews, pictures, results, class_names)
 
 
-def _chain(config) -> Schedule | None:
+def _chain(config, allow_code: bool) -> Schedule | None:
     """The Method's chain, which may differ from config.schedule."""
-    if runs.foreign_modules(config):  # a page is no reason to run the code of a stranger
+    if runs.foreign_modules(config) and not allow_code:
         return None
     try:
         return getattr(from_config(config), "schedule", None)

@@ -104,7 +104,9 @@ def _multistep(h: float, backs: np.ndarray, order: int) -> list[float]:
     moment_0 = -np.expm1(-h)
     if len(backs) == 0:
         return [moment_0]
-    if order == 2:  # Algorithm 2 takes the slope from the middle of the step, not from within the integral
+    if (
+        order == 2
+    ):  # Algorithm 2 takes the slope from the middle of the step, not from within the integral
         ahead = moment_0 * h / (2.0 * backs[0])
         return [moment_0 + ahead, -ahead]
     moment_1 = h - moment_0  # ∫ e^{−(h−u)} u du
