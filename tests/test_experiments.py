@@ -119,13 +119,13 @@ def test_the_loss_of_every_row(table, row, capsys):
     params = jax.eval_shape(method.init, jax.random.key(0))
     b, shape = 2, jax.ShapeDtypeStruct
     batch = {"image": shape((b, *method.image_shape), np.uint8), "label": shape((b,), np.int32)}
-    batch |= {"index": shape((b,), np.int32), "place": shape((b,), np.float32)}
-    memory = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, method.memory))
+    batch |= {"index": shape((b,), np.int32), "position": shape((b,), np.float32)}
+    memory = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, method.init_loss_state()))
     loss, metrics, record = jax.eval_shape(
-        method.loss, params, memory, jax.eval_shape(lambda: jax.random.key(0)), batch
+        method.loss_fn, params, memory, jax.eval_shape(lambda: jax.random.key(0)), batch
     )
     assert loss.shape == (b,) and set(metrics) == set(method.metric_names)
-    assert jax.eval_shape(method.remember, memory, record) == memory
+    assert jax.eval_shape(method.update_loss_state, memory, record) == memory
 
 
 def test_the_papers_rows(capsys):

@@ -239,7 +239,7 @@ def test_help_is_in_whole_sentences_with_defaults(command):
         assert f"Default: {default}." in out
     _, out, _ = command("--mode=eval", "--help")
     out = " ".join(out.split())
-    assert "Default: train." in out and "Default: 50000." in out
+    assert "Default: train." in out and "Default: 50000, as in the papers." in out
 
 
 def test_help_on_a_config(command):

@@ -195,8 +195,8 @@ def list_of_pictures(workdir):
 def test_the_schedule_is_that_of_the_method(trained, tmp_path):
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
     config = config_lib.load(f"{tmp_path}/config.json")
-    config.method = "experiments.log_linear"
-    config.log_linear = {"start": 9.2, "end": -10.1}
+    config.method = "ddpm_jax.ddpm"
+    config.schedule.update(name="experiments.log_linear:log_linear", start=9.2, end=-10.1)
     config.model.num_groups = 2
     config_lib.save(config, f"{tmp_path}/config.json")
     assert f"α² at the end {1 / (1 + np.exp(10.1)):.3g}" in read(report(str(tmp_path))).text
@@ -272,9 +272,9 @@ def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     bound.write_text(json.dumps(result))
     reader = read(report(workdirs))
     for name in ("linear", "cosine"):
-        run = find(str(tmp_path / name))
+        run = find(str(tmp_path / name), allow_code=True)
         health = schedules.health(run.chain)
-        assert f"{name}: T = 40; α² at the end {health.alpha_bar_T:.3g}" in reader.text
+        assert f"{name}: T = 40; α² at the end {health.alpha_T**2:.3g}" in reader.text
     assert reader.row("cosine")[0] == "1.250" != reader.row("linear")[0]
     labels = [svg["aria-label"] for svg in reader.all("svg")]
     for title in ("β", "ᾱ", "SNR", "L_t"):
@@ -329,7 +329,7 @@ def test_a_directory_that_is_not_a_run_gives_one_line(trained, tmp_path, keep, w
 
 
 def test_no_device_is_requested(trained, tmp_path):
-    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}"]
+    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}", "--allow_code"]
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # a request for a device fails
     environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
     given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}

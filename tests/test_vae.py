@@ -93,7 +93,7 @@ def test_the_loss_is_the_bound_on_the_exact_likelihood(one_latent):
     assert to_posterior > 0.1 and kl > 0.1  # an encoder that knows it all would prove little
     np.testing.assert_allclose(log_p_x - kl, log_p - to_posterior, rtol=1e-8)  # the identity (1)
     key = jax.random.key(1)
-    loss, metrics, _ = jax.jit(method.loss)(params, (), key, batch_of(image, 20_000))
+    loss, metrics, _ = jax.jit(method.loss_fn)(params, (), key, batch_of(image, 20_000))
     assert close(loss, -(log_p - to_posterior))
     assert close(metrics["reconstruction"][0], -log_p_x)
     np.testing.assert_allclose(metrics["kl"][0], kl, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_an_example_does_not_depend_on_its_batch():
     params = method.init(jax.random.key(0))
     batch = batch_of(np.zeros((1, 4, 4, 1), np.uint8), 6)
     batch["image"] = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1)).astype(np.uint8)
-    loss_fn, key = jax.jit(method.loss), jax.random.key(1)
+    loss_fn, key = jax.jit(method.loss_fn), jax.random.key(1)
     loss, metrics, _ = loss_fn(params, (), key, batch)
     some = np.array([4, 1, 5])
     part, part_metrics, _ = loss_fn(params, (), key, jax.tree.map(lambda x: x[some], batch))
@@ -149,7 +149,7 @@ def test_an_example_does_not_depend_on_its_batch():
     same = dict(batch, image=np.repeat(batch["image"][:1], 6, axis=0))
     assert len(set(np.asarray(loss_fn(params, (), key, same)[0]).tolist())) == 6  # own noise each
 
-    draw = jax.jit(method.make_sample())
+    draw = jax.jit(method.sample)
     images = draw(params, key, np.arange(6), np.zeros(6, np.int32))
     assert images.shape == (6, 4, 4, 1) and (np.abs(images) <= 1).all()
     np.testing.assert_allclose(draw(params, key, some, some), images[some], rtol=1e-5, atol=1e-6)
@@ -162,7 +162,7 @@ def test_flips_are_the_config_s():
     image = np.array([[255, 40], [0, 128]], np.uint8).reshape(1, 2, 2, 1)
     params = from_config(plain).init(jax.random.key(0))
     as_it_is, mirrored, either = (
-        np.asarray(jax.jit(from_config(config).loss)(params, (), jax.random.key(0), batch)[0])
+        np.asarray(jax.jit(from_config(config).loss_fn)(params, (), jax.random.key(0), batch)[0])
         for config, batch in (
             (plain, batch_of(image, 16)),
             (plain, batch_of(image[:, :, ::-1], 16)),
