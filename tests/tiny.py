@@ -3,14 +3,14 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, schedules
+from ddpm_jax import ddpm, options
+from ddpm_jax.process import schedules
 
 
 class Network(nn.Module):
     """[x, t] times a matrix, at each pixel."""
 
-    out_channels: int
+    out_channels: int = 1
     num_classes: int = 0
 
     @nn.compact
@@ -23,16 +23,13 @@ class Network(nn.Module):
 
 
 def make(config):
-    shape = tuple(config.data.image_shape)
-    learned = config.diffusion.variance in ("learned", "learned_range")
-    classes = config.model.num_classes
-    classes += bool(classes and config.diffusion.label_dropout)  # the last one: no label
-    return config_lib.call(
-        "config.diffusion",
-        ddpm.diffusion_method,
+    """The Method of a config, whose section model gives the number of classes only."""
+    return options.build(
+        ddpm.DDPM,
         config.diffusion,
+        "config.diffusion",
         schedule=schedules.make(**config.schedule),
-        unet=Network(shape[-1] * (1 + learned), classes),
-        image_shape=shape,
-        flip=config.data.flip,
+        network=Network(num_classes=config.model.num_classes),
+        image_shape=tuple(config.data.image_shape),
+        flip=bool(config.data.flip),
     )
