@@ -10,6 +10,7 @@ import tiny
 
 from configs import cifar10
 from ddpm_jax import ddpm, options
+from ddpm_jax.files.run_data import fill_in
 from ddpm_jax.method import from_config, labels_of, mirror_at_random
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import diffusion
@@ -75,6 +76,7 @@ def test_own_betas_have_the_length_of_their_list():
     betas = (0.1, 0.5, 0.9)
     config = cifar10.get_config()  # whose num_timesteps is 1000
     config.schedule.name, config.schedule.betas = "betas", betas
+    fill_in(config)  # as every command does
     np.testing.assert_array_equal(from_config(config).schedule.beta, betas)
     config.schedule.betas = ()
     with pytest.raises(ConfigError, match=r"config.schedule: .*needs the list"):
