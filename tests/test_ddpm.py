@@ -269,7 +269,8 @@ def test_a_guided_learned_variance_is_that_of_the_label():
     x, t, label = jax.random.normal(KEY, (3, 6, 4, 2)), np.array([0, 9, 19]), np.arange(3)
     says = {"variance": "learned_range"}
     alone, strong = (
-        method.denoiser(params, label, guidance=g, **says)(method.schedule)(x, t) for g in (1.0, 3.0)
+        method.denoiser(params, label, guidance=g, **says)(method.schedule)(x, t)
+        for g in (1.0, 3.0)
     )
     np.testing.assert_allclose(strong.log_variance, alone.log_variance, atol=1e-5)
     assert np.abs(strong.eps - alone.eps).max() > 0.01
@@ -354,11 +355,11 @@ def test_labels_of_a_model_without_classes():
         ({"sampler": "ddim", "eta": 1.01}, "0 … 1"),
         ({"spacing": "log_snr"}, "such as steps=50"),
         ({"spacing": "quadratic", "steps": "quad10"}, "such as steps=50"),
-        ({"spacing": "quadratc", "steps": "10"}, "did you mean 'quadratic'"),
+        ({"spacing": "quadratc", "steps": "10"}, "must be uniform or linear or quadratic"),
         ({"guidance": 2.0}, "label_dropout above 0"),
         ({"guidance": float("nan")}, "finite"),
         ({"variance": "analytic", "from_t": 5}, "whole chains"),
-        ({"clip_x0": "soft"}, "'dynamic'"),
+        ({"clip_x0": "soft"}, "true or false or dynamic"),
         ({"from_t": 20}, "0 to 19"),
     ],
 )
@@ -448,8 +449,7 @@ def test_a_shortened_chain_makes_the_same_errors_at_the_same_times():
     method, params, batch = make_tiny()
     tau = np.array([0, 4, 11, 19])
     full, short = (
-        jax.jit(bound_of(method, steps=steps))(params, KEY, batch)
-        for steps in (None, tau.tolist())
+        jax.jit(bound_of(method, steps=steps))(params, KEY, batch) for steps in (None, tau.tolist())
     )
     for name in ("x_0_error", "eps_error"):
         np.testing.assert_allclose(short[name], full[name][:, tau], rtol=1e-5)
@@ -471,7 +471,11 @@ def test_the_memory_of_the_bound_does_not_grow_with_its_steps():
     "trained, chosen, words",
     [
         ("fixed_large", {"variance": "learned"}, "trained with 'fixed_large'"),
-        ("fixed_large", {"variance": "learned_range"}, "needs outputs that this network does not have"),
+        (
+            "fixed_large",
+            {"variance": "learned_range"},
+            "needs outputs that this network does not have",
+        ),
         ("learned", {"variance": "learned_range"}, "trained with 'learned'"),
         ("fixed_large", {"variance": "analytic"}, "needs x_0_error"),
         ("fixed_large", {"variance": "analytic", "x_0_error": np.ones(5)}, "each of the 4 steps"),
@@ -626,13 +630,13 @@ def test_a_misspelt_variance_is_refused():
     [
         ("diffusion__prediction", "epsilon", "did you mean 'eps'"),
         ("diffusion__loss", "simpel", "did you mean 'simple'"),
-        ("diffusion__variance", "fixed", "fixed_small, fixed_large"),
+        ("diffusion__variance", "fixed", "fixed_small or fixed_large"),
         ("diffusion__variance", "analytic", "--variance=analytic afterwards"),
         ("diffusion__variance", "learned_range", "'hybrid' or 'vlb'"),
         ("diffusion__t_sampling", "importence", "did you mean 'importance'"),
-        ("schedule__name", "jsd", "alpha_bar falls to 0"),
-        ("model__channels", "many", "config.model.channels must be int"),
-        ("model__channels", True, "config.model.channels must be int"),
+        ("schedule__name", "jsd", "where alpha² falls to 0; use prediction 'x_0'"),
+        ("model__channels", "many", "config.model.channels must be a whole number"),
+        ("model__channels", True, "config.model.channels must be a whole number"),
         ("model__channel_mults", (1, "a"), "config.model.channel_mults must be"),
         ("model__depth", 3, "no field 'depth'"),
         ("model__dropuot", 0.1, "did you mean 'dropout'"),

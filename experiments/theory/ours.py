@@ -92,9 +92,7 @@ def last_step():
 
 
 def pixels_lost():
-    network = UNet(
-        out_channels=1, channels=8, channel_mults=(1, 1), num_res_blocks=1, num_groups=2
-    )
+    network = UNet(out_channels=1, channels=8, channel_mults=(1, 1), num_res_blocks=1, num_groups=2)
     x = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t)

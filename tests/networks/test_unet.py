@@ -12,7 +12,6 @@ from ddpm_jax.networks import init_params, layers
 from ddpm_jax.networks.unet import UNet
 
 
-
 def check(image_shape, **options):
     UNet(**options).check(image_shape)
 
@@ -24,6 +23,7 @@ TINY = {
     "num_res_blocks": 1,
     "attention_resolutions": (3,),
     "dropout": 0.5,
+    "num_groups": 32,
 }
 RICH = {"num_heads": 2, "scale_shift": True, "num_classes": 3}
 SHAPE = (7, 5, 2)
@@ -126,6 +126,21 @@ def test_init_params_equals_init():
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, third)
     assert not np.array_equal(first, ours["down_0_block_0"]["conv_2"]["kernel"] * 1e5)
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "mults", "groups", "attended"),
+    [
+        (32, 128, (1, 2, 2, 2), 32, (16,)),
+        (256, 128, (1, 1, 2, 2, 4, 4), 32, (16,)),
+        (28, 32, (1, 2, 2), 8, (14,)),
+        (8, 3, (1, 2), 1, (8,)),
+        (64, 128, (1, 2), 32, (32,)),  # no level of at most 16: the last
+    ],
+)
+def test_groups_and_attention_by_default(side, channels, mults, groups, attended):
+    unet = UNet(channels=channels, channel_mults=mults)
+    assert unet.groups == groups and unet.attended((side, side)) == attended
 
 
 def test_output_is_nearly_zero_at_initialisation():
@@ -394,7 +409,7 @@ def test_head_channels_count_the_heads():
         ((32, 32, 3), {"head_channels": 60}, "head_channels=60 .* works is 64"),
         ((32, 32, 3), {"num_heads": 2, "head_channels": 64}, "num_heads=2 and head_channels=64"),
         ((32, 32, 3), {"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
-        ((32, 32, 3), {"dtype": "bfloat"}, "dtype='bfloat' .* did you mean 'bfloat16'"),
+        ((32, 32, 3), {"dtype": "bfloat"}, "unknown dtype 'bfloat'; did you mean 'bfloat16'"),
         (
             (32, 32, 3),
             {"attention_resolutions": (15,)},

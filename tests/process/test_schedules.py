@@ -5,7 +5,6 @@ import pytest
 
 from ddpm_jax.process import diffusion, schedules, timesteps
 
-
 BETAS = [  # the schedules that are given by β, with their names in older configs
     *("linear", "quad", "const", "jsd", "warmup10", "warmup50", "sigmoid", "cosine"),
     *("quadratic", "constant"),
@@ -24,7 +23,9 @@ def test_linear_constants():
     np.testing.assert_allclose(
         diffusion.posterior_variance(s)[:3], [0, 5.45318766e-5, 8.54891152e-5], rtol=1e-8
     )
-    np.testing.assert_allclose(diffusion.fixed_log_variance(s, "fixed_small")[0], -9.8167251, rtol=1e-8)
+    np.testing.assert_allclose(
+        diffusion.fixed_log_variance(s, "fixed_small")[0], -9.8167251, rtol=1e-8
+    )
 
 
 def test_cosine_constants():

@@ -289,9 +289,7 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoiser):
     mask = np.zeros((1, 4, 4, 1), np.float32)
     mask[:, :, :2] = 1
     given = {"resample": 2, "jump": 5, "clip_x0": False}
-    x = inpaint(
-        chain(50), denoiser, x_0, jnp.broadcast_to(mask, x_0.shape), keys, **given
-    )
+    x = inpaint(chain(50), denoiser, x_0, jnp.broadcast_to(mask, x_0.shape), keys, **given)
     np.testing.assert_array_equal(x[:, :, :2], x_0[:, :, :2])
     made = np.asarray(x[:, :, 2:])
     # The pixels of these data are independent: what is made has the marginal of data. With the best
@@ -342,8 +340,9 @@ def test_every_sampler_clips(sampler, how):
     ],
 )
 def test_refusals(sampler, options, words, denoiser):
-    clip_x0 = options.pop("clip_x0", True)
-    run, x_T = SAMPLERS[sampler](**options), jnp.zeros((1, 2, 2, 1))
+    clip_x0 = options.get("clip_x0", True)
+    own = {name: value for name, value in options.items() if name != "clip_x0"}
+    run, x_T = SAMPLERS[sampler](**own), jnp.zeros((1, 2, 2, 1))
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match=words):
         run(chain(10), denoiser, x_T, keys, clip_x0=clip_x0)

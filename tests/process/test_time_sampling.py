@@ -171,7 +171,9 @@ def test_words_belong_to_their_t_and_the_weighted_loss_has_the_uniform_expectati
     case, monkeypatch
 ):
     """Σ p_t w_t L_t = mean L_t, whatever was remembered: with the p_t that are drawn, to the last digit."""
-    parts = IMPORTANCE.probabilities(HISTORIES[case])  # not compiled, as the draw below: to the last digit
+    parts = IMPORTANCE.probabilities(
+        HISTORIES[case]
+    )  # not compiled, as the draw below: to the last digit
     p, T = drawn(parts), len(parts)
     assert (p > 0).all() and p.sum() == 1.0
 
