@@ -14,6 +14,7 @@ from ddpm_jax.files.run_data import fill_in
 from ddpm_jax.method import from_config, labels_of, mirror_at_random
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import diffusion
+from ddpm_jax.process.samplers import SAMPLERS
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS, LossHistory
 from ddpm_jax.training import parallel, step
 
@@ -519,6 +520,41 @@ def test_a_learned_model_can_be_asked_for_the_other_variances():
     keys = KEY, np.arange(2), np.zeros(2, np.int32)
     drawn = sampler_of(method, **chosen)(params, *keys, x_0_error=error)
     assert drawn.shape == (2, 6, 4, 2) and np.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, variance",
+    [
+        ({"name": "linear", "end": 0.5, "zero_snr": True}, "v", "fixed_large"),
+        ({"name": "exploding"}, "edm", "fixed_small"),
+        ({"name": "exploding"}, "eps", "learned_range"),
+        ({"name": "straight"}, "velocity", "learned_range"),
+        ({"name": "straight"}, "x_0", "fixed_large"),
+    ],
+)
+def test_any_path_trains_samples_and_has_a_bound(schedule, prediction, variance):
+    config = make_config(diffusion__prediction=prediction, diffusion__variance=variance)
+    config.diffusion.loss = "hybrid" if variance == "learned_range" else "simple"
+    with config.unlocked():
+        config.schedule = {"num_timesteps": 20, **schedule}
+    method, batch = tiny.make(config), make_batch()
+    params = far_from_zero(method.init(KEY))
+    loss, gradient = jax.value_and_grad(lambda p: method.loss_fn(p, (), KEY, batch)[0].mean())(
+        params
+    )
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    draws = {}
+    for name in SAMPLERS:
+        draw = jax.jit(sampler_of(method, sampler=name, steps=6))
+        whole = draw(params, KEY, np.arange(4), np.zeros(4, np.int32))
+        part = draw(params, KEY, np.arange(1, 3), np.zeros(2, np.int32))
+        np.testing.assert_allclose(part, whole[1:3], atol=2e-4)
+        draws[name] = np.asarray(whole)
+        assert whole.shape == (4, 6, 4, 2) and np.abs(whole).max() <= 1 + 1e-5
+    assert np.abs(draws["ddim"] - draws["ancestral"]).max() > 1e-3
+    parts = jax.jit(bound_of(method, steps=6))(params, KEY, batch)
+    np.testing.assert_allclose(parts["total"], parts["L_T"] + parts["terms"].sum(axis=1), rtol=1e-6)
+    assert np.isfinite(parts["terms"]).all() and (parts["terms"] >= -1e-6).all()
 
 
 # ---- the loss, however t is drawn ------------------------------------------------------------------

@@ -12,9 +12,10 @@ import numpy as np
 import oracle
 import pytest
 
-from ddpm_jax.process import diffusion, likelihood, predictions, schedules, timesteps
+from ddpm_jax.process import budget, diffusion, likelihood, predictions, schedules, timesteps
 from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver, Heun
 from ddpm_jax.process.samplers.inversion import encode
+from ddpm_jax.process.samplers.repaint import inpaint
 
 M, S = 0.3, 0.5  # mean and standard deviation of the data
 PATHS = {
@@ -342,6 +343,22 @@ def test_encoding_goes_where_the_flow_does_and_decoding_returns(path):
     np.testing.assert_allclose(x_T, exact, rtol=0.05, atol=0.02 * float(sigma))
 
 
+@EVERY
+def test_inpainting_makes_data(path):
+    """The pixels are independent: what is made beside given ones has the moments of data, going back or not."""
+    chain = timesteps.shorten(path, 20)
+    denoiser = exact_denoiser(path, variance=exact_variance(chain))
+    x_0 = oracle.data(np.random.default_rng(1), (2048, 4, 4, 1))
+    mask = np.zeros((2048, 4, 4, 1), np.float32)
+    mask[:, :, :2] = 1
+    x = np.float64(inpaint(chain, denoiser, x_0, mask, KEYS, resample=2, jump=5, clip_x0=False))
+    np.testing.assert_array_equal(x[:, :, :2], x_0[:, :, :2])
+    made, (mean, std) = x[:, :, 2:], with_noise(chain, ancestral_step)
+    # Going back and down again brings the mean nearer to that of the data.
+    assert min(mean, M) - 4 * S / np.sqrt(N / 2) < made.mean() < M + 4 * S / np.sqrt(N / 2)
+    assert abs(made.std() - std) < 4 * S / np.sqrt(N)
+
+
 # ---- predictions -----------------------------------------------------------------------------------
 
 
@@ -441,6 +458,26 @@ def test_the_bound_of_gaussian_data_by_terms(path):
     np.testing.assert_allclose(
         ours.prior, nats.mean(axis=(1, 2, 3)) / np.log(2), rtol=1e-4, atol=1e-6
     )
+
+
+@EVERY
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "analytic"])
+def test_the_cost_of_a_jump_is_a_divergence_of_two_gaussians(path, variance):
+    full = timesteps.shorten(path, 12)
+    error = np.linspace(0.01, 0.8, 12)
+    bits = budget.jump_bits(full, error, variance)
+    for t, s in ((11, 10), (11, 0), (7, 3), (1, 0)):
+        levels = full.alpha[t], full.sigma[t], full.alpha[s], full.sigma[s]
+        k_0, _, posterior = posterior_given_x_0(*levels)
+        step, before = levels[0] / levels[2], levels[2] ** 2 + levels[3] ** 2
+        of_model = {
+            "fixed_small": posterior,
+            "fixed_large": before - (step * before) ** 2 / (levels[0] ** 2 + levels[1] ** 2),
+            "analytic": posterior + k_0**2 * error[t],
+        }[variance]
+        r = posterior / of_model
+        known = 0.5 * (k_0**2 * error[t] / of_model + r - 1 - np.log(r)) / np.log(2)
+        assert bits[t, s] == pytest.approx(known, rel=1e-7)
 
 
 # ---- levels between rows ---------------------------------------------------------------------------
