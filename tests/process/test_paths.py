@@ -15,7 +15,7 @@ import pytest
 from ddpm_jax.process import budget, diffusion, likelihood, predictions, schedules, timesteps
 from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver, Heun
 from ddpm_jax.process.samplers.inversion import encode
-from ddpm_jax.process.samplers.repaint import inpaint
+from ddpm_jax.process.samplers.repaint import inpaint, resampling
 
 M, S = 0.3, 0.5  # mean and standard deviation of the data
 PATHS = {
@@ -323,6 +323,32 @@ def test_one_number_takes_the_path_of_the_recursion(path, name, steps):
     np.testing.assert_allclose(np.ravel(x), exact, atol=5e-5)
 
 
+def test_heun_does_not_correct_a_step_that_falls_far():
+    chain = schedules.Schedule(
+        np.ones(5), [0.05, 0.8, 9.0, 15.0, 200.0]
+    )  # 200 to 15 is far; 9 to 0.8 begins below 10
+    far = schedules.Schedule(
+        np.ones(4), [0.05, 0.8, 11.0, 200.0]
+    )  # here both are far
+    for levels in (chain, far):
+        x_T = 100 * np.linspace(-2, 2, 16)
+        x = jnp.asarray(x_T.reshape(1, 4, 4, 1), jnp.float32)
+        x = Heun()(levels, exact_denoiser(levels), x, None, clip_x0=False)
+        np.testing.assert_allclose(np.ravel(x), [heun(levels, value) for value in x_T], atol=1e-4)
+
+
+@EVERY
+def test_a_shortened_chain_begins_where_the_prior_is(path):
+    """Song et al.'s spacings leave out the end, which only a variance-preserving chain can spare."""
+    for steps in ("ddim10", "quad10"):
+        last = timesteps.shorten(path, steps).times[-1]
+        if path.is_variance_preserving:
+            assert last == {"ddim10": 900, "quad10": 800}[steps]
+        else:
+            assert last == 999
+    assert timesteps.shorten(path, "[0,20,41]").times.tolist() == [0, 20, 41]  # as it was asked for
+
+
 @EVERY
 def test_encoding_goes_where_the_flow_does_and_decoding_returns(path):
     x_0 = oracle.data(np.random.default_rng(0), (4, 4, 4, 1))
@@ -341,6 +367,26 @@ def test_encoding_goes_where_the_flow_does_and_decoding_returns(path):
     alpha, sigma = path.alpha[-1], path.sigma[-1]
     exact = alpha * M + np.sqrt(total(alpha, sigma)) / S * (np.asarray(x_0) - M)
     np.testing.assert_allclose(x_T, exact, rtol=0.05, atol=0.02 * float(sigma))
+
+
+@EVERY
+def test_inpainting_is_its_recursion_for_the_noise_it_drew(path):
+    chain = timesteps.shorten(path, 8)
+    shape, keys = (2, 2, 1), KEYS[:3]
+    denoiser = exact_denoiser(path, variance=exact_variance(chain))
+    zero = jnp.zeros((3, *shape))
+    ours = inpaint(chain, denoiser, zero, zero[..., :1], keys, resample=3, jump=2, clip_x0=False)
+    levels = before_and_after(chain)[::-1]
+    rows = resampling(8, resample=3, jump=2)
+    x = np.float64(diffusion.prior(chain, keys, shape))
+    for k, row in enumerate(rows):
+        z, up = (np.float64(diffusion.noise(keys, 3 * k + n, shape)) for n in (0, 2))
+        slope, shift, variance = ancestral_step(*levels[row])
+        x = slope * x + shift + np.sqrt(variance) * z
+        if k + 1 < len(rows) and rows[k + 1] >= row:  # up again, by q(x_t | x_s)
+            alpha, sigma, alpha_s, sigma_s = *levels[rows[k + 1]][:2], *levels[row][2:]
+            x = alpha / alpha_s * x + np.sqrt(sigma**2 - (alpha / alpha_s * sigma_s) ** 2) * up
+    np.testing.assert_allclose(ours, x, atol=1e-4)
 
 
 @EVERY
