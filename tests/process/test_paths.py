@@ -327,9 +327,7 @@ def test_heun_does_not_correct_a_step_that_falls_far():
     chain = schedules.Schedule(
         np.ones(5), [0.05, 0.8, 9.0, 15.0, 200.0]
     )  # 200 to 15 is far; 9 to 0.8 begins below 10
-    far = schedules.Schedule(
-        np.ones(4), [0.05, 0.8, 11.0, 200.0]
-    )  # here both are far
+    far = schedules.Schedule(np.ones(4), [0.05, 0.8, 11.0, 200.0])  # here both are far
     for levels in (chain, far):
         x_T = 100 * np.linspace(-2, 2, 16)
         x = jnp.asarray(x_T.reshape(1, 4, 4, 1), jnp.float32)
