@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from ddpm_jax import diffusion
+from ddpm_jax.process import diffusion
 
 MEAN, STD = 0.3, 0.5
 
@@ -27,21 +27,36 @@ def exact_eps(schedule):
     return network_fn
 
 
-def exact_denoiser(schedule, prediction="eps", variance_fn=None):
-    """The same as a `denoise_fn`, given in any parameterisation; variance_fn(x_t, t) is its second half."""
-    eps_fn = exact_eps(schedule)
+def exact_denoiser(schedule, prediction="eps", variance_fn=None, variance=None):
+    """The same as a `denoiser`, in any parameterisation.
+
+    Args:
+      variance_fn: (x_t, t), the second half of the network's channels.
+      variance: of p(x_s | x_t), as `diffusion.denoiser` takes it.
+    """
+    eps_fn, a = exact_eps(schedule), schedule.alpha_bar
+    _, _, of_x_0, of_x_t = steps_of(a)
 
     def network_fn(x_t, t):
         value = eps_fn(x_t, t)
         if prediction != "eps":
-            x_0 = diffusion.to_x_0(schedule, "eps", value, x_t, t)
-            value = diffusion.from_x_0(schedule, prediction, x_0, x_t, t)
+            alpha, sigma = (diffusion.at(np.sqrt(table), t, x_t) for table in (a, 1 - a))
+            x_0 = (x_t - sigma * value) / alpha
+            value = {
+                "x_0": x_0,
+                "v": alpha * value - sigma * x_0,
+                "mean": diffusion.at(of_x_0, t, x_t) * x_0 + diffusion.at(of_x_t, t, x_t) * x_t,
+            }[prediction]
         if variance_fn is None:
             return value
         return jnp.concatenate([value, variance_fn(x_t, t)], axis=-1)
 
     return diffusion.denoiser(
-        schedule, network_fn, prediction=prediction, learned_variance=variance_fn is not None
+        schedule,
+        network_fn,
+        prediction=prediction,
+        learned_variance=variance_fn is not None,
+        variance=variance,
     )
 
 

@@ -9,8 +9,14 @@ import pytest
 import tiny
 
 from configs import cifar10
-from ddpm_jax import config as config_lib
-from ddpm_jax import ddpm, diffusion, losses, parallel, training
+from ddpm_jax import ddpm, options
+from ddpm_jax.files.run_data import fill_in
+from ddpm_jax.method import from_config, labels_of, mirror_at_random
+from ddpm_jax.options import ConfigError
+from ddpm_jax.process import diffusion
+from ddpm_jax.process.samplers import SAMPLERS
+from ddpm_jax.process.time_sampling import TIME_SAMPLERS, LossHistory
+from ddpm_jax.training import parallel, step
 
 
 def make_config(**changes):
@@ -36,7 +42,7 @@ def make_batch(n=8):
         "image": rng.integers(0, 256, (n, 6, 4, 2), np.uint8),
         "label": np.arange(n, dtype=np.int32) % 3,
         "index": np.arange(n, dtype=np.int32),
-        "place": np.arange(n) / np.float32(n),
+        "position": np.arange(n) / np.float32(n),
     }
 
 
@@ -51,27 +57,43 @@ def far_from_zero(params):
 KEY = jax.random.key(5)
 
 
+def sampling(**values):
+    """Sampling from flat options, as a config or a command line has them."""
+    return options.build(ddpm.Sampling, values, "")
+
+
+def sampler_of(method, **values):
+    """(params, key, index, label, **given) -> images, with these options."""
+    return functools.partial(method.sample, sampling=sampling(**values))
+
+
+def bound_of(method, x_0_error=None, **values):
+    """(params, key, batch) -> the bound, with these options."""
+    chosen = options.build(ddpm.Bounding, values, "")
+    return functools.partial(method.bound, options=chosen, x_0_error=x_0_error)
+
+
 def test_own_betas_have_the_length_of_their_list():
     betas = (0.1, 0.5, 0.9)
     config = cifar10.get_config()  # whose num_timesteps is 1000
     config.schedule.name, config.schedule.betas = "betas", betas
-    np.testing.assert_array_equal(ddpm.make_method(config).diffusion.schedule.beta, betas)
+    fill_in(config)  # as every command does
+    np.testing.assert_array_equal(from_config(config).schedule.beta, betas)
     config.schedule.betas = ()
-    with pytest.raises(config_lib.ConfigError, match=r"config.schedule: .*needs the list"):
-        ddpm.make_method(config)
+    with pytest.raises(ConfigError, match=r"config.schedule: .*needs the list"):
+        from_config(config)
 
 
 def test_channels_of_a_head_in_a_config():
     changes = {"model__attention_resolutions": (4,), "model__channels": 16}
     one, four = (make_config(**changes, model__head_channels=size) for size in (0, 4))
-    params = ddpm.make_method(one).init(KEY)
+    params = from_config(one).init(KEY)
     params = far_from_zero(params)
     x = jax.random.normal(KEY, (2, 6, 4, 2))
     say = [
-        ddpm.make_method(config).diffusion.denoiser(params, jnp.zeros(2, jnp.int32))(
-            x, jnp.array([3, 4])
-        )
+        method.denoiser(params, jnp.zeros(2, jnp.int32))(method.schedule)(x, jnp.array([3, 4]))
         for config in (one, four, make_config(**changes, model__num_heads=4))
+        for method in [from_config(config)]
     ]
     np.testing.assert_array_equal(say[1].eps, say[2].eps)  # four heads of four channels
     assert np.abs(say[0].eps - say[1].eps).max() > 1e-3
@@ -79,8 +101,8 @@ def test_channels_of_a_head_in_a_config():
 
 def test_an_untrained_network_predicts_nothing():
     """Near-zero output: L_simple starts at E[ε²] = 1, whatever the images are."""
-    method = ddpm.make_method(make_config())
-    loss, metrics, _ = jax.jit(method.loss)(method.init(KEY), (), KEY, make_batch(128))
+    method = from_config(make_config())
+    loss, metrics, _ = jax.jit(method.loss_fn)(method.init(KEY), (), KEY, make_batch(128))
     assert loss.shape == (128,) and abs(loss.mean() - 1) < 4 * np.sqrt(2 / (128 * 48))
     weights = np.stack([metrics[f"loss_t{q}"][1] for q in (1, 2, 3, 4)])
     assert (weights.sum(axis=0) == 1).all()  # every example is in exactly one quarter of t
@@ -88,9 +110,9 @@ def test_an_untrained_network_predicts_nothing():
 
 
 def test_losses_and_masks_do_not_depend_on_the_batch():
-    method = ddpm.make_method(make_config(model__dropout=0.5))
+    method = from_config(make_config(model__dropout=0.5))
     params, batch = far_from_zero(method.init(KEY)), make_batch(8)
-    loss = jax.jit(lambda *args: method.loss(*args)[0])
+    loss = jax.jit(lambda *args: method.loss_fn(*args)[0])
     whole = loss(params, (), KEY, batch)
     halves = [loss(params, (), KEY, jax.tree.map(lambda x, s=s: x[s::2], batch)) for s in (0, 1)]
     np.testing.assert_allclose(np.stack(halves, axis=1).ravel(), whole, rtol=2e-5)
@@ -99,7 +121,7 @@ def test_losses_and_masks_do_not_depend_on_the_batch():
 
 def test_flips_mirror_half_of_the_images():
     images = np.arange(200 * 6 * 4, dtype=np.float32).reshape(200, 6, 4, 1)
-    out = np.asarray(ddpm.mirror_at_random(jax.random.split(KEY, 200), images))
+    out = np.asarray(mirror_at_random(jax.random.split(KEY, 200), images))
     mirrored = (out == images[:, :, ::-1]).all(axis=(1, 2, 3))
     kept = (out == images).all(axis=(1, 2, 3))
     assert (mirrored ^ kept).all() and 70 < mirrored.sum() < 130
@@ -111,28 +133,28 @@ def test_flips_are_a_choice_of_the_config():
     images[:, :, :2] = 255
     losses = []
     for flip in (True, False):
-        method = ddpm.make_method(make_config(data__flip=flip, model__dropout=0.0))
+        method = from_config(make_config(data__flip=flip, model__dropout=0.0))
         params = far_from_zero(method.init(KEY))
         batch = {**make_batch(16), "image": images}
-        losses.append(jax.jit(method.loss)(params, (), KEY, batch)[0])
+        losses.append(jax.jit(method.loss_fn)(params, (), KEY, batch)[0])
     same = np.isclose(*losses, rtol=1e-4)
     assert 2 <= same.sum() <= 14  # those that were not mirrored
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_updates_are_the_same_on_one_device_and_four(devices):
-    method = ddpm.make_method(make_config())
-    tx, _ = training.make_optimizer(num_steps=10, warmup_steps=0, learning_rate=1e-3)
-    state = training.init_state(method, tx, KEY)
+    method = from_config(make_config())
+    tx, _ = step.make_optimizer(num_steps=10, warmup_steps=0, learning_rate=1e-3)
+    state = step.init_state(method, tx, KEY)
     state = state.replace(params=far_from_zero(state.params))
     if devices == 1:
-        step, to_device = jax.jit(training.make_update(method, tx, KEY)), lambda batch: batch
+        run, to_device = jax.jit(step.make_update(method, tx, KEY)), lambda batch: batch
     else:
-        update = training.make_update(method, tx, KEY, axis_name=parallel.AXIS)
+        update = step.make_update(method, tx, KEY, axis_name=parallel.AXIS)
         state, to_device = parallel.place(state), parallel.shard
-        step = parallel.compile_step(update, state, to_device(make_batch()))
+        run = parallel.compile_step(update, state, to_device(make_batch()))
     for _ in range(2):
-        state, loss = step(state, to_device(make_batch()))
+        state, loss = run(state, to_device(make_batch()))
     RESULTS[devices] = jax.device_get((loss, state.params["conv_in"], state.ema_params["conv_out"]))
     if len(RESULTS) == 2:
         jax.tree.map(
@@ -145,19 +167,19 @@ RESULTS = {}
 
 def test_a_tiny_batch_is_overfitted():
     config = make_config(model__dropout=0.0, data__flip=False)
-    method = ddpm.make_method(config)
-    tx, _ = training.make_optimizer(num_steps=200, warmup_steps=10, learning_rate=5e-3)
-    step = jax.jit(training.make_update(method, tx, KEY, ema_decay=0.9))
-    state = training.init_state(method, tx, KEY)
+    method = from_config(config)
+    tx, _ = step.make_optimizer(num_steps=200, warmup_steps=10, learning_rate=5e-3)
+    run = jax.jit(step.make_update(method, tx, KEY, ema_decay=0.9))
+    state = step.init_state(method, tx, KEY)
     batch = jax.tree.map(lambda x: x[[0, 1] * 16], make_batch(2)) | {"index": np.arange(32)}
     losses = []
     for _ in range(200):
-        state, loss = step(state, batch)
+        state, loss = run(state, batch)
         losses.append(float(loss))
     assert np.mean(losses[-50:]) < 0.35 * np.mean(losses[:5])
     # Two images were shown: ancestral samples lie close to one or the other, pure noise does not.
     keys = (jax.random.key(3), np.arange(8), np.zeros(8, np.int32))
-    x = jax.jit(method.make_sample())(state.ema_params, *keys)
+    x = jax.jit(method.sample)(state.ema_params, *keys)
     seen = np.asarray(batch["image"][:2] / 127.5 - 1)
     distance = np.sqrt(np.mean((np.asarray(x)[:, None] - seen[None]) ** 2, axis=(2, 3, 4)))
     apart = np.sqrt(np.mean((seen[0] - seen[1]) ** 2))
@@ -175,13 +197,13 @@ ALL_SAMPLERS = [
 ]
 
 
-@pytest.mark.parametrize("options", ALL_SAMPLERS, ids=str)
-def test_64_images_are_the_same_however_they_are_drawn(options):
+@pytest.mark.parametrize("chosen", ALL_SAMPLERS, ids=str)
+def test_64_images_are_the_same_however_they_are_drawn(chosen):
     # As v: dividing by √ᾱ and by its own guidance would make rounding of this random network visible.
     changes = {"diffusion__label_dropout": 0.1, "diffusion__prediction": "v"}
-    method = ddpm.make_method(make_config(model__num_classes=3, **changes))
+    method = from_config(make_config(model__num_classes=3, **changes))
     params = far_from_zero(method.init(KEY))
-    sample = method.make_sample(steps="5", **options)
+    sample = sampler_of(method, steps="5", **chosen)
     draw = jax.jit(sample)
     index, label = np.arange(64), np.arange(64) % 3
     whole = draw(params, KEY, index, label)
@@ -198,7 +220,7 @@ def test_64_images_are_the_same_however_they_are_drawn(options):
 
 def make_guided(**changes):
     changes = {"model__num_classes": 3, "diffusion__label_dropout": 0.25, **changes}
-    method = ddpm.make_method(make_config(**changes))
+    method = from_config(make_config(**changes))
     return method, far_from_zero(method.init(KEY))
 
 
@@ -210,11 +232,11 @@ def test_guidance_mixes_what_the_network_says_with_and_without_the_label(predict
 
     def says(guidance):
         return jax.jit(
-            lambda x, t: method.diffusion.denoiser(params, label, guidance=guidance)(x, t)
+            lambda x, t: method.denoiser(params, label, guidance=guidance)(method.schedule)(x, t)
         )(x, t)
 
     alone, without, strong = says(1.0), says(0.0), says(2.5)
-    unlabelled = method.diffusion.denoiser(params, np.full(5, 3))(x, t)
+    unlabelled = method.denoiser(params, np.full(5, 3))(method.schedule)(x, t)
     np.testing.assert_allclose(without.prediction, unlabelled.prediction, atol=1e-5)
     expected = without.prediction + 2.5 * (alone.prediction - without.prediction)
     np.testing.assert_allclose(strong.prediction, expected, atol=1e-5)
@@ -229,15 +251,15 @@ def test_guidance_one_and_zero_are_the_two_models_to_the_bit_and_cost_one_pass()
     index, label = np.arange(4), np.array([0, 1, 2, 0])
     flops, images = {}, {}
     for guidance in (None, 1.0, 0.0, 2.0):
-        options = {} if guidance is None else {"guidance": guidance}
-        sample = method.make_sample(steps="3", sampler="ddim", **options)
+        chosen = {} if guidance is None else {"guidance": guidance}
+        sample = sampler_of(method, steps="3", sampler="ddim", **chosen)
         compiled = jax.jit(sample).lower(params, KEY, index, label).compile()
         flops[guidance] = parallel.flops(compiled)
         images[guidance] = np.asarray(compiled(params, KEY, index, label))
     np.testing.assert_array_equal(images[1.0], images[None])
     assert flops[1.0] == flops[None] and flops[0.0] < 1.001 * flops[None]
     assert 1.9 < flops[2.0] / flops[None] < 2.05
-    plain = jax.jit(method.make_sample(steps="3", sampler="ddim"))
+    plain = jax.jit(sampler_of(method, steps="3", sampler="ddim"))
     np.testing.assert_array_equal(images[0.0], plain(params, KEY, index, np.full(4, 3)))
     assert np.abs(images[2.0] - images[1.0]).max() > 1e-3
 
@@ -246,8 +268,12 @@ def test_a_guided_learned_variance_is_that_of_the_label():
     changes = {"diffusion__variance": "learned_range", "diffusion__loss": "hybrid"}
     method, params = make_guided(**changes)
     x, t, label = jax.random.normal(KEY, (3, 6, 4, 2)), np.array([0, 9, 19]), np.arange(3)
-    alone, strong = (method.diffusion.denoiser(params, label, guidance=g)(x, t) for g in (1.0, 3.0))
-    np.testing.assert_allclose(strong.variance_values, alone.variance_values, atol=1e-5)
+    says = {"variance": "learned_range"}
+    alone, strong = (
+        method.denoiser(params, label, guidance=g, **says)(method.schedule)(x, t)
+        for g in (1.0, 3.0)
+    )
+    np.testing.assert_allclose(strong.log_variance, alone.log_variance, atol=1e-5)
     assert np.abs(strong.eps - alone.eps).max() > 0.01
 
 
@@ -259,7 +285,7 @@ def test_label_dropout_hides_its_share_of_labels():
     assert params["Embed_0"]["embedding"].shape == (3, 2)
 
     def total(params, batch):  # a class that is heard gets a gradient, in proportion to its images
-        return method.loss(params, (), KEY, batch)[0].sum()
+        return method.loss_fn(params, (), KEY, batch)[0].sum()
 
     batch = jax.tree.map(lambda x: x[np.arange(n) % 8], make_batch()) | {
         "label": np.zeros(n, np.int32),
@@ -289,39 +315,39 @@ def test_a_model_without_dropout_has_the_classes_of_the_data():
 )
 def test_labels(labels, expected):
     method, _ = make_guided()
-    got = ddpm.labels_of(method, np.arange(5), labels)
+    got = labels_of(method, np.arange(5), labels)
     assert got.tolist() == expected and got.dtype == np.int32
 
 
 def test_random_labels_depend_on_key_and_index_alone():
     method, _ = make_guided()
     index = np.arange(300)
-    labels = ddpm.labels_of(method, index, "random", key=KEY)
-    part = ddpm.labels_of(method, index[7:9], "random", key=KEY)
+    labels = labels_of(method, index, "random", key=KEY)
+    part = labels_of(method, index[7:9], "random", key=KEY)
     np.testing.assert_array_equal(part, labels[7:9])
     assert (np.bincount(labels) > 60).all() and set(labels) == {0, 1, 2}
-    assert (ddpm.labels_of(method, index, "random", key=jax.random.key(6)) != labels).any()
+    assert (labels_of(method, index, "random", key=jax.random.key(6)) != labels).any()
 
 
 @pytest.mark.parametrize("labels, words", [("3", "0 … 2"), ("a", "cannot read"), ("-1", "0 … 2")])
 def test_labels_that_there_are_not(labels, words):
     with pytest.raises(ValueError, match=words):
-        ddpm.labels_of(make_guided()[0], np.arange(3), labels)
+        labels_of(make_guided()[0], np.arange(3), labels)
 
 
 def test_labels_of_a_model_without_classes():
     method = tiny.make(make_config())
-    assert ddpm.labels_of(method, np.arange(3)).tolist() == [0, 0, 0]
+    assert labels_of(method, np.arange(3)).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="has none"):
-        ddpm.labels_of(method, np.arange(3), "1")
+        labels_of(method, np.arange(3), "1")
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "chosen, words",
     [
         (
             {"sampler": "ddim", "variance": "fixed_small"},
-            "variance is an option of sampler 'ancestral'",
+            "variance is an option of sampler 'ancestral', and 'ddim' has none",
         ),
         ({"eta": 0.5}, "eta is an option of sampler 'ddim'"),
         ({"sampler": "heun", "order": 2}, "order is an option of sampler 'dpm_solver'"),
@@ -330,26 +356,31 @@ def test_labels_of_a_model_without_classes():
         ({"sampler": "ddim", "eta": 1.01}, "0 … 1"),
         ({"spacing": "log_snr"}, "such as steps=50"),
         ({"spacing": "quadratic", "steps": "quad10"}, "such as steps=50"),
-        ({"spacing": "quadratc", "steps": "10"}, "did you mean 'quadratic'"),
+        ({"spacing": "quadratc", "steps": "10"}, "must be uniform or linear or quadratic"),
         ({"guidance": 2.0}, "label_dropout above 0"),
         ({"guidance": float("nan")}, "finite"),
         ({"variance": "analytic", "from_t": 5}, "whole chains"),
-        ({"clip_x0": "soft"}, "'dynamic'"),
+        ({"clip_x0": "soft"}, "true or false or dynamic"),
         ({"from_t": 20}, "0 to 19"),
     ],
 )
-def test_options_of_sampling_that_make_no_sense_are_refused(options, words):
+def test_options_of_sampling_that_make_no_sense_are_refused(chosen, words):
+    from_t = chosen.get("from_t")
+    chosen = {name: value for name, value in chosen.items() if name != "from_t"}
     with pytest.raises(ValueError, match=words) as error:
-        tiny.make(make_config()).make_sample(**options)
+        tiny.make(make_config()).chain(sampling(**chosen), from_t=from_t)
     assert "\n" not in str(error.value)
 
 
 def test_a_recipe_names_what_the_sampler_has_and_no_more():
-    options = tiny.make(make_config()).sample_options
-    assert options()["variance"] == "fixed_large" and options()["eta"] is None
-    ddim = options(sampler="ddim", steps="5")
-    assert (ddim["eta"], ddim["variance"], ddim["order"], ddim["steps"]) == (0.0, None, None, "5")
-    assert options(sampler="dpm_solver")["order"] == 2
+    def recipe(**values):
+        return options.describe(tiny.make(make_config()).resolve(sampling(**values)))
+
+    assert recipe()["variance"] == "fixed_large" and "eta" not in recipe()
+    ddim = recipe(sampler="ddim", steps=5)
+    assert (ddim["eta"], ddim["steps"]) == (0.0, "5") and not {"variance", "order"} & ddim.keys()
+    assert recipe(sampler="dpm_solver")["order"] == 2
+    assert sampling(**recipe()) == tiny.make(make_config()).resolve(sampling())
 
 
 def test_a_chain_can_begin_at_a_given_image():
@@ -359,8 +390,9 @@ def test_a_chain_can_begin_at_a_given_image():
     index, label = np.arange(8), np.zeros(8, np.int32)
     eps = jax.random.normal(KEY, x_0.shape)
     for t in (0, 19):
-        x_t = diffusion.q_sample(method.diffusion.schedule, x_0, t, eps)
-        x = method.make_sample(from_t=t, sampler="ddim")(params, KEY, index, label, x_t)
+        x_t = diffusion.q_sample(method.schedule, x_0, t, eps)
+        draw = sampler_of(method, sampler="ddim")
+        x = draw(params, KEY, index, label, from_t=t, x_T=x_t)
         correlation = np.corrcoef(np.ravel(x), np.ravel(x_0))[0, 1]
         assert correlation > 0.99 if t == 0 else abs(correlation) < 0.3
 
@@ -368,9 +400,9 @@ def test_a_chain_can_begin_at_a_given_image():
 def test_bfloat16_computes_close_to_float32():
     losses = []
     for dtype in ("float32", "bfloat16"):
-        method = ddpm.make_method(make_config(model__dtype=dtype))
+        method = from_config(make_config(model__dtype=dtype))
         params = far_from_zero(method.init(KEY))
-        loss, gradient = jax.jit(jax.value_and_grad(lambda *a, m=method: m.loss(*a)[0].mean()))(
+        loss, gradient = jax.jit(jax.value_and_grad(lambda *a, m=method: m.loss_fn(*a)[0].mean()))(
             params, (), KEY, make_batch()
         )
         assert loss.dtype == jnp.float32
@@ -391,20 +423,20 @@ def make_tiny(**changes):
 
 def test_the_bound_is_the_sum_of_its_parts():
     method, params, batch = make_tiny()
-    chain, bound = method.make_bound(steps=5)
-    parts = jax.jit(bound)(params, KEY, batch)
+    parts = jax.jit(bound_of(method, steps=5))(params, KEY, batch)
     shapes = {name: value.shape for name, value in parts.items()}
     scalars = dict.fromkeys(("total", "L_T", "L_0"), (8,))
     assert shapes == scalars | dict.fromkeys(("terms", "x_0_error", "eps_error"), (8, 5))
-    assert chain.timesteps.tolist() == [0, 5, 10, 14, 19]
+    chain = method.bound_chain(ddpm.Bounding(steps=5))
+    assert chain.times.tolist() == [0, 5, 10, 14, 19]
     np.testing.assert_allclose(parts["total"], parts["L_T"] + parts["terms"].sum(axis=1), rtol=1e-6)
     assert (parts["L_0"] == parts["terms"][:, 0]).all()
 
 
 def test_the_bound_of_an_image_depends_on_its_index_and_label_alone():
-    method = ddpm.make_method(make_config(model__num_classes=3))
+    method = from_config(make_config(model__num_classes=3))
     params, batch = far_from_zero(method.init(KEY)), make_batch()
-    bound = jax.jit(method.make_bound(steps=3)[1])
+    bound = jax.jit(bound_of(method, steps=3))
     whole = bound(params, KEY, batch)
     part = bound(params, KEY, jax.tree.map(lambda x: x[2:5], batch))
     for name in whole:
@@ -418,8 +450,7 @@ def test_a_shortened_chain_makes_the_same_errors_at_the_same_times():
     method, params, batch = make_tiny()
     tau = np.array([0, 4, 11, 19])
     full, short = (
-        jax.jit(method.make_bound(steps=steps)[1])(params, KEY, batch)
-        for steps in (None, tau.tolist())
+        jax.jit(bound_of(method, steps=steps))(params, KEY, batch) for steps in (None, tau.tolist())
     )
     for name in ("x_0_error", "eps_error"):
         np.testing.assert_allclose(short[name], full[name][:, tau], rtol=1e-5)
@@ -431,17 +462,21 @@ def test_the_memory_of_the_bound_does_not_grow_with_its_steps():
     for T in (20, 200):
         method = tiny.make(make_config(data__image_shape=(16, 16, 3), schedule__num_timesteps=T))
         batch = {**make_batch(), "image": np.zeros((8, 16, 16, 3), np.uint8)}
-        lowered = jax.jit(method.make_bound()[1]).lower(method.init(KEY), KEY, batch)
+        lowered = jax.jit(method.bound).lower(method.init(KEY), KEY, batch)
         sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     # A step leaves three numbers for each image and takes some from tables; one batch of images is 24 KiB.
     assert 0 <= sizes[1] - sizes[0] < 180 * 1024 and sizes[0] > 24 * 1024
 
 
 @pytest.mark.parametrize(
-    "trained, options, words",
+    "trained, chosen, words",
     [
         ("fixed_large", {"variance": "learned"}, "trained with 'fixed_large'"),
-        ("fixed_large", {"variance": "learned_range"}, "needs outputs that this network has not"),
+        (
+            "fixed_large",
+            {"variance": "learned_range"},
+            "needs outputs that this network does not have",
+        ),
         ("learned", {"variance": "learned_range"}, "trained with 'learned'"),
         ("fixed_large", {"variance": "analytic"}, "needs x_0_error"),
         ("fixed_large", {"variance": "analytic", "x_0_error": np.ones(5)}, "each of the 4 steps"),
@@ -449,26 +484,28 @@ def test_the_memory_of_the_bound_does_not_grow_with_its_steps():
         ("fixed_large", {"steps": 21}, "1 to 20"),
     ],
 )
-def test_what_a_trained_model_cannot_do_is_refused(trained, options, words):
+def test_what_a_trained_model_cannot_do_is_refused(trained, chosen, words):
     changes = {} if trained == "fixed_large" else {"diffusion__loss": "vlb"}
     method = tiny.make(make_config(diffusion__variance=trained, **changes))
-    for make in (method.make_sample, method.make_bound):
+    error_of = {"x_0_error": chosen.get("x_0_error")}
+    chosen = {"steps": 4} | {name: value for name, value in chosen.items() if name != "x_0_error"}
+    for check, group in ((method.chain, ddpm.Sampling), (method.bound_chain, ddpm.Bounding)):
         with pytest.raises(ValueError, match=words) as error:
-            make(**{"steps": 4} | options)
+            check(options.build(group, chosen, ""), **error_of)
         assert "\n" not in str(error.value)
 
 
 def test_a_learned_variance_serves_any_beginning_of_the_full_chain():
     changes = {"diffusion__variance": "learned", "diffusion__loss": "vlb"}
     method = tiny.make(make_config(**changes))
-    assert method.make_sample(from_t=7) is not None
+    assert len(method.chain(from_t=7)) == 8
     with pytest.raises(ValueError, match="single steps"):
-        method.make_sample(from_t=7, steps=5)
+        method.chain(sampling(steps=5), from_t=7)
 
 
 def test_an_unknown_cdf_is_refused():
     with pytest.raises(ValueError, match="normal"):
-        make_tiny()[0].make_bound(cdf="logistic")
+        make_tiny()[0].bound_chain(options.build(ddpm.Bounding, {"cdf": "logistic"}, ""))
 
 
 def test_a_learned_model_can_be_asked_for_the_other_variances():
@@ -476,12 +513,48 @@ def test_a_learned_model_can_be_asked_for_the_other_variances():
     method, params, batch = make_tiny(**changes)
     totals = []
     for variance in ("learned_range", "fixed_large", "analytic"):
-        options = {"steps": 4, "variance": variance}
-        options |= {"x_0_error": np.full(4, 0.3)} if variance == "analytic" else {}
-        totals.append(method.make_bound(**options)[1](params, KEY, batch)["total"])
+        chosen, error = {"steps": 4, "variance": variance}, None
+        error = np.full(4, 0.3) if variance == "analytic" else None
+        totals.append(bound_of(method, error, **chosen)(params, KEY, batch)["total"])
     assert np.isfinite(totals).all() and len(np.unique(np.array(totals)[:, 0])) == 3
-    drawn = method.make_sample(**options)(params, KEY, np.arange(2), np.zeros(2, np.int32))
+    keys = KEY, np.arange(2), np.zeros(2, np.int32)
+    drawn = sampler_of(method, **chosen)(params, *keys, x_0_error=error)
     assert drawn.shape == (2, 6, 4, 2) and np.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, variance",
+    [
+        ({"name": "linear", "end": 0.5, "zero_snr": True}, "v", "fixed_large"),
+        ({"name": "exploding"}, "edm", "fixed_small"),
+        ({"name": "exploding"}, "eps", "learned_range"),
+        ({"name": "straight"}, "velocity", "learned_range"),
+        ({"name": "straight"}, "x_0", "fixed_large"),
+    ],
+)
+def test_any_path_trains_samples_and_has_a_bound(schedule, prediction, variance):
+    config = make_config(diffusion__prediction=prediction, diffusion__variance=variance)
+    config.diffusion.loss = "hybrid" if variance == "learned_range" else "simple"
+    with config.unlocked():
+        config.schedule = {"num_timesteps": 20, **schedule}
+    method, batch = tiny.make(config), make_batch()
+    params = far_from_zero(method.init(KEY))
+    loss, gradient = jax.value_and_grad(lambda p: method.loss_fn(p, (), KEY, batch)[0].mean())(
+        params
+    )
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    draws = {}
+    for name in SAMPLERS:
+        draw = jax.jit(sampler_of(method, sampler=name, steps=6))
+        whole = draw(params, KEY, np.arange(4), np.zeros(4, np.int32))
+        part = draw(params, KEY, np.arange(1, 3), np.zeros(2, np.int32))
+        np.testing.assert_allclose(part, whole[1:3], atol=2e-4)
+        draws[name] = np.asarray(whole)
+        assert whole.shape == (4, 6, 4, 2) and np.abs(whole).max() <= 1 + 1e-5
+    assert np.abs(draws["ddim"] - draws["ancestral"]).max() > 1e-3
+    parts = jax.jit(bound_of(method, steps=6))(params, KEY, batch)
+    np.testing.assert_allclose(parts["total"], parts["L_T"] + parts["terms"].sum(axis=1), rtol=1e-6)
+    assert np.isfinite(parts["terms"]).all() and (parts["terms"] >= -1e-6).all()
 
 
 # ---- the loss, however t is drawn ------------------------------------------------------------------
@@ -489,26 +562,26 @@ def test_a_learned_model_can_be_asked_for_the_other_variances():
 
 def a_history(method, T=20):
     """As if the early times had cost much more: nothing for the other ways to draw t."""
-    if not jax.tree.leaves(method.memory):
-        return method.memory
+    if not jax.tree.leaves(method.init_loss_state()):
+        return method.init_loss_state()
     rows = np.tile(10.0 / np.arange(1, T + 1, dtype=np.float32)[:, None], 10)
-    return losses.LossHistory(rows, np.full(T, 10, np.int32))
+    return LossHistory(rows, np.full(T, 10, np.int32))
 
 
 def test_the_mean_loss_is_the_bound_less_its_prior_term_however_t_is_drawn():
     n = 4096
     batch = jax.tree.map(lambda x: x[np.arange(n) % 8], make_batch()) | {
         "index": np.arange(n, dtype=np.int32),
-        "place": np.arange(n) / np.float32(n),
+        "position": np.arange(n) / np.float32(n),
     }
     expected, spread = None, {}
-    for t_sampling in losses.T_SAMPLINGS:
+    for t_sampling in TIME_SAMPLERS:
         changes = {"diffusion__variance": "learned_range", "diffusion__t_sampling": t_sampling}
         method, params, _ = make_tiny(diffusion__loss="vlb", data__flip=False, **changes)
         if expected is None:
-            parts = jax.jit(method.make_bound(clip_x0=False)[1])(params, KEY, batch)
+            parts = jax.jit(bound_of(method, clip_x0=False))(params, KEY, batch)
             expected = parts["total"] - parts["L_T"]
-        loss = jax.jit(method.loss)(params, a_history(method), KEY, batch)[0]
+        loss = jax.jit(method.loss_fn)(params, a_history(method), KEY, batch)[0]
         difference = np.asarray(loss - expected)
         assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(n)
         spread[t_sampling] = float(loss.std() / loss.mean())
@@ -519,7 +592,7 @@ def test_the_mean_loss_is_the_bound_less_its_prior_term_however_t_is_drawn():
 def test_hybrid_is_simple_and_a_thousandth_of_the_bound(t_sampling):
     changes = {"diffusion__variance": "learned_range", "diffusion__t_sampling": t_sampling}
     method, params, batch = make_tiny(diffusion__loss="hybrid", **changes)
-    loss = jax.jit(method.loss)
+    loss = jax.jit(method.loss_fn)
     whole, metrics, record = loss(params, a_history(method), KEY, batch)
     assert sorted(metrics) == sorted(method.metric_names)
     (simple, weight), (vlb, _) = metrics["simple"], metrics["vlb"]
@@ -540,10 +613,10 @@ def importance_step(devices, accumulate):
     changes = {"schedule__num_timesteps": 4, "diffusion__t_sampling": "importance"}
     changes |= {"diffusion__variance": "learned_range", "diffusion__loss": "vlb"}
     method = tiny.make(make_config(**changes))
-    tx, _ = training.make_optimizer(num_steps=10, warmup_steps=0, learning_rate=1e-2)
-    state = jax.device_get(training.init_state(method, tx, KEY))
+    tx, _ = step.make_optimizer(num_steps=10, warmup_steps=0, learning_rate=1e-2)
+    state = jax.device_get(step.init_state(method, tx, KEY))
     axis = parallel.AXIS if devices else None
-    update = training.make_update(method, tx, KEY, axis_name=axis, accumulate=accumulate)
+    update = step.make_update(method, tx, KEY, axis_name=axis, accumulate=accumulate)
     if devices:
         batch = parallel.shard(make_batch(32))
         return state, parallel.compile_step(update, parallel.place(state), batch)
@@ -552,21 +625,21 @@ def importance_step(devices, accumulate):
 
 def importance_run(first, last, state=None, *, devices=0, accumulate=1):
     """The state after these steps, on the host, as a checkpoint holds it."""
-    begin, step = importance_step(devices, accumulate)
+    begin, run = importance_step(devices, accumulate)
     state = begin if state is None else state
     state = parallel.place(state) if devices else jax.tree.map(jnp.array, state)
     for k in range(first, last):
         batch = make_batch(32) | {"index": (32 * k + np.arange(32)).astype(np.int32)}
-        state, _ = step(state, parallel.shard(batch) if devices else batch)
+        state, _ = run(state, parallel.shard(batch) if devices else batch)
     return jax.device_get(state)
 
 
 def test_importance_resumes_bit_for_bit():
     whole, half = importance_run(0, 6), importance_run(0, 3)
-    assert (half.memory.count >= 10).all()  # from here on the losses decide
-    assert whole.memory.count.sum() == 192 and np.ptp(whole.memory.count) > 4
+    assert (half.loss_state.count >= 10).all()  # from here on the losses decide
+    assert whole.loss_state.count.sum() == 192 and np.ptp(whole.loss_state.count) > 4
     jax.tree.map(np.testing.assert_array_equal, importance_run(3, 6, half), whole)
-    forgetful = half.replace(memory=importance_step(0, 1)[0].memory)
+    forgetful = half.replace(loss_state=importance_step(0, 1)[0].loss_state)
     assert (
         importance_run(3, 6, forgetful).params["Dense_0"]["kernel"]
         != whole.params["Dense_0"]["kernel"]
@@ -575,18 +648,17 @@ def test_importance_resumes_bit_for_bit():
 
 def test_importance_remembers_the_same_on_four_devices_and_in_parts():
     one, other = importance_run(0, 6), importance_run(0, 6, devices=4, accumulate=2)
-    np.testing.assert_array_equal(other.memory.count, one.memory.count)
+    np.testing.assert_array_equal(other.loss_state.count, one.loss_state.count)
     np.testing.assert_allclose(
-        other.memory.losses, one.memory.losses, rtol=1e-4
+        other.loss_state.losses, one.loss_state.losses, rtol=1e-4
     )  # each in its place
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), other.params, one.params)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_a_misspelt_variance_is_refused_even_where_none_is_used(sampler):
+def test_a_misspelt_variance_is_refused():
     method = tiny.make(make_config())
     with pytest.raises(ValueError, match="did you mean 'fixed_small'"):
-        method.make_sample(sampler=sampler, variance="fixed_smal")
+        method.chain(sampling(variance="fixed_smal"))
 
 
 @pytest.mark.parametrize(
@@ -594,13 +666,13 @@ def test_a_misspelt_variance_is_refused_even_where_none_is_used(sampler):
     [
         ("diffusion__prediction", "epsilon", "did you mean 'eps'"),
         ("diffusion__loss", "simpel", "did you mean 'simple'"),
-        ("diffusion__variance", "fixed", "fixed_small, fixed_large"),
+        ("diffusion__variance", "fixed", "fixed_small or fixed_large"),
         ("diffusion__variance", "analytic", "--variance=analytic afterwards"),
         ("diffusion__variance", "learned_range", "'hybrid' or 'vlb'"),
         ("diffusion__t_sampling", "importence", "did you mean 'importance'"),
-        ("schedule__name", "jsd", "alpha_bar falls to 0"),
-        ("model__channels", "many", "config.model.channels must be int"),
-        ("model__channels", True, "config.model.channels must be int"),
+        ("schedule__name", "jsd", "where alpha² falls to 0; use prediction 'x_0'"),
+        ("model__channels", "many", "config.model.channels must be a whole number"),
+        ("model__channels", True, "config.model.channels must be a whole number"),
         ("model__channel_mults", (1, "a"), "config.model.channel_mults must be"),
         ("model__depth", 3, "no field 'depth'"),
         ("model__dropuot", 0.1, "did you mean 'dropout'"),
@@ -615,6 +687,6 @@ def test_refusals(field, value, words):
     config = make_config(**{"model__channel_mults": (1, 2), field: value})
     if field == "schedule__name":
         config.schedule.end = None
-    with pytest.raises(config_lib.ConfigError, match=words) as error:
-        ddpm.make_method(config)
+    with pytest.raises(ConfigError, match=words) as error:
+        from_config(config)
     assert str(error.value).startswith("config.") and "\n" not in str(error.value)

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import diffusion, gaussians, likelihood, losses, samplers, schedules, unet
+from ddpm_jax.networks import layers
+from ddpm_jax.networks.unet import UNet
+from ddpm_jax.process import diffusion, gaussians, likelihood, losses, predictions, schedules
+from ddpm_jax.process.samplers import Ancestral
+from ddpm_jax.process.timesteps import respace
 from experiments.theory.chain import TIMES
 
 SCHEDULE = schedules.make("linear")
@@ -23,7 +27,7 @@ def image(values):
 
 
 def alpha():
-    return SCHEDULE.alpha[row(TIMES)]
+    return SCHEDULE.step_alpha[row(TIMES)] ** 2
 
 
 def forward_variance(times=TIMES):
@@ -42,9 +46,14 @@ def posterior_variance(times=TIMES):
     return diffusion.posterior_variance(SCHEDULE)[row(times)]
 
 
+def _x_0(eps, x_t, t):
+    of_x_t, of_eps = predictions.eps(SCHEDULE, SCHEDULE).to_x_0(SCHEDULE)
+    return diffusion.at(of_x_t, t, x_t) * x_t + diffusion.at(of_eps, t, x_t) * eps
+
+
 def _mean(x_t, eps):
     x_t, t = image(x_t), row(TIMES)
-    x_0 = diffusion.to_x_0(SCHEDULE, "eps", image(eps), x_t, t)
+    x_0 = _x_0(image(eps), x_t, t)
     return np.ravel(diffusion.posterior_mean(SCHEDULE, x_0, x_t, t))
 
 
@@ -60,11 +69,10 @@ def divergence_of_eps(times=TIMES, variance: str = "fixed_small"):
     """L_{t−1} in nats for ε_θ one off ε: `likelihood.term` as the bound uses it."""
     t = row(times)
     x_t, zero = image(np.zeros(len(t))), image(np.zeros(len(t)))
-    x_0, x_theta = (
-        diffusion.to_x_0(SCHEDULE, "eps", image(np.full(len(t), e)), x_t, t) for e in (0, 1)
-    )
-    denoised = diffusion.Denoised(zero, x_theta, zero)
-    bits = likelihood.term(SCHEDULE, denoised, x_0, x_t, t, variance=variance)
+    x_0, x_theta = (_x_0(image(np.full(len(t), e)), x_t, t) for e in (0, 1))
+    log_variance = diffusion.model_log_variance(SCHEDULE, variance, None, x_t, t)
+    denoised = diffusion.Denoised(zero, x_theta, zero, log_variance)
+    bits = likelihood.term(SCHEDULE, denoised, x_0, x_t, t)
     return np.asarray(bits) * np.log(2)
 
 
@@ -75,21 +83,16 @@ def prior_term():
 
 def last_step():
     """The spread of many images of a chain that knows its data to be one point."""
-    chain = schedules.respace(SCHEDULE, [0, 250, 500, 999])
-
-    def denoise_fn(x_t, t):
-        x_0 = jnp.full_like(x_t, 0.3)
-        return diffusion.Denoised(x_0, x_0, diffusion.from_x_0(SCHEDULE, "eps", x_0, x_t, t))
-
+    chain = respace(SCHEDULE, [0, 250, 500, 999])
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    denoiser = diffusion.denoiser(SCHEDULE, lambda x, t: jnp.full_like(x, 0.3), **options)
     keys = jax.random.split(jax.random.key(0), 64)
-    x_T = samplers.prior(keys, (1, 1, 1))
-    return np.std(np.float64(samplers.ancestral(chain, denoise_fn, x_T, keys)))
+    x_T = diffusion.prior(chain, keys, (1, 1, 1))
+    return np.std(np.float64(Ancestral()(chain, denoiser, x_T, keys)))
 
 
 def pixels_lost():
-    network = unet.UNet(
-        out_channels=1, channels=8, channel_mults=(1, 1), num_res_blocks=1, num_groups=2
-    )
+    network = UNet(out_channels=1, channels=8, channel_mults=(1, 1), num_res_blocks=1, num_groups=2)
     x = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     out, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), x, t)
@@ -125,7 +128,7 @@ def weight_of_the_decoder():
 def first_mean():
     eps, t = image([0.7]), np.array([0])
     x_1 = diffusion.q_sample(SCHEDULE, image([0.3]), t, eps)
-    x_0 = diffusion.to_x_0(SCHEDULE, "eps", eps, x_1, t)
+    x_0 = _x_0(eps, x_1, t)
     return float(diffusion.posterior_mean(SCHEDULE, x_0, x_1, t)[0, 0, 0, 0])
 
 
@@ -134,7 +137,7 @@ def variance_of_a_jump():
     first of τ.
     """
     tau = np.arange(100, 1001, 100)
-    variance = diffusion.posterior_variance(schedules.respace(SCHEDULE, row(tau)))
+    variance = diffusion.posterior_variance(respace(SCHEDULE, row(tau)))
     first = list(tau).index(500)
     return np.append(variance[first], np.delete(variance, first)[1:])
 
@@ -164,9 +167,9 @@ def correlation(times):
 def first_term():
     x_0 = float(diffusion.from_uint8(np.uint8(128)))
     std = np.sqrt(SCHEDULE.beta[0])
-    off = std / np.sqrt(SCHEDULE.alpha[0])
+    off = std / SCHEDULE.step_alpha[0]
     return float(_log_p(x_0, x_0, std) - _log_p(x_0, x_0 + off, std))
 
 
 def time_embedding(t, width):
-    return np.ravel(unet.time_embedding(jnp.array([t]), width))
+    return np.ravel(layers.time_embedding(jnp.array([t]), width))

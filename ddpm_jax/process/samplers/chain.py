@@ -52,7 +52,7 @@ def scan(
     x: Images,
     step: Callable,
     *,
-    clip_x0: bool | str,
+    clip_x0: bool | str = True,
     keep: Sequence[int] | None = None,
     rows: np.ndarray | None = None,
     carry=(),

@@ -6,9 +6,10 @@ import numpy as np
 import oracle
 import pytest
 
-from ddpm_jax import diffusion, gaussians, losses, schedules
+from ddpm_jax.process import diffusion, gaussians, losses, predictions, schedules, timesteps
 
 FULL = schedules.make("linear")
+PREDICTIONS = ("eps", "x_0", "mean", "v")  # the others are held by test_paths
 rng = np.random.default_rng(0)
 X_0 = jnp.asarray(rng.uniform(-1, 1, (6, 4, 4, 1)), jnp.float32)
 EPS = jnp.asarray(rng.normal(size=X_0.shape), jnp.float32)
@@ -34,24 +35,26 @@ def x_0_and(kind, error):
 
 
 def test_simple_is_the_squared_error_of_the_noise():
-    zero = diffusion.denoiser(FULL, lambda x, t: jnp.zeros_like(x))
+    zero = diffusion.denoiser(FULL, lambda x, t: jnp.zeros_like(x))(FULL)
     np.testing.assert_allclose(
         losses.simple(FULL, zero, X_0, T_S, EPS), np.mean(np.square(EPS), axis=(1, 2, 3)), rtol=1e-6
     )
 
 
-@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("prediction", predictions.PREDICTIONS)
 def test_simple_vanishes_for_the_truth(prediction):
     def network_fn(x_t, t):
-        return diffusion.from_x_0(FULL, prediction, X_0, x_t, t)
+        if prediction in PREDICTIONS:
+            return x_0_and(prediction, 0.0)(x_t, t)
+        return losses.target(FULL, prediction, X_0, T_S, EPS)
 
-    denoise_fn = diffusion.denoiser(FULL, network_fn, prediction=prediction)
-    loss = losses.simple(FULL, denoise_fn, X_0, T_S, EPS, prediction=prediction)
+    denoiser = diffusion.denoiser(FULL, network_fn, prediction=prediction)
+    loss = losses.simple(FULL, denoiser(FULL), X_0, T_S, EPS, prediction=prediction)
     np.testing.assert_allclose(loss, 0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_vlb_has_the_weights_of_the_divergence(prediction, variance):
     """T (w_t ‖error‖² + ½(r − 1 − ln r)) with r = β̃_t/σ_t²; w_t of Ho et al. (8), (10), (12)."""
     posterior = BETA * (1 - P) / (1 - A)
@@ -74,13 +77,14 @@ def test_vlb_has_the_weights_of_the_divergence(prediction, variance):
     t = np.asarray(T_S)
     squared_error = relative[t] ** 2 * np.mean(ERROR**2, axis=(1, 2, 3))
     expected = 1000 / np.log(2) * (w[t] * squared_error + left[t])
-    denoise_fn = diffusion.denoiser(FULL, x_0_and(prediction, ERROR), prediction=prediction)
-    ours = losses.vlb(FULL, denoise_fn, X_0, T_S, EPS, variance=variance)
+    options = {"prediction": prediction, "variance": variance}
+    denoiser = diffusion.denoiser(FULL, x_0_and(prediction, ERROR), **options)
+    ours = losses.vlb(FULL, denoiser(FULL), X_0, T_S, EPS)
     # At t = 999 the mean holds x̂_0 with a factor of 1e-4: float32 leaves three digits of it.
     np.testing.assert_allclose(ours, expected, rtol=2e-3 if prediction == "mean" else 5e-5)
     if prediction == "x_0":  # and where the means agree, what no training takes away
-        truth = diffusion.denoiser(FULL, x_0_and("x_0", 0.0), prediction="x_0")
-        ours = losses.vlb(FULL, truth, X_0, T_S, EPS, variance=variance)
+        truth = diffusion.denoiser(FULL, x_0_and("x_0", 0.0), **options)
+        ours = losses.vlb(FULL, truth(FULL), X_0, T_S, EPS)
         # Logarithms around −5 keep 5e-7 of r, and what is left is r²/4 near the end.
         np.testing.assert_allclose(ours, 1000 / np.log(2) * left[t], rtol=1e-3, atol=1e-6)
 
@@ -90,15 +94,15 @@ def test_min_snr_weighs_the_image_the_same_whatever_is_predicted(gamma):
     snr = (A / (1 - A))[np.asarray(T_S)]
     assert (snr < gamma).any() and (snr > gamma).any()
     expected = np.minimum(snr, gamma) * np.mean(ERROR**2, axis=(1, 2, 3))
-    for kind in diffusion.PREDICTIONS:
-        denoise_fn = diffusion.denoiser(FULL, x_0_and(kind, ERROR), prediction=kind)
+    for kind in PREDICTIONS:
+        denoise_fn = diffusion.denoiser(FULL, x_0_and(kind, ERROR), prediction=kind)(FULL)
         options = {"prediction": kind, "min_snr_gamma": gamma}
         ours = losses.simple(FULL, denoise_fn, X_0, T_S, EPS, **options)
         np.testing.assert_allclose(ours, expected, rtol=2e-3 if kind == "mean" else 5e-5)
 
 
 def test_own_weights():
-    network = diffusion.denoiser(FULL, lambda x_t, t: 0.3 * x_t)
+    network = diffusion.denoiser(FULL, lambda x_t, t: 0.3 * x_t)(FULL)
     gamma = np.full(1000, 1 / (1000 * X_0[0].size))
     simple = losses.simple(FULL, network, X_0, T_S, EPS)
     loss = losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma)
@@ -115,7 +119,7 @@ def test_own_weights():
 
 CHAINS = [
     schedules.make("linear", num_timesteps=6, start=0.05, end=0.5),
-    schedules.shorten(FULL, "2,2,1"),
+    timesteps.shorten(FULL, "2,2,1"),
     schedules.make("cosine", num_timesteps=4),
 ]
 
@@ -181,8 +185,9 @@ def test_every_ddim_has_the_objective_of_ddpm_up_to_a_constant(chain, eta):
 def test_first_term_is_the_discretised_likelihood():
     levels = diffusion.from_uint8(np.arange(96, dtype=np.uint8).reshape(6, 4, 4, 1))
     t = jnp.zeros(6, jnp.int32)
-    denoise_fn = diffusion.denoiser(FULL, lambda x, t: jnp.zeros_like(x), prediction="x_0")
-    ours = losses.vlb(FULL, denoise_fn, levels, t, EPS, variance="fixed_small")
+    options = {"prediction": "x_0", "variance": "fixed_small"}
+    denoiser = diffusion.denoiser(FULL, lambda x, t: jnp.zeros_like(x), **options)
+    ours = losses.vlb(FULL, denoiser(FULL), levels, t, EPS)
     log_variance = np.log(5.45318766e-5)
     expected = -gaussians.discretized_log_likelihood(levels, 0.0, log_variance)
     np.testing.assert_allclose(
@@ -193,32 +198,33 @@ def test_first_term_is_the_discretised_likelihood():
 # ---- hybrid ----------------------------------------------------------------------------------------
 
 
-def linear_network(params, prediction):
+def linear_network(params, prediction, variance):
     """A mean and a variance from a parameter each: they share nothing."""
 
     def network_fn(x_t, t):
         return jnp.concatenate([params["mean"] * x_t, params["variance"] + 0.1 * x_t], axis=-1)
 
-    return diffusion.denoiser(FULL, network_fn, prediction=prediction, learned_variance=True)
+    options = {"prediction": prediction, "variance": variance, "learned_variance": True}
+    return diffusion.denoiser(FULL, network_fn, **options)(FULL)
 
 
 @pytest.mark.parametrize("variance", diffusion.LEARNED)
-@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound(prediction, variance):
     params = {"mean": jnp.float32(0.3), "variance": jnp.float32(-0.4)}
     t = T_S.at[0].set(0)  # the decoder too
 
     def parts(params):
         of_mean, of_variance = losses.hybrid(
-            *(FULL, linear_network(params, prediction), X_0, t, EPS),
-            **{"prediction": prediction, "variance": variance, "min_snr_gamma": 5.0},
+            *(FULL, linear_network(params, prediction, variance), X_0, t, EPS),
+            **{"prediction": prediction, "min_snr_gamma": 5.0},
         )
         return jnp.stack([of_mean, of_variance])
 
     of_mean, of_variance = parts(params)
-    args = (FULL, linear_network(params, prediction), X_0, t, EPS)
+    args = (FULL, linear_network(params, prediction, variance), X_0, t, EPS)
     simple = losses.simple(*args, prediction=prediction, min_snr_gamma=5.0)
-    vlb = losses.vlb(*args, variance=variance)
+    vlb = losses.vlb(*args)
     np.testing.assert_allclose(of_mean, simple, rtol=1e-6)
     np.testing.assert_allclose(of_variance, vlb, rtol=1e-6)
 
@@ -263,8 +269,8 @@ def test_the_exact_denoiser_minimises_simple():
         t = jnp.full(4096, k)
 
         def loss(scale, t=t):
-            denoise_fn = diffusion.denoiser(FULL, lambda x, t: scale * exact(x, t))
-            return losses.simple(FULL, denoise_fn, x_0, t, eps).mean()
+            denoiser = diffusion.denoiser(FULL, lambda x, t: scale * exact(x, t))
+            return losses.simple(FULL, denoiser(FULL), x_0, t, eps).mean()
 
         # E[(ε − E[ε|x])²] is the conditional variance of the noise
         a = FULL.alpha_bar[k]
@@ -275,8 +281,9 @@ def test_the_exact_denoiser_minimises_simple():
 
 def test_gradients_are_finite_for_a_bad_network():
     def total(scale):
-        denoise_fn = diffusion.denoiser(FULL, lambda x, t: scale * x, prediction="x_0")
+        options = {"prediction": "x_0", "variance": "fixed_large"}
+        denoiser = diffusion.denoiser(FULL, lambda x, t: scale * x, **options)
         t = jnp.array([0, 0, 1, 2, 998, 999])
-        return losses.vlb(FULL, denoise_fn, X_0, t, EPS).sum()
+        return losses.vlb(FULL, denoiser(FULL), X_0, t, EPS).sum()
 
     assert np.isfinite(jax.grad(total)(100.0))

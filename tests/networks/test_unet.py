@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import unet as unet_lib
-from ddpm_jax.unet import UNet, check, init_params
+from ddpm_jax.networks import init_params, layers
+from ddpm_jax.networks.unet import UNet
+
+
+def check(image_shape, **options):
+    UNet(**options).check(image_shape)
+
 
 TINY = {
     "out_channels": 2,
@@ -18,6 +23,7 @@ TINY = {
     "num_res_blocks": 1,
     "attention_resolutions": (3,),
     "dropout": 0.5,
+    "num_groups": 32,
 }
 RICH = {"num_heads": 2, "scale_shift": True, "num_classes": 3}
 SHAPE = (7, 5, 2)
@@ -122,6 +128,21 @@ def test_init_params_equals_init():
     assert not np.array_equal(first, ours["down_0_block_0"]["conv_2"]["kernel"] * 1e5)
 
 
+@pytest.mark.parametrize(
+    ("side", "channels", "mults", "groups", "attended"),
+    [
+        (32, 128, (1, 2, 2, 2), 32, (16,)),
+        (256, 128, (1, 1, 2, 2, 4, 4), 32, (16,)),
+        (28, 32, (1, 2, 2), 8, (14,)),
+        (8, 3, (1, 2), 1, (8,)),
+        (64, 128, (1, 2), 32, (32,)),  # no level of at most 16: the last
+    ],
+)
+def test_groups_and_attention_by_default(side, channels, mults, groups, attended):
+    unet = UNet(channels=channels, channel_mults=mults)
+    assert unet.groups == groups and unet.attended((side, side)) == attended
+
+
 def test_output_is_nearly_zero_at_initialisation():
     x, t = inputs()
     y = apply(init_params(UNet(**TINY), jax.random.key(0), SHAPE), x, t)
@@ -140,9 +161,9 @@ def test_time_embedding():
             angle = time / 10000 ** (i / 4)
             expected[row, i], expected[row, 5 + i] = np.sin(angle), np.cos(angle)
     for dtype in (jnp.int32, jnp.float32):
-        actual = unet_lib.time_embedding(jnp.array(t, dtype), channels)
+        actual = layers.time_embedding(jnp.array(t, dtype), channels)
         np.testing.assert_allclose(actual, expected, atol=1e-4)
-    assert unet_lib.time_embedding(jnp.array(t), 11).shape == (4, 11)
+    assert layers.time_embedding(jnp.array(t), 11).shape == (4, 11)
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
@@ -158,23 +179,23 @@ def test_group_norm(mean):
             part = (part - part.mean()) / np.sqrt(part.var() + 1e-6)
             expected[image, :, :, 2 * group : 2 * group + 2] = part
     params = {"scale": jnp.asarray(gamma, jnp.float32), "bias": jnp.asarray(beta, jnp.float32)}
-    actual = unet_lib.GroupNorm(32).apply({"params": params}, x)
+    actual = layers.GroupNorm(32).apply({"params": params}, x)
     np.testing.assert_allclose(actual, expected * gamma + beta, atol=1e-3 if mean else 1e-5)
 
     scale, shift = rng.normal(size=(2, 2, 64)).astype(np.float32)
-    conditioned = unet_lib.GroupNorm(32).apply({"params": params}, x, scale, shift)
+    conditioned = layers.GroupNorm(32).apply({"params": params}, x, scale, shift)
     by_hand = actual * (1 + scale[:, None, None]) + shift[:, None, None]
     np.testing.assert_allclose(conditioned, by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_groups_divide_the_channels():
-    assert [unet_lib.largest_divisor(c, 32) for c in (128, 48, 33, 8, 37)] == [32, 24, 11, 8, 1]
+    assert [layers.largest_divisor(c, 32) for c in (128, 48, 33, 8, 37)] == [32, 24, 11, 8, 1]
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_attention(heads):
     x = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    layer = unet_lib.Attention(heads, "float32", num_groups=4, plain=False)
+    layer = layers.Attention(heads, "float32", num_groups=4, plain=False)
     params = jax.tree.map(
         lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape),
         layer.init(jax.random.key(0), x)["params"],
@@ -216,7 +237,7 @@ def test_convolutions(options, plain):
     x = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 3, 6)).astype(np.float32)
     bias = rng.normal(size=6).astype(np.float32)
-    layer = unet_lib.Conv(6, "float32", plain, **options)
+    layer = layers.Conv(6, "float32", plain, **options)
     actual = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
     if "upsample" in options:
         x = np.kron(x.transpose(0, 3, 1, 2), np.ones((2, 2))).transpose(0, 2, 3, 1)
@@ -235,19 +256,19 @@ def test_gradient_of_the_convolution_is_that_of_xla(size):
         loss = lambda x, kernel: jnp.sum(jnp.sin(convolution(x, kernel)))  # noqa: E731
         return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
 
-    ours = gradient(unet_lib.convolve_padded)
-    theirs = gradient(lambda x, kernel: unet_lib.convolve(x, kernel, ((1, 1), (1, 1))))
+    ours = gradient(layers.convolve_padded)
+    theirs = gradient(lambda x, kernel: layers.convolve(x, kernel, ((1, 1), (1, 1))))
     assert relative(ours, theirs) < 1e-5
 
 
 def test_dropout_rate_and_scale():
     keys = jax.random.split(jax.random.key(0), 64)
     x = jnp.ones((64, 7, 9, 5))
-    y = unet_lib.dropout(x, 0.3, keys, 1)
+    y = layers.dropout(x, 0.3, keys, 1)
     zero = np.mean(y == 0)
     assert abs(zero - 0.3) < 5 * np.sqrt(0.3 * 0.7 / x.size)
     np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-4)
-    assert not np.array_equal(y, unet_lib.dropout(x, 0.3, keys, 2))
+    assert not np.array_equal(y, layers.dropout(x, 0.3, keys, 2))
 
 
 # The whole network.
@@ -388,7 +409,7 @@ def test_head_channels_count_the_heads():
         ((32, 32, 3), {"head_channels": 60}, "head_channels=60 .* works is 64"),
         ((32, 32, 3), {"num_heads": 2, "head_channels": 64}, "num_heads=2 and head_channels=64"),
         ((32, 32, 3), {"dropout": 1.0}, r"dropout=1.0 is outside \[0, 1\)"),
-        ((32, 32, 3), {"dtype": "bfloat"}, "dtype='bfloat' .* did you mean 'bfloat16'"),
+        ((32, 32, 3), {"dtype": "bfloat"}, "unknown dtype 'bfloat'; did you mean 'bfloat16'"),
         (
             (32, 32, 3),
             {"attention_resolutions": (15,)},

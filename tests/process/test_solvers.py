@@ -7,14 +7,18 @@ import oracle
 import pytest
 from test_samplers import FULL, N, agrees, chain, draw
 
-from ddpm_jax import diffusion, samplers, schedules
+from ddpm_jax.process import diffusion, schedules, timesteps
+from ddpm_jax.process.samplers import DDIM, SAMPLERS, DPMSolver, Heun
+from ddpm_jax.process.samplers.chain import clip
+from ddpm_jax.process.samplers.inversion import encode, slerp
+from ddpm_jax.process.samplers.repaint import inpaint, resampling
 
 COUNTS = [1, 2, 7, 10, 37, 50, 1000]  # of steps
 
 
 @pytest.fixture(scope="module")
-def denoise_fn():
-    return oracle.exact_denoiser(FULL)
+def denoiser():
+    return oracle.exact_denoiser(FULL, variance="fixed_large")
 
 
 # ---- moments ---------------------------------------------------------------------------------------
@@ -48,18 +52,16 @@ def test_heun_has_the_exact_moments(steps):
 
 
 @pytest.mark.parametrize("steps", [10, 11])
-@pytest.mark.parametrize("spacing", schedules.SPACINGS)
+@pytest.mark.parametrize("spacing", timesteps.SPACINGS)
 @pytest.mark.parametrize("sampler", ["ddim", "2", "3", "2S", "heun"])
-def test_one_path_is_the_float64_recursion_on_any_spacing(sampler, spacing, steps, denoise_fn):
+def test_one_path_is_the_float64_recursion_on_any_spacing(sampler, spacing, steps, denoiser):
     # Of single numbers, not of moments: the coefficients of every step count, to float32.
-    short = schedules.shorten(FULL, steps, spacing=spacing)
+    short = timesteps.shorten(FULL, steps, spacing=spacing)
     x_T = np.linspace(-3, 3, 16).reshape(1, 4, 4, 1)
-    options = {"clip_x0": False, "singlestep": sampler == "2S"}
-    if sampler[0].isdigit():
-        options["order"] = int(sampler[0])
-    name = "dpm_solver" if "order" in options else sampler
-    run = samplers.make(short, name, **options)
-    x = np.ravel(run(denoise_fn, jnp.asarray(x_T, jnp.float32), None))
+    run = {"ddim": DDIM(), "heun": Heun()}.get(sampler)
+    if run is None:
+        run = DPMSolver(order=int(sampler[0]), singlestep=sampler == "2S")
+    x = np.ravel(run(short, denoiser, jnp.asarray(x_T, jnp.float32), None, clip_x0=False))
     exact = {
         "ddim": lambda x: oracle.dpm_solver(short.alpha_bar, x, 1),
         "2": lambda x: oracle.dpm_solver(short.alpha_bar, x, 2),
@@ -93,18 +95,19 @@ def test_the_first_order_solver_is_ddim(steps):
 @pytest.mark.parametrize("name", ["linear", "cosine", "jsd", "quad", "const", "sigmoid"])
 @pytest.mark.parametrize("steps", [1, 2, 37, 1000])
 def test_coefficients_of_any_schedule_are_finite(name, steps):
-    short = schedules.shorten(schedules.make(name), steps)
+    short = timesteps.shorten(schedules.make(name), steps)
+    before = np.append(1.0, short.alpha_bar[:-1])
     for eta in (0, 0.3, 1, "hat"):
-        of_eps, std = samplers.ddim_std(short, eta)
-        assert (std >= 0).all() and (of_eps**2 <= 1 - short.alpha_bar_prev + 1e-15).all()
+        of_eps, std = diffusion.ddim_std(short, eta)
+        assert (std >= 0).all() and (of_eps**2 <= 1 - before + 1e-15).all()
         if eta != "hat":  # Lemma 2.1: the marginals keep their variance
-            np.testing.assert_allclose(of_eps**2 + std**2, 1 - short.alpha_bar_prev, atol=1e-12)
+            np.testing.assert_allclose(of_eps**2 + std**2, 1 - before, atol=1e-12)
     for order in (1, 2, 3):
-        of_x, _, of_x_0 = samplers.dpm_solver_weights(short, order)
+        of_x, _, of_x_0 = DPMSolver(order=order).weights(short)
         assert np.isfinite(of_x).all() and np.isfinite(of_x_0).all()
         # A constant x̂_0 = 1 with x_t = √ᾱ_t stays on its line: the weights sum to what DDIM's does.
         on_line = of_x * np.sqrt(short.alpha_bar) + of_x_0.sum(axis=1)
-        np.testing.assert_allclose(on_line, np.sqrt(short.alpha_bar_prev), atol=1e-9)
+        np.testing.assert_allclose(on_line, np.sqrt(before), atol=1e-9)
 
 
 # ---- orders of convergence -------------------------------------------------------------------------
@@ -128,10 +131,12 @@ def our_solver(name, order):
 
     def solve(alpha_bar):
         schedule = schedules.from_betas(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
-        denoise_fn = oracle.exact_denoiser(schedule)
-        options = {"order": order, "singlestep": name == "singlestep", "clip_x0": False}
-        run = samplers.make(schedule, name.replace("singlestep", "dpm_solver"), **options)
-        return float(run(denoise_fn, jnp.full((1, 1, 1, 1), 2.0), None)[0, 0, 0, 0])
+        denoiser = oracle.exact_denoiser(schedule)
+        run = {"ddim": DDIM(), "heun": Heun()}.get(name)
+        if run is None:
+            run = DPMSolver(order=order, singlestep=name == "singlestep")
+        x_T = jnp.full((1, 1, 1, 1), 2.0)
+        return float(run(schedule, denoiser, x_T, None, clip_x0=False)[0, 0, 0, 0])
 
     return solve
 
@@ -188,13 +193,13 @@ def test_half_the_second_difference_would_be_of_order_two():
 # ---- there and back --------------------------------------------------------------------------------
 
 
-def test_encoding_comes_to_where_the_flow_does_and_back(denoise_fn):
+def test_encoding_comes_to_where_the_flow_does_and_back(denoiser):
     x_0 = oracle.data(np.random.default_rng(0), (64, 4, 4, 1))
     errors, latents = [], []
     counts = (10, 40, 160, 1000)
     for S in counts:
-        x_T = samplers.encode(chain(S), denoise_fn, x_0, clip_x0=False)
-        back = samplers.ddim(chain(S), denoise_fn, x_T, clip_x0=False)
+        x_T = encode(chain(S), denoiser, x_0, clip_x0=False)
+        back = DDIM()(chain(S), denoiser, x_T, None, clip_x0=False)
         errors.append(float(jnp.mean(jnp.square(back - x_0))))
         exact = oracle.flow(np.asarray(x_0, np.float64), 1.0, FULL.alpha_bar[-1])
         latents.append(np.abs(x_T - exact).max())
@@ -210,26 +215,26 @@ def test_encoding_clips_as_decoding_does():
     # Images at the edge of the range, and a network that overshoots it.
     wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * jnp.sign(x), prediction="x_0")
     x_0 = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, (4, 4, 4, 1)), 1.0, -1.0)
-    x_T = samplers.encode(chain(50), wild, x_0)
+    x_T = encode(chain(50), wild, x_0)
     assert jnp.isfinite(x_T).all()
-    np.testing.assert_allclose(samplers.ddim(chain(50), wild, x_T), x_0, atol=1e-5)
+    np.testing.assert_allclose(DDIM()(chain(50), wild, x_T, None), x_0, atol=1e-5)
 
 
 def test_slerp():
     keys = jax.random.split(jax.random.key(1), 32)
-    x, y = samplers.prior(keys[:16], (4, 4, 3)), samplers.prior(keys[16:], (4, 4, 3))
+    x, y = (diffusion.prior(FULL, half, (4, 4, 3)) for half in (keys[:16], keys[16:]))
     fractions = np.linspace(0, 1, 16)
-    between = samplers.slerp(x, y, fractions)
-    np.testing.assert_allclose(samplers.slerp(x, y, np.zeros(16)), x, atol=1e-6)
-    np.testing.assert_allclose(samplers.slerp(x, y, np.ones(16)), y, atol=1e-6)
+    between = slerp(x, y, fractions)
+    np.testing.assert_allclose(slerp(x, y, np.zeros(16)), x, atol=1e-6)
+    np.testing.assert_allclose(slerp(x, y, np.ones(16)), y, atol=1e-6)
     # On a great circle: lengths of independent normal images are alike, and so are those between.
     unit = [v / jnp.linalg.norm(v.reshape(16, -1), axis=1)[:, None, None, None] for v in (x, y)]
-    lengths = jnp.linalg.norm(samplers.slerp(*unit, fractions).reshape(16, -1), axis=1)
+    lengths = jnp.linalg.norm(slerp(*unit, fractions).reshape(16, -1), axis=1)
     np.testing.assert_allclose(lengths, 1.0, rtol=1e-5)
     whole = jnp.arccos(jnp.sum(unit[0] * unit[1], axis=(1, 2, 3)))
-    angles = jnp.arccos(jnp.sum(unit[0] * samplers.slerp(*unit, fractions), axis=(1, 2, 3)))
+    angles = jnp.arccos(jnp.sum(unit[0] * slerp(*unit, fractions), axis=(1, 2, 3)))
     np.testing.assert_allclose(angles, fractions * whole, atol=2e-3)
-    np.testing.assert_allclose(samplers.slerp(x, x, fractions), x, rtol=1e-5)  # no angle at all
+    np.testing.assert_allclose(slerp(x, x, fractions), x, rtol=1e-5)  # no angle at all
     assert jnp.isfinite(between).all()
 
 
@@ -240,7 +245,7 @@ def test_slerp():
     "S, resample, jump", [(10, 1, 1), (10, 3, 2), (7, 2, 3), (5, 4, 1), (1, 1, 1)]
 )
 def test_resampling_walks_every_part_as_often_as_asked(S, resample, jump):
-    rows = samplers.resampling(S, resample=resample, jump=jump)
+    rows = resampling(S, resample=resample, jump=jump)
     walks = np.bincount(rows, minlength=S)
     assert rows[0] == S - 1 and rows[-1] == 0
     steps = np.diff(rows)
@@ -254,15 +259,15 @@ def test_resampling_walks_every_part_as_often_as_asked(S, resample, jump):
 
 def test_resampling_is_the_papers():
     # Six steps, jump length 2, resampling twice, as the algorithm of Lugmayr et al., App. B, written out.
-    rows = samplers.resampling(6, resample=2, jump=2)
+    rows = resampling(6, resample=2, jump=2)
     assert rows.tolist() == [5, 4, 3, 4, 3, 2, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("resample, jump, words", [(2, 5, "lower it"), (0, 1, "at least 1")])
 def test_resampling_refuses(resample, jump, words):
     with pytest.raises(ValueError, match=words):
-        samplers.resampling(5, resample=resample, jump=jump)
-    assert samplers.resampling(5, resample=1, jump=9).tolist() == [4, 3, 2, 1, 0]
+        resampling(5, resample=resample, jump=jump)
+    assert resampling(5, resample=1, jump=9).tolist() == [4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("steps", [5, 10, 50])
@@ -270,24 +275,21 @@ def test_resampling_refuses(resample, jump, words):
 def test_solvers_come_near_the_data_on_any_schedule(name, steps):
     full = schedules.make(name)
     keys = jax.random.split(jax.random.key(9), 512)
-    x_T, denoise_fn = samplers.prior(keys, (4, 4, 1)), oracle.exact_denoiser(full)
-    for sampler in ("ddim", "dpm_solver", "heun"):
-        run = samplers.make(schedules.shorten(full, steps), sampler, clip_x0=False)
-        x = run(denoise_fn, x_T, keys)
+    x_T, denoiser = diffusion.prior(full, keys, (4, 4, 1)), oracle.exact_denoiser(full)
+    for sampler in (DDIM(), DPMSolver(), Heun()):
+        x = sampler(timesteps.shorten(full, steps), denoiser, x_T, keys, clip_x0=False)
         assert abs(float(jnp.mean(x)) - 0.3) < 0.1
         assert 0.2 < float(jnp.std(x)) < 0.8  # of 0.5; no step may blow it up
 
 
-def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoise_fn):
+def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoiser):
     n = N // 16
     keys = jax.random.split(jax.random.key(2), n)
     x_0 = oracle.data(np.random.default_rng(1), (n, 4, 4, 1))
     mask = np.zeros((1, 4, 4, 1), np.float32)
     mask[:, :, :2] = 1
-    given = {"resample": 2, "jump": 5, "variance": "fixed_large", "clip_x0": False}
-    x = samplers.inpaint(
-        chain(50), denoise_fn, x_0, jnp.broadcast_to(mask, x_0.shape), keys, **given
-    )
+    given = {"resample": 2, "jump": 5, "clip_x0": False}
+    x = inpaint(chain(50), denoiser, x_0, jnp.broadcast_to(mask, x_0.shape), keys, **given)
     np.testing.assert_array_equal(x[:, :, :2], x_0[:, :, :2])
     made = np.asarray(x[:, :, 2:])
     # The pixels of these data are independent: what is made has the marginal of data. With the best
@@ -297,8 +299,8 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoise_fn):
     )
     assert abs(made.mean() - 0.3) < 0.01 and abs(made.std() - std) < 0.01
     assert abs(mean - 0.3) < 0.01
-    part = samplers.inpaint(
-        chain(50), denoise_fn, x_0[3:5], jnp.broadcast_to(mask, (2, 4, 4, 1)), keys[3:5], **given
+    part = inpaint(
+        chain(50), denoiser, x_0[3:5], jnp.broadcast_to(mask, (2, 4, 4, 1)), keys[3:5], **given
     )
     np.testing.assert_allclose(part, x[3:5], atol=1e-5)
 
@@ -309,20 +311,22 @@ def test_inpainting_keeps_what_is_known_and_draws_the_rest(denoise_fn):
 def test_dynamic_clipping():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 8, 8, 3)), jnp.float32)
     x = x * np.array([0.1, 1.0, 3.0], np.float32)[:, None, None, None]
-    out = np.asarray(samplers.clip(x, "dynamic"))
+    out = np.asarray(clip(x, "dynamic"))
     np.testing.assert_array_equal(out[0], x[0])  # within the range: left alone
     for image, result in zip(np.asarray(x)[1:], out[1:], strict=True):
         size = np.percentile(np.abs(image), 99.5)
         np.testing.assert_allclose(result, np.clip(image, -size, size) / size, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("how", [True, "dynamic"])
 def test_every_sampler_clips(sampler, how):
-    wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * x, prediction="x_0")
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * x, **options)
     keys = jax.random.split(jax.random.key(7), 4)
-    run = samplers.make(chain(10), sampler, clip_x0=how)
-    assert jnp.abs(run(wild, samplers.prior(keys, (4, 4, 1)), keys)).max() <= 1.0 + 1e-6
+    x_T = diffusion.prior(FULL, keys, (4, 4, 1))
+    x = SAMPLERS[sampler]()(chain(10), wild, x_T, keys, clip_x0=how)
+    assert jnp.abs(x).max() <= 1.0 + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -335,24 +339,41 @@ def test_every_sampler_clips(sampler, how):
         ("ancestral", {"clip_x0": "soft"}, "'dynamic'"),
     ],
 )
-def test_refusals(sampler, options, words):
+def test_refusals(sampler, options, words, denoiser):
+    clip_x0 = options.get("clip_x0", True)
+    own = {name: value for name, value in options.items() if name != "clip_x0"}
+    run, x_T = SAMPLERS[sampler](**own), jnp.zeros((1, 2, 2, 1))
+    keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError, match=words):
-        samplers.make(chain(10), sampler, **options)
+        run(chain(10), denoiser, x_T, keys, clip_x0=clip_x0)
+    if hasattr(run, "check"):  # before anything is computed
+        with pytest.raises(ValueError, match=words):
+            run.check(chain(10))
 
 
-def test_heun_needs_a_signal_at_the_end():
-    with pytest.raises(ValueError, match="use dpm_solver"):
-        samplers.make(schedules.make("jsd"), "heun")
+def test_heun_takes_a_ddim_step_from_where_no_signal_is_left():
+    full, x_T = schedules.make("jsd", num_timesteps=20), jnp.linspace(-2, 2, 16).reshape(1, 4, 4, 1)
+    # x̂_0 is known to be 0.3, and then every step of either keeps to the line from it to the noise.
+    point = diffusion.denoiser(full, lambda x, t: jnp.full_like(x, 0.3), prediction="x_0")
+    short = timesteps.respace(full, [12, 19])
+    kept = {"keep": [1, 0], "clip_x0": False}
+    for run in (DDIM(), Heun()):
+        x, frames = run(short, point, x_T, None, **kept)
+        a = full.alpha_bar[12]
+        np.testing.assert_allclose(
+            frames.x_t[:, 1], np.sqrt(a) * 0.3 + np.sqrt(1 - a) * x_T, atol=1e-6
+        )
+        np.testing.assert_allclose(x, 0.3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
-def test_a_trajectory_shows_the_chain(sampler, denoise_fn):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_trajectory_shows_the_chain(sampler, denoiser):
     keys = jax.random.split(jax.random.key(8), 2)
-    x_T = samplers.prior(keys, (4, 4, 1))
-    x, frames = samplers.make(chain(6), sampler, keep=[5, 3, 0])(denoise_fn, x_T, keys)
-    assert frames.t.tolist() == [chain(6).timesteps[[5, 3, 0]].tolist()] * 2
+    x_T = diffusion.prior(FULL, keys, (4, 4, 1))
+    x, frames = SAMPLERS[sampler]()(chain(6), denoiser, x_T, keys, keep=[5, 3, 0])
+    assert frames.t.tolist() == [chain(6).times[[5, 3, 0]].tolist()] * 2
     np.testing.assert_array_equal(frames.x_t[:, 0], x_T)
     np.testing.assert_array_equal(frames.x_0[:, -1], x)  # the last step gives x̂_0
     for k in range(3):
-        seen = denoise_fn(frames.x_t[:, k], frames.t[:, k]).x_0
+        seen = denoiser(FULL)(frames.x_t[:, k], frames.t[:, k]).x_0
         np.testing.assert_allclose(frames.x_0[:, k], jnp.clip(seen, -1, 1), atol=1e-5)

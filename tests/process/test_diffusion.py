@@ -6,12 +6,12 @@ import numpy as np
 import oracle
 import pytest
 
-from ddpm_jax import diffusion, schedules
+from ddpm_jax.process import diffusion, losses, predictions, schedules, timesteps
 
 SCHEDULES = [
     schedules.make("linear"),
     schedules.make("cosine", num_timesteps=50),
-    schedules.respace(schedules.make("linear"), schedules.subsequence(10, 1000)),
+    timesteps.respace(schedules.make("linear"), timesteps.subsequence(10, 1000)),
 ]
 
 
@@ -32,7 +32,8 @@ def test_steps_composed_are_the_closed_form(schedule):
     # One-step kernels carried through a mean and a variance, in float64.
     mean, variance = 1.0, 0.0
     for t in range(len(schedule)):
-        mean, variance = np.sqrt(schedule.alpha[t]) * mean, schedule.alpha[t] * variance
+        alpha = 1 - schedule.beta[t]
+        mean, variance = np.sqrt(alpha) * mean, alpha * variance
         variance += schedule.beta[t]
         zero, one = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))
         if t in (0, 1, len(schedule) // 2, len(schedule) - 1):
@@ -60,7 +61,7 @@ def test_a_path_is_one_step_after_another():
     x, keys = images(0, 3, 2, 2, 1), jax.random.split(jax.random.key(0), 3)
     path = diffusion.q_path(schedule, x, keys)
     assert path.shape == (3, 10, 2, 2, 1)
-    for i, t in enumerate(schedule.timesteps):
+    for i, t in enumerate(schedule.times):
         x = diffusion.q_step(schedule, x, i, diffusion.noise(keys, t, (2, 2, 1)))
         np.testing.assert_allclose(path[:, i], x, rtol=1e-5, atol=1e-6)
     # Its noise is that of the samplers and the bound at the same time, one example at a time.
@@ -75,7 +76,7 @@ def test_posterior_is_a_product_of_gaussians(schedule):
     of_x_0, of_x_t = diffusion.posterior_mean_coefficients(schedule)
     variance = diffusion.posterior_variance(schedule)
     for t in range(1, len(schedule)):
-        a, b, p = schedule.alpha[t], schedule.beta[t], schedule.alpha_bar[t - 1]
+        a, b, p = 1 - schedule.beta[t], schedule.beta[t], schedule.alpha_bar[t - 1]
         precision = a / b + 1 / (1 - p)
         mean = (np.sqrt(a) * x_t / b + np.sqrt(p) * x_0 / (1 - p)) / precision
         np.testing.assert_allclose(variance[t], 1 / precision, rtol=1e-9)
@@ -85,23 +86,22 @@ def test_posterior_is_a_product_of_gaussians(schedule):
 
 def test_reverse_variances_at_both_ends():
     schedule = SCHEDULES[0]
-    small = np.exp(diffusion.reverse_log_variance(schedule, "fixed_small"))
-    large = np.exp(diffusion.reverse_log_variance(schedule, "fixed_large"))
+    small = np.exp(diffusion.fixed_log_variance(schedule, "fixed_small"))
+    large = np.exp(diffusion.fixed_log_variance(schedule, "fixed_large"))
     np.testing.assert_allclose(large[1:], schedule.beta[1:], rtol=1e-12)
     np.testing.assert_allclose(large[0], 5.45318766e-5, rtol=1e-8)  # the posterior's next one
     np.testing.assert_allclose(small[:2], 5.45318766e-5, rtol=1e-8)
     assert (small[1:] < large[1:]).all()
     for other in ("large", "learned"):
         with pytest.raises(ValueError, match="only fixed_small and fixed_large"):
-            diffusion.reverse_log_variance(schedule, other)
+            diffusion.fixed_log_variance(schedule, other)
 
 
 def log_variance(schedule, variance, said, t):
     """log σ_t² for one pixel where the network said a number."""
     x_t = jnp.zeros((len(t), 1, 1, 1))
     values = jnp.broadcast_to(jnp.float32(said), x_t.shape)
-    denoised = diffusion.Denoised(x_t, x_t, x_t, values)
-    result = diffusion.model_log_variance(schedule, variance, denoised, x_t, t)
+    result = diffusion.model_log_variance(schedule, variance, values, x_t, t)
     return np.asarray(jnp.broadcast_to(result, x_t.shape))[:, 0, 0, 0]
 
 
@@ -145,18 +145,27 @@ def test_analytic_variance_is_that_of_q_for_gaussian_data(schedule):
     np.testing.assert_allclose(ours, bao, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", diffusion.PREDICTIONS)
+def x_0_of(schedule, kind, value, x_t, t):
+    """x̂_0 of a network's output, by the table of its prediction."""
+    of_x_t, of_output = predictions.named(kind)(schedule, schedule).to_x_0(schedule)
+    return diffusion.at(of_x_t, t, x_t) * x_t + diffusion.at(of_output, t, x_t) * value
+
+
+@pytest.mark.parametrize("kind", predictions.PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_conversions_round_trip(schedule, kind):
     t = jnp.array([0, 1, len(schedule) // 2, len(schedule) - 1])
     x_0, eps = images(2, 4, 5, 5, 2), images(3, 4, 5, 5, 2)
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    value = diffusion.from_x_0(schedule, kind, x_0, x_t, t)
-    back = diffusion.to_x_0(schedule, kind, value, x_t, t)
+    value = losses.target(schedule, kind, x_0, t, eps)
+    back = x_0_of(schedule, kind, value, x_t, t)
     # float32 numbers of size 1, divided by √ᾱ (eps) or by the weight of x_0 in the mean
     lost = {
         "eps": 1 / np.sqrt(schedule.alpha_bar),
         "mean": 1 / diffusion.posterior_mean_coefficients(schedule)[0],
+        # their two parts, each of size 1 to 5, are multiplied by these
+        "velocity": sum(np.abs(predictions.velocity(schedule, schedule).to_x_0(schedule))),
+        "edm": sum(np.abs(predictions.edm(schedule, schedule).to_x_0(schedule))),
     }.get(kind, np.ones(len(schedule)))
     bound = 2e-6 * lost[np.asarray(t)]
     assert (np.abs(back - x_0).max(axis=(1, 2, 3)) <= bound).all()
@@ -173,20 +182,20 @@ def test_conversions_are_the_definitions():
         "x_0": x_0,
         "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x_0,
         # Ho et al. (11), the mean written with the noise
-        "mean": (x_t - schedule.beta[k] / np.sqrt(1 - a) * eps) / np.sqrt(schedule.alpha[k]),
+        "mean": (x_t - schedule.beta[k] / np.sqrt(1 - a) * eps) / np.sqrt(1 - schedule.beta[k]),
     }
     for kind, value in expected.items():
-        ours = diffusion.from_x_0(schedule, kind, x_0, x_t, t)
+        ours = losses.target(schedule, kind, x_0, t, eps)
         np.testing.assert_allclose(ours, value, atol=3e-6)
 
 
 @pytest.mark.parametrize("kind", ["x_0", "mean", "v"])
 def test_a_chain_that_ends_at_zero_signal(kind):
     schedule = schedules.make("jsd", num_timesteps=20)
-    t, x_T = jnp.array([19]), images(6, 1, 3, 3, 1)
+    t, x_T = jnp.array([19]), images(6, 1, 3, 3, 1)  # all of x_T is noise
     x_0 = images(7, 1, 3, 3, 1)
-    value = diffusion.from_x_0(schedule, kind, x_0, x_T, t)
-    np.testing.assert_allclose(diffusion.to_x_0(schedule, kind, value, x_T, t), x_0, atol=1e-5)
+    value = losses.target(schedule, kind, x_0, t, x_T)
+    np.testing.assert_allclose(x_0_of(schedule, kind, value, x_T, t), x_0, atol=1e-5)
 
 
 def test_a_shortened_chain_asks_the_network_as_it_was_trained():
@@ -194,10 +203,12 @@ def test_a_shortened_chain_asks_the_network_as_it_was_trained():
     # coefficients, also when a sampler visits few steps.
     full = SCHEDULES[0]
     x_0, x_t, t = images(8, 1, 3, 3, 1), images(9, 1, 3, 3, 1), jnp.array([555])
-    denoise_fn = diffusion.denoiser(
+    denoiser = diffusion.denoiser(
         full, lambda x, t: diffusion.posterior_mean(full, x_0, x, t), prediction="mean"
     )
-    np.testing.assert_allclose(denoise_fn(x_t, t).x_0, x_0, atol=1e-3)
+    np.testing.assert_allclose(denoiser(full)(x_t, t).x_0, x_0, atol=1e-3)
+    short = timesteps.respace(full, [100, 555, 999])
+    np.testing.assert_allclose(denoiser(short)(x_t, jnp.array([1])).x_0, x_0, atol=1e-3)
 
 
 def test_everything_is_float32_and_jits():
@@ -230,7 +241,7 @@ def test_ddims_forward_process_is_bayes_rule_on_its_posterior(schedule, eta):
     np.testing.assert_allclose(squared_line * (1 - a) ** 2, (of_x_prev * (1 - p)) ** 2, atol=1e-12)
     np.testing.assert_allclose(of_x_prev**2 * (1 - p) + std**2, 1 - a, rtol=1e-9)
     if eta == 1:  # Markov: x_0 has dropped out
-        np.testing.assert_allclose(of_x_prev[1:] ** 2, schedule.alpha[1:], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(of_x_prev[1:] ** 2, 1 - schedule.beta[1:], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(std**2, schedule.beta, rtol=1e-9)
     if eta == 0:  # solved, not drawn, from the second step on
         assert (std[1:] == 0).all()

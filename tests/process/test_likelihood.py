@@ -10,7 +10,7 @@ import oracle
 import pytest
 from scipy import integrate
 
-from ddpm_jax import diffusion, likelihood, losses, schedules
+from ddpm_jax.process import budget, diffusion, likelihood, losses, schedules, timesteps
 
 FULL = schedules.make("linear")
 LEVELS = np.arange(256) / 127.5 - 1
@@ -19,7 +19,7 @@ FIXED = ("fixed_small", "fixed_large")
 
 
 def chain(steps):
-    return schedules.respace(FULL, schedules.subsequence(steps, len(FULL)))
+    return timesteps.respace(FULL, timesteps.subsequence(steps, len(FULL)))
 
 
 def said(schedule, variance, x_t):
@@ -38,18 +38,19 @@ def exact_sigma2(schedule, variance, x_0, eps):
 
 
 def model(schedule, variance):
-    """The exact denoiser as the program takes it, and its variance."""
+    """The exact denoiser with a variance, as the program takes it."""
     if variance == "analytic":
         error = oracle.x_0_error(schedule.alpha_bar)
-        return oracle.exact_denoiser(FULL), diffusion.analytic_log_variance(schedule, error)
+        table = diffusion.analytic_log_variance(schedule, error)
+        return oracle.exact_denoiser(FULL, variance=table)
     table = np.zeros(len(FULL))  # at the times that the network is asked
-    table[schedule.timesteps] = said(schedule, variance, np.zeros(len(schedule)))
+    table[schedule.times] = said(schedule, variance, np.zeros(len(schedule)))
 
     def variance_fn(x_t, t):
         return diffusion.at(table, t, x_t) + 0.3 * jnp.tanh(x_t)
 
     learned = variance in diffusion.LEARNED
-    return oracle.exact_denoiser(FULL, variance_fn=variance_fn if learned else None), variance
+    return oracle.exact_denoiser(FULL, "eps", variance_fn if learned else None, variance)
 
 
 def images(shape, seed=0):
@@ -67,7 +68,7 @@ def exact_draws(steps):
     """The noise that `bound` draws for KEYS at each step, and what the exact denoiser says: [S, B, H, W, C]."""
     schedule, (_, x_0) = chain(steps), images((3, 4, 4, 2))
     noise = jax.vmap(lambda t: diffusion.noise(KEYS, t, x_0.shape[1:]))
-    eps = np.float64(noise(schedule.timesteps))
+    eps = np.float64(noise(schedule.times))
     a = oracle.along(schedule.alpha_bar, eps)
     x_t = np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps
     eps_hat = np.sqrt(1 - a) / (a * oracle.STD**2 + 1 - a) * (x_t - np.sqrt(a) * oracle.MEAN)
@@ -78,9 +79,8 @@ def exact_draws(steps):
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_every_term_is_its_definition_for_the_noise_it_saw(steps, variance):
     schedule, (x_0, exact_x_0) = chain(steps), images((3, 4, 4, 2))
-    denoise_fn, variance_or_table = model(schedule, variance)
-    options = {"variance": variance_or_table, "clip_x0": False}
-    ours = jax.jit(functools.partial(likelihood.bound, schedule, denoise_fn, **options))(x_0, KEYS)
+    bound = functools.partial(likelihood.bound, schedule, model(schedule, variance), clip_x0=False)
+    ours = jax.jit(bound)(x_0, KEYS)
 
     eps, x_0_hat, eps_hat = exact_draws(steps)
     sigma2 = exact_sigma2(schedule, variance, exact_x_0, eps)
@@ -123,15 +123,13 @@ def expected_terms(steps, variance, count=5):
     levels = np.round(np.linspace(0, 255, count)).astype(np.uint8)
     node, weight = np.polynomial.hermite_e.hermegauss(32)
     i, k = (grid.ravel() for grid in np.mgrid[:steps, :32])
-    denoise_fn, variance_or_table = model(schedule, variance)
+    denoise_fn = model(schedule, variance)(schedule)
 
     @jax.jit
     def at_nodes(x_0, eps):
         x_t = diffusion.q_sample(schedule, x_0, i, eps)
-        denoised = denoise_fn(x_t, schedule.timesteps[i])
-        options = {"variance": variance_or_table}
         # One number is one image, so that each has its own term.
-        return likelihood.term(schedule, denoised, x_0, x_t, i, **options)
+        return likelihood.term(schedule, denoise_fn(x_t, i), x_0, x_t, i)
 
     ours = []
     for x_0 in np.float32(diffusion.from_uint8(levels)):
@@ -173,9 +171,8 @@ def test_the_quadrature_agrees_with_an_adaptive_one():
 def test_the_bound_of_many_draws_has_that_expectation():
     schedule, x_0 = chain(10), diffusion.from_uint8(np.full((2000, 4, 4, 1), 128, np.uint8))
     keys = jax.random.split(jax.random.key(4), 2000)
-    ours = likelihood.bound(
-        *(schedule, oracle.exact_denoiser(FULL), x_0, keys), variance="fixed_large", clip_x0=False
-    )
+    denoiser = oracle.exact_denoiser(FULL, variance="fixed_large")
+    ours = likelihood.bound(schedule, denoiser, x_0, keys, clip_x0=False)
     eps = np.broadcast_to(np.linspace(-9, 9, 301)[:, None], (10, 301, 1))
     density = np.exp(-(eps[0, :, 0] ** 2) / 2)
     sigma2 = exact_sigma2(schedule, "fixed_large", LEVELS[128], eps)
@@ -217,8 +214,7 @@ def test_the_first_term_is_a_distribution_over_the_levels_whatever_the_network_s
 
     def nats(mean, said):
         denoised = diffusion.Denoised(mean, mean, mean, said)
-        options = {"variance": "learned", "cdf": cdf}
-        return likelihood.term(FULL, denoised, x_0, x_0, 0, **options) * np.float32(np.log(2))
+        return likelihood.term(FULL, denoised, x_0, x_0, 0, cdf=cdf) * np.float32(np.log(2))
 
     value = nats(mean, said)
     slopes = jax.grad(lambda *args: nats(*args).sum(), argnums=(0, 1))(mean, said)
@@ -230,7 +226,8 @@ def test_the_first_term_is_a_distribution_over_the_levels_whatever_the_network_s
 def test_the_decoder_has_the_cdf_that_is_asked_for():
     schedule, (x_0, exact_x_0) = chain(2), images((3, 4, 4, 1))
     mean, std = exact_x_0 + 0.03, np.sqrt(oracle.sigma2(schedule.alpha_bar, "fixed_large")[0])
-    denoise_fn = diffusion.denoiser(FULL, lambda x, t: jnp.float32(mean), prediction="x_0")
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    denoiser = diffusion.denoiser(FULL, lambda x, t: jnp.float32(mean), **options)
 
     def by_tanh(x):  # Ho et al.'s code
         z = (x - mean) / std
@@ -240,7 +237,7 @@ def test_the_decoder_has_the_cdf_that_is_asked_for():
     upper[exact_x_0 == 1], lower[exact_x_0 == -1] = 1, 0
     expected = {"tanh": -np.log2(upper - lower), "normal": oracle.level_bits(exact_x_0, mean, std)}
     for cdf in likelihood.CDFS:
-        ours = likelihood.bound(schedule, denoise_fn, x_0, KEYS, clip_x0=False, cdf=cdf).terms[:, 0]
+        ours = likelihood.bound(schedule, denoiser, x_0, KEYS, clip_x0=False, cdf=cdf).terms[:, 0]
         np.testing.assert_allclose(ours, expected[cdf].mean(axis=(1, 2, 3)), rtol=1e-4)
     assert np.abs(expected["tanh"] - expected["normal"]).mean() > 0.01
 
@@ -255,8 +252,8 @@ def test_the_analytic_variance_of_measured_errors_is_the_best():
 
     @jax.jit
     def mean_bound(table):
-        args = (schedule, oracle.exact_denoiser(FULL), x_0, keys)
-        parts = likelihood.bound(*args, variance=table)
+        denoiser = oracle.exact_denoiser(FULL, variance=table)
+        parts = likelihood.bound(schedule, denoiser, x_0, keys)
         return parts.terms.mean(axis=0)[1:], parts.x_0_error.mean(axis=0)
 
     best = diffusion.analytic_log_variance(schedule, mean_bound(np.zeros(10))[1])
@@ -270,8 +267,8 @@ def test_the_analytic_variance_of_measured_errors_is_the_best():
 def test_the_measured_errors_are_the_conditional_variance():
     schedule, x_0 = chain(10), oracle.data(np.random.default_rng(5), (4096, 4, 4, 1))
     keys = jax.random.split(jax.random.key(6), 4096)
-    args = (schedule, oracle.exact_denoiser(FULL), x_0, keys)
-    ours = likelihood.bound(*args, variance="fixed_large", clip_x0=False)
+    denoiser = oracle.exact_denoiser(FULL, variance="fixed_large")
+    ours = likelihood.bound(schedule, denoiser, x_0, keys, clip_x0=False)
     known = oracle.x_0_error(schedule.alpha_bar)
     np.testing.assert_allclose(ours.x_0_error.mean(axis=0), known, rtol=4 * np.sqrt(2 / 65_536))
     # So σ² is known as well as that, where the error is all of it, and better elsewhere.
@@ -288,9 +285,10 @@ def test_the_measured_errors_are_the_conditional_variance():
 
 def test_clipping_changes_the_mean_and_the_error_but_not_the_error_of_the_noise():
     schedule, (x_0, _) = chain(10), images((3, 4, 4, 1))
-    denoise_fn = diffusion.denoiser(FULL, lambda x, t: x_0 + 1.5, prediction="x_0")
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    denoiser = diffusion.denoiser(FULL, lambda x, t: x_0 + 1.5, **options)
     free, clipped = (
-        likelihood.bound(schedule, denoise_fn, x_0, KEYS, clip_x0=clip) for clip in (False, True)
+        likelihood.bound(schedule, denoiser, x_0, KEYS, clip_x0=clip) for clip in (False, True)
     )
     np.testing.assert_allclose(free.x_0_error, 2.25, rtol=1e-5)
     expected = np.square(np.clip(x_0 + 1.5, -1, 1) - x_0).mean(axis=(1, 2, 3))
@@ -303,11 +301,11 @@ def test_clipping_changes_the_mean_and_the_error_but_not_the_error_of_the_noise(
 
 def test_vlb_has_the_mean_of_the_bound_less_its_prior_term():
     full, (x_0, _) = schedules.make("cosine", num_timesteps=20), images((1, 4, 4, 1))
-    denoise_fn = oracle.exact_denoiser(full)
-    parts = likelihood.bound(full, denoise_fn, x_0, KEYS[:1], clip_x0=False)
+    denoiser = oracle.exact_denoiser(full, variance="fixed_large")
+    parts = likelihood.bound(full, denoiser, x_0, KEYS[:1], clip_x0=False)
     t = jnp.arange(20)
     eps = jax.vmap(lambda t: diffusion.noise(KEYS[:1], t, x_0.shape[1:])[0])(t)
-    ours = jax.jit(losses.vlb, static_argnums=(0, 1))(full, denoise_fn, x_0[[0] * 20], t, eps)
+    ours = jax.jit(losses.vlb, static_argnums=(0, 1))(full, denoiser(full), x_0[[0] * 20], t, eps)
     np.testing.assert_allclose(ours / 20, parts.terms[0], rtol=1e-4)
     np.testing.assert_allclose(ours.mean(), parts.terms[0].sum(), rtol=2e-6)
 
@@ -344,33 +342,33 @@ def divergences(schedule, error, variance):
 
 @pytest.mark.parametrize("variance", [*FIXED, "analytic"])
 def test_jumps_along_a_chain_are_its_divergences(variance):
-    bits = likelihood.jump_bits(SHORT, ERROR, variance)
+    bits = budget.jump_bits(SHORT, ERROR, variance)
     assert bits.shape == (8, 8) and np.isinf(bits[np.triu_indices(8)]).all()
     for tau in ([0, 7], [0, 3, 4, 7], list(range(8))):
-        expected = divergences(schedules.respace(SHORT, tau), ERROR[tau], variance)
+        expected = divergences(timesteps.respace(SHORT, tau), ERROR[tau], variance)
         along = [bits[t, s] for s, t in itertools.pairwise(tau)]
         np.testing.assert_allclose(along, expected, rtol=1e-9, atol=1e-15)
 
 
 def test_jumps_are_what_the_bound_of_a_shortened_chain_measures():
     tau, (x_0, _) = np.array([0, 2, 3, 7]), images((3, 4, 4, 1))
-    short, denoise_fn = schedules.respace(SHORT, tau), oracle.exact_denoiser(SHORT)
+    short = timesteps.respace(SHORT, tau)
 
     @functools.partial(jax.jit, static_argnums=0)
     def bound(schedule, table):
-        options = {"variance": table, "clip_x0": False}
-        return likelihood.bound(schedule, denoise_fn, x_0, KEYS, **options)
+        denoiser = oracle.exact_denoiser(SHORT, variance=table)
+        return likelihood.bound(schedule, denoiser, x_0, KEYS, clip_x0=False)
 
     errors = bound(SHORT, np.zeros(8)).x_0_error
     for kind in (*FIXED, "analytic"):
         if kind == "analytic":
             table = diffusion.analytic_log_variance(short, errors.mean(axis=0)[tau])
         else:
-            table = diffusion.reverse_log_variance(short, kind)
+            table = diffusion.fixed_log_variance(short, kind)
         measured = bound(short, table)
         # The same noise and the same network at the same time: the same error, whatever the chain.
         np.testing.assert_allclose(measured.x_0_error, errors[:, tau], rtol=1e-5)
-        bits = likelihood.jump_bits(SHORT, errors.mean(axis=0), kind)
+        bits = budget.jump_bits(SHORT, errors.mean(axis=0), kind)
         jumps = [bits[t, s] for s, t in itertools.pairwise(tau)]
         np.testing.assert_allclose(measured.terms.mean(axis=0)[1:], jumps, rtol=2e-5)
 
@@ -381,11 +379,11 @@ def test_the_best_steps_are_those_of_trying_all(variance, error):
     for S in range(2, 9):
         costs = {
             (0, *inner, 7): divergences(
-                schedules.respace(SHORT, (0, *inner, 7)), error[[0, *inner, 7]], variance
+                timesteps.respace(SHORT, (0, *inner, 7)), error[[0, *inner, 7]], variance
             ).sum()
             for inner in itertools.combinations(range(1, 7), S - 2)
         }
-        tau = likelihood.best_steps(SHORT, error, S, variance=variance)
+        tau = budget.best_steps(SHORT, error, S, variance=variance)
         assert len(tau) == S
         np.testing.assert_allclose(costs[tuple(tau.tolist())], min(costs.values()), rtol=1e-9)
 
@@ -393,5 +391,5 @@ def test_the_best_steps_are_those_of_trying_all(variance, error):
 @pytest.mark.parametrize("steps", [1, 9, 0, -3])
 def test_the_best_steps_need_room(steps):
     with pytest.raises(ValueError, match="choose 2 to 8") as error:
-        likelihood.best_steps(SHORT, ERROR, steps, variance="fixed_large")
+        budget.best_steps(SHORT, ERROR, steps, variance="fixed_large")
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from ddpm_jax import diffusion, gaussians
+from ddpm_jax.process import diffusion, gaussians
 
 LEVELS = np.asarray(diffusion.from_uint8(np.arange(256, dtype=np.uint8)))
 

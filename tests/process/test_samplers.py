@@ -8,14 +8,15 @@ import numpy as np
 import oracle
 import pytest
 
-from ddpm_jax import diffusion, samplers, schedules
+from ddpm_jax.process import diffusion, schedules, timesteps
+from ddpm_jax.process.samplers import DDIM, SAMPLERS, Ancestral
 
 FULL = schedules.make("linear")
 N = 65_536  # numbers drawn; the mean is known to s/√N = 0.002, the standard deviation to s/√(2N)
 
 
 def chain(steps):
-    return schedules.respace(FULL, schedules.subsequence(steps, len(FULL)))
+    return timesteps.respace(FULL, timesteps.subsequence(steps, len(FULL)))
 
 
 def said(variance, t):
@@ -28,16 +29,16 @@ def draw(steps, sampler, prediction="eps", **options):
     schedule = chain(steps)
     shape = (N // 16, 4, 4, 1)
     keys = jax.random.split(jax.random.key(1), shape[0])
-    x_T = samplers.prior(keys, shape[1:])
-    variance, variance_fn = options.get("variance"), None
+    x_T = diffusion.prior(schedule, keys, shape[1:])
+    variance, variance_fn = options.pop("variance", None), None
     if variance in diffusion.LEARNED:
         table = said(variance, np.arange(len(FULL)))
         variance_fn = lambda x, t: jnp.broadcast_to(diffusion.at(table, t, x), x.shape)  # noqa: E731
     if variance == "analytic":
         error = oracle.x_0_error(schedule.alpha_bar)
-        options["variance"] = diffusion.analytic_log_variance(schedule, error)
-    denoise_fn = oracle.exact_denoiser(FULL, prediction, variance_fn)
-    return samplers.make(schedule, sampler, clip_x0=False, **options)(denoise_fn, x_T, keys)
+        variance = diffusion.analytic_log_variance(schedule, error)
+    denoiser = oracle.exact_denoiser(FULL, prediction, variance_fn, variance)
+    return SAMPLERS[sampler](**options)(schedule, denoiser, x_T, keys, clip_x0=False)
 
 
 def agrees(x, mean, std):
@@ -47,7 +48,7 @@ def agrees(x, mean, std):
 
 def exact_moments(steps, variance):
     schedule = chain(steps)
-    sigma2 = oracle.sigma2(schedule.alpha_bar, variance, said(variance, schedule.timesteps))
+    sigma2 = oracle.sigma2(schedule.alpha_bar, variance, said(variance, schedule.times))
     return oracle.ancestral_moments(schedule.alpha_bar, sigma2)
 
 
@@ -86,12 +87,15 @@ def test_one_step_is_the_posterior_with_its_noise(variance):
     # Two steps; at the last, x̂_0 = x_t, so the output is what the first step drew.
     two = schedules.from_betas([0.1, 0.4])
     x_0, x_t = 0.9, 0.4
-    denoise_fn = diffusion.denoiser(
-        two, lambda x, t: jnp.where(t[:, None, None, None] == 0, x, x_0), prediction="x_0"
+    denoiser = diffusion.denoiser(
+        two,
+        lambda x, t: jnp.where(t[:, None, None, None] == 0, x, x_0),
+        prediction="x_0",
+        variance=variance,
     )
     keys = jax.random.split(jax.random.key(2), N)
     x_T = jnp.full((N, 1, 1, 1), x_t)
-    x = samplers.ancestral(two, denoise_fn, x_T, keys, variance=variance, clip_x0=False)
+    x = Ancestral()(two, denoiser, x_T, keys, clip_x0=False)
     # q(x_1 | x_2, x_0) by hand: ᾱ = 0.9, 0.54
     mean = (np.sqrt(0.9) * 0.4 * x_0 + np.sqrt(0.6) * 0.1 * x_t) / 0.46
     std = {"fixed_large": np.sqrt(0.4), "fixed_small": np.sqrt(0.1 / 0.46 * 0.4)}[variance]
@@ -102,19 +106,20 @@ def test_one_step_is_the_posterior_with_its_noise(variance):
 def test_no_noise_at_the_last_step(steps):
     # With x̂_0 fixed, the last step returns it whatever was drawn before.
     schedule, shape = chain(steps), (4, 2, 2, 1)
-    denoise_fn = diffusion.denoiser(FULL, lambda x, t: jnp.full_like(x, 0.25), prediction="x_0")
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    denoiser = diffusion.denoiser(FULL, lambda x, t: jnp.full_like(x, 0.25), **options)
     for seed in (3, 4):
         keys = jax.random.split(jax.random.key(seed), 4)
-        x = samplers.ancestral(schedule, denoise_fn, samplers.prior(keys, shape[1:]), keys)
+        x = Ancestral()(schedule, denoiser, diffusion.prior(schedule, keys, shape[1:]), keys)
         np.testing.assert_allclose(x, 0.25, rtol=1e-6)
 
 
 def test_an_image_depends_on_its_key_alone():
-    denoise_fn, schedule = oracle.exact_denoiser(FULL), chain(7)
+    denoiser, schedule = oracle.exact_denoiser(FULL, variance="fixed_large"), chain(7)
     keys = jax.random.split(jax.random.key(5), 6)
 
     def run(keys):
-        return samplers.ancestral(schedule, denoise_fn, samplers.prior(keys, (3, 5, 2)), keys)
+        return Ancestral()(schedule, denoiser, diffusion.prior(schedule, keys, (3, 5, 2)), keys)
 
     whole = run(keys)
     parts = jnp.concatenate([run(keys[:1]), run(keys[1:5]), run(keys[5:])])
@@ -124,7 +129,7 @@ def test_an_image_depends_on_its_key_alone():
 
 def test_noise_differs_between_steps_and_from_the_prior():
     keys = jax.random.split(jax.random.key(6), 1000)
-    draws = [samplers.prior(keys, (1, 1, 1))]
+    draws = [diffusion.prior(FULL, keys, (1, 1, 1))]
     draws += [diffusion.noise(keys, t, (1, 1, 1)) for t in (0, 1, 999)]
     correlations = np.corrcoef(np.stack([np.ravel(d) for d in draws]))
     assert np.abs(correlations - np.eye(4)).max() < 4 / np.sqrt(1000)
@@ -132,15 +137,14 @@ def test_noise_differs_between_steps_and_from_the_prior():
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_clipping_bounds_the_image_and_keeps_what_needs_none(sampler):
-    wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * x, prediction="x_0")
-    calm = diffusion.denoiser(FULL, lambda x, t: 0.1 * jnp.tanh(x), prediction="x_0")
+    options = {"prediction": "x_0", "variance": "fixed_large"}
+    wild = diffusion.denoiser(FULL, lambda x, t: 3.0 * x, **options)
+    calm = diffusion.denoiser(FULL, lambda x, t: 0.1 * jnp.tanh(x), **options)
     keys = jax.random.split(jax.random.key(7), 4)
-    x_T = samplers.prior(keys, (4, 4, 1))
+    x_T = diffusion.prior(FULL, keys, (4, 4, 1))
 
-    def run(denoise_fn, clip_x0):
-        if sampler == "ddim":
-            return samplers.ddim(chain(10), denoise_fn, x_T, clip_x0=clip_x0)
-        return samplers.ancestral(chain(10), denoise_fn, x_T, keys, clip_x0=clip_x0)
+    def run(denoiser, clip_x0):
+        return SAMPLERS[sampler]()(chain(10), denoiser, x_T, keys, clip_x0=clip_x0)
 
     assert jnp.abs(run(wild, True)).max() <= 1.0 + 1e-6
     assert jnp.abs(run(wild, False)).max() > 1.0
@@ -150,9 +154,7 @@ def test_clipping_bounds_the_image_and_keeps_what_needs_none(sampler):
 def test_clipped_ddim_stays_consistent():
     # ε̂ re-derived from the clipped x̂_0: with x̂_0 clipped to 1, x_t lies on the line from 1 to the noise.
     two = schedules.from_betas([0.2, 0.5])
-    denoise_fn = diffusion.denoiser(
-        two, lambda x, t: jnp.where(t[0] == 0, x, 5.0), prediction="x_0"
-    )
-    x_1 = samplers.ddim(two, denoise_fn, jnp.full((1, 1, 1, 1), 0.3))
+    denoiser = diffusion.denoiser(two, lambda x, t: jnp.where(t[0] == 0, x, 5.0), prediction="x_0")
+    x_1 = DDIM()(two, denoiser, jnp.full((1, 1, 1, 1), 0.3), None)
     eps = (0.3 - np.sqrt(0.4)) / np.sqrt(0.6)  # x_2 = √ᾱ·1 + √(1 − ᾱ) ε with ᾱ = 0.4
     np.testing.assert_allclose(x_1, np.sqrt(0.8) + np.sqrt(0.2) * eps, rtol=1e-6)
