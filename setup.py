@@ -6,7 +6,8 @@ TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
 
 setup(
     name="ddpm_jax",
-    version="0.1.0",
+    version="0.2.0",
+    license="Apache-2.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
     packages=find_packages(include=["ddpm_jax*"]),
     package_data={"ddpm_jax.commands.report": ["*.html.j2", "style.css"]},

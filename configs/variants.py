@@ -12,10 +12,11 @@ def smoke(config: ConfigDict) -> ConfigDict:
     height, width, channels = config.data.image_shape or (32, 32, 3)
     config.data.name = "synthetic"
     config.data.image_shape = (min(height, 32), min(width, 32), channels)
-    config.model.channel_mults = config.model.channel_mults[:3]
-    config.model.channels = 8
-    config.model.num_groups = 2
-    config.model.num_res_blocks = 1
+    if "channel_mults" in config.model:  # a U-Net; another network keeps its size
+        config.model.channel_mults = config.model.channel_mults[:3]
+        config.model.channels = 8
+        config.model.num_groups = 2
+        config.model.num_res_blocks = 1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 5
     config.training.num_steps = 20

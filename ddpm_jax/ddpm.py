@@ -358,7 +358,7 @@ class DDPM(Method):
         key,
         index,
         label,
-        sampling: Sampling = Sampling(),  # noqa: B008
+        sampling: Sampling = Sampling(),
         *,
         x_T=None,
         from_t: int | None = None,
@@ -387,7 +387,7 @@ class DDPM(Method):
         clip = self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0
         return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
 
-    def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:  # noqa: B008
+    def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
         """The chain of the options of the bound, after a check that this model can have them."""
         steps = timesteps.shorten(self.schedule, options.steps)
         check_choice("cdf", options.cdf, likelihood.CDFS)
@@ -399,10 +399,10 @@ class DDPM(Method):
         params,
         key,
         batch,
-        options: Bounding = Bounding(),  # noqa: B008
+        options: Bounding = Bounding(),
         *,
         x_0_error=None,
-    ) -> dict[str, Float[Array, "..."]]:
+    ) -> dict[str, Float[Array, ...]]:
         """The bound on −log p(x_0) in bits/dim: total, L_T and L_0 [B]; terms, x_0_error and eps_error [B, S]."""
         steps = self.bound_chain(options, x_0_error=x_0_error)
         x_0, keys = diffusion.from_uint8(batch["image"]), fold_in_each(key, batch["index"])

@@ -26,12 +26,12 @@ import ddpm_jax
 from ddpm_jax import data, options
 from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
+from ddpm_jax.commands.report import report
 from ddpm_jax.ddpm import Sampling
-from ddpm_jax.files import checkpoints, results, run_data, runs, writers
+from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.names import nearest as nearest_name
 from ddpm_jax.options import ConfigError, Option, Text
-from ddpm_jax.commands.report import report
 from ddpm_jax.training import guards, loop, parallel, resume
 
 PROGRAM = "python -m ddpm_jax.main"
@@ -227,7 +227,7 @@ class Request:
                 exact = [name for name in fields if flag in (name, name.rpartition(".")[2])]
                 if exact or "." in flag:
                     return config_lib.near_field(flag, list(fields))
-        names = ["mode", *all_flags(self.mode)]
+        names = ["mode", *flags_of(self.mode, self.chosen), *all_flags(self.mode)]
         if self.mode == "train":
             names += [name for mode in COMMANDS for name in all_flags(mode)]
         whole = [name for name in dict.fromkeys(names) if name in flag.split("_")]

@@ -67,7 +67,7 @@ class Method(Protocol):
         key: Key[Array, ""],
         index: Int32[Array, " B"],
         label: Int32[Array, " B"],
-        sampling: Any = NoOptions(),  # noqa: B008
+        sampling: Any = NoOptions(),
     ) -> Float[Array, "B H W C"]:
         """Images in [−1, 1] or beyond. Raises ValueError for options that it cannot use."""
 

@@ -297,12 +297,16 @@ def convert(one: Option, value: Any, where: str) -> Any:
             value = read(str(value), one.hint)
         except ValueError:
             raise ConfigError(
-                f"{_called(one, where)} must be {expected(one.hint)}, got {str(value)!r}"
+                f"{_called(one, where)} must be {expected(one.hint)}, got"
+                f" {str(value)!r}{nearest(str(value), literals(one.hint))}"
             ) from None
     if value is None and _is_sequence(one.hint):
         value = ()
     if not fits(value, one.hint):
-        raise ConfigError(f"{_called(one, where)} must be {expected(one.hint)}, got {value!r}")
+        hint = nearest(value, literals(one.hint)) if isinstance(value, str) else ""
+        raise ConfigError(
+            f"{_called(one, where)} must be {expected(one.hint)}, got {value!r}{hint}"
+        )
     if one.least is not None and isinstance(value, int) and value < one.least:
         raise ConfigError(f"{_called(one, where)} must be at least {one.least}, got {value}")
     return value

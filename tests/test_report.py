@@ -329,7 +329,14 @@ def test_a_directory_that_is_not_a_run_gives_one_line(trained, tmp_path, keep, w
 
 
 def test_no_device_is_requested(trained, tmp_path):
-    command = [sys.executable, "-m", "ddpm_jax.main", "--mode=report", f"--workdir={trained[0]}", "--allow_code"]
+    command = [
+        sys.executable,
+        "-m",
+        "ddpm_jax.main",
+        "--mode=report",
+        f"--workdir={trained[0]}",
+        "--allow_code",
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}  # a request for a device fails
     environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
     given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False}

@@ -43,7 +43,7 @@ def benchmark(
         int | None, "How many images are computed at a time. Default: as in the config.", AtLeast(1)
     ] = None,
     plain: Annotated[bool, "Also times the textbook form of the network."] = True,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
 ) -> dict[str, Any]:
     """Measures how fast a config trains and samples, beside what its network needs by itself.
 

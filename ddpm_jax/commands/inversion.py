@@ -36,9 +36,9 @@ FEW = 50  # steps of a deterministic chain by default
 def encode(
     run: Run,
     *,
-    chain: Chain = Chain(steps="50"),  # noqa: B008
-    images: Images = Images(),  # noqa: B008
-    output: Output = Output(),  # noqa: B008
+    chain: Chain = Chain(steps="50"),
+    images: Images = Images(),
+    output: Output = Output(),
 ) -> str:
     """Writes the latents x_T that DDIM leads back to images.
 
@@ -107,9 +107,9 @@ def make_encoder(model, chosen: Chain, where: str):
 def reconstruct(
     run: Run,
     *,
-    chain: Chain = Chain(),  # noqa: B008
-    images: Images = Images(),  # noqa: B008
-    output: Output = Output(),  # noqa: B008
+    chain: Chain = Chain(),
+    images: Images = Images(),
+    output: Output = Output(),
 ) -> dict[int | str, tuple[float, float]]:
     """Encodes and decodes images, and prints what is lost for several numbers of steps; Song et al. 2021, Table 2.
 
@@ -195,11 +195,11 @@ FromT = Annotated[
 def interpolate(
     run: Run,
     *,
-    sampling: Sampling = Sampling(sampler=None),  # noqa: B008
-    images: Images = Images(images=None),  # noqa: B008
+    sampling: Sampling = Sampling(sampler=None),
+    images: Images = Images(images=None),
     from_t: FromT = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Draws what lies between the images 2k and 2k + 1, or between two latents.
 

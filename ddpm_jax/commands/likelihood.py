@@ -75,12 +75,12 @@ class Evaluation(NamedTuple):
 def nll(
     run: Run,
     *,
-    bounding: Bounding = Bounding(),  # noqa: B008
+    bounding: Bounding = Bounding(),
     split: Split = "test",
     num_images: NumImages = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> Evaluation:
     """Measures the variational bound of images in bits/dim, term by term.
 
@@ -101,12 +101,12 @@ def nll(
 def rate_distortion(
     run: Run,
     *,
-    bounding: Bounding = Bounding(),  # noqa: B008
+    bounding: Bounding = Bounding(),
     split: Split = "test",
     num_images: NumImages = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> Evaluation:
     """Measures rate and distortion along the reverse chain: Ho et al. 2020, Table 4 and Figure 5."""
     request = _Request(run, split, num_images, data_dir, seed, output)
@@ -140,12 +140,12 @@ def tenths(S: int) -> list[int]:
 def best_steps(
     run: Run,
     *,
-    bounding: Bounding = Bounding(),  # noqa: B008
+    bounding: Bounding = Bounding(),
     split: Split = "test",
     num_images: NumImages = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> np.ndarray:
     """Chooses the --steps=S of the T steps with the lowest bound (Watson et al. 2021), and says what they gain.
 

@@ -70,7 +70,7 @@ def evaluate(
         "The network of the features: inception, inception:FILE, or MODULE:FILE for a module with load(path) ->"
         " Extractor.",
     ] = "inception",
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     num_samples: Annotated[
         int | None, "How many images to draw. Default: 50000, as in the papers.", AtLeast(1)
     ] = None,
@@ -89,7 +89,7 @@ def evaluate(
     num_images: Annotated[int | None, "How many images for nll. Default: all.", AtLeast(1)] = None,
     data_dir: DataDir = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> dict:
     """Measures samples by FID and other metrics, against the run's data.
 

@@ -29,7 +29,7 @@ ROWS = 20  # samples in the picture
 def nearest(
     run: Run,
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     num_samples: Annotated[int | None, "How many images to draw. Default: 8.", AtLeast(1)] = None,
     neighbours: Annotated[
         int, "How many training images are shown beside each sample.", AtLeast(1)
@@ -40,7 +40,7 @@ def nearest(
     labels: Labels = "cycle",
     data_dir: DataDir = None,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Shows samples beside the training images nearest to them.
 

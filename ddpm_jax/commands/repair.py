@@ -37,10 +37,10 @@ def denoise(
     from_t: Annotated[
         shared.Times, "The time up to which noise is added, or several as 250,500,750."
     ],
-    sampling: Sampling = Sampling(),  # noqa: B008
-    images: Images = Images(),  # noqa: B008
+    sampling: Sampling = Sampling(),
+    images: Images = Images(),
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Adds noise to images up to a time, and takes it away again: what is lost there is made anew.
 
@@ -104,15 +104,15 @@ def inpaint(
     mask: Annotated[
         str, f"What is filled in: the white of a picture, or one of {', '.join(MASKS)}."
     ] = "centre",
-    chain: Chain = Chain(),  # noqa: B008
+    chain: Chain = Chain(),
     variance: Annotated[
         str | None, "The variance of the reverse chain. Default: as in the config."
     ] = None,
     resample: Annotated[int, "How often each part of the chain is walked.", AtLeast(1)] = 10,
     jump: Annotated[int, "How many steps it goes back for each --resample.", AtLeast(1)] = 10,
-    images: Images = Images(),  # noqa: B008
+    images: Images = Images(),
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Fills in a part of images, the rest of which is kept to the bit; see `repaint.inpaint`.
 

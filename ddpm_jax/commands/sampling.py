@@ -52,7 +52,7 @@ NumSamples = Annotated[
 def sample(
     run: Run,
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     num_samples: NumSamples = None,
     labels: Labels = "cycle",
     latents: Annotated[
@@ -62,7 +62,7 @@ def sample(
         bool, "Also writes the chain of the first images, as a strip and an animation."
     ] = False,
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Draws images from the last checkpoint of a run.
 
@@ -265,11 +265,11 @@ def _save_trajectory(run: Run, plan: Plan, examples) -> None:
 def progressive(
     run: Run,
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     num_samples: Annotated[int, "How many images to draw.", AtLeast(1)] = 8,
     labels: Labels = "cycle",
     seed: Seed = 0,
-    output: Output = Output(),  # noqa: B008
+    output: Output = Output(),
 ) -> str:
     """Draws samples together with the x_0 that the model predicts on the way; Ho et al. 2020, Figure 6.
 

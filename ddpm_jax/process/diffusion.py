@@ -43,7 +43,7 @@ def to_uint8(x: Images) -> UInt8[Array, "B H W C"]:
     return jnp.round(jnp.clip((x + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
 
-def at(table: Float64[np.ndarray, " S"], row: Row, x: Images) -> Float[Array, "..."]:
+def at(table: Float64[np.ndarray, " S"], row: Row, x: Images) -> Float[Array, ...]:
     """table[row], cast to float32, shaped to broadcast over the images `x`."""
     values = jnp.asarray(table, jnp.float32)[row]
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
@@ -251,7 +251,7 @@ class Denoised(NamedTuple):
     prediction: Images  # the output of the network: what a loss compares
     x_0: Images  # the same as an image, not clipped
     eps: Images  # the same as noise
-    log_variance: Float[Array, "..."] | None = (
+    log_variance: Float[Array, ...] | None = (
         None  # log σ² of p(x_s | x_t), if a variance was asked for
     )
 

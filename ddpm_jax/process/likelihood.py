@@ -123,7 +123,7 @@ def bound(
     return Bound(terms, prior_term(schedule, x_0), x_0_error, eps_error)
 
 
-def rmse(x_0_error) -> Float64[np.ndarray, "..."]:
+def rmse(x_0_error) -> Float64[np.ndarray, ...]:
     """A mean squared error in [−1, 1] as a root mean squared error on the scale 0 … 255."""
     return 127.5 * np.sqrt(np.asarray(x_0_error, np.float64))
 

@@ -153,7 +153,8 @@ class Schedule:
     def at(self, ratio: Sequence[float]) -> Schedule:
         """The chain with the levels σ/α = `ratio`, which need not be rows of this one.
 
-        log α and the time are interpolated linearly in log σ/α, so the times are fractional.
+        log α (of a variance-preserving chain α itself is known) and the time are interpolated linearly in log σ/α, so the
+        times are fractional.
 
         Args:
           ratio: [K], strictly increasing, within the range of this chain.
@@ -170,7 +171,10 @@ class Schedule:
                 f" {ratio.min():.4g} to {ratio.max():.4g}"
             )
         level, known = np.log(ratio), np.log(known)
-        alpha = np.exp(np.interp(level, known, np.log(self.alpha[rows])))
+        if self.is_variance_preserving:
+            alpha = 1.0 / np.sqrt(1.0 + ratio**2)
+        else:
+            alpha = np.exp(np.interp(level, known, np.log(self.alpha[rows])))
         return Schedule(alpha, ratio * alpha, np.interp(level, known, self.times[rows]))
 
 

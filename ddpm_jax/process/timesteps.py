@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.names import check_choice
+from ddpm_jax.process.schedules import Schedule
 
 # How S times are spread over a chain, and the prefix that stands for it in a text of steps.
 SPACINGS = {"uniform": "", "linear": "ddim", "quadratic": "quad", "log_snr": "logsnr"}

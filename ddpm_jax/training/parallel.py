@@ -20,7 +20,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
 AXIS = "batch"
 
 

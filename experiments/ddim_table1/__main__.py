@@ -148,7 +148,7 @@ def _cell(values: list[float], of_first: list[float]) -> str:
 
 def follow(
     workdir, *, counts=LATENT_COUNTS, num_images: int = 10, seed: int = 0, output=Output()
-) -> str:  # noqa: B008
+) -> str:
     """Draws one row of images for each S, all from the same latents by DDIM; returns the picture's path."""
     run, grids = runs.load(workdir), []
     for S in counts:

@@ -126,7 +126,7 @@ class VAE(Method):
         once = jnp.ones_like(kl)
         return error + kl, {"reconstruction": (error, once), "kl": (kl, once)}, ()
 
-    def sample(self, params, key, index, label, sampling=NoOptions()):  # noqa: B008
+    def sample(self, params, key, index, label, sampling=NoOptions()):
         """The probabilities y(z) of z ~ N(0, I) as images, as in Kingma & Welling's figures."""
         del label, sampling
         keys = fold_in_each(key, index)

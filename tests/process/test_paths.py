@@ -538,6 +538,9 @@ def test_levels_between_rows(path):
     between = path.at(np.sqrt(low * high))  # half-way in log σ/α
     np.testing.assert_allclose(between.ratio, np.sqrt(low * high), rtol=1e-12)
     known = np.sqrt(path.alpha[[10, 500]] * path.alpha[[11, 501]])
+    if path.is_variance_preserving:  # the level says it all
+        known = 1 / np.sqrt(1 + low * high)
+        np.testing.assert_allclose(between.alpha**2 + between.sigma**2, 1.0, rtol=1e-12)
     np.testing.assert_allclose(between.alpha, known, rtol=1e-12)
     np.testing.assert_allclose(between.times, [10.5, 500.5], rtol=1e-6)
     assert between.times.dtype == np.float32

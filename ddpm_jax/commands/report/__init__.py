@@ -19,12 +19,12 @@ from typing import Annotated
 
 import jinja2
 
+from ddpm_jax.commands.report import arrange
+from ddpm_jax.commands.report.find import find
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import writers
 from ddpm_jax.files.results import out_path
 from ddpm_jax.files.run_data import RunError
-from ddpm_jax.commands.report import arrange
-from ddpm_jax.commands.report.find import find
 
 GENERATOR = "ddpm_jax report"  # name in the page's <meta name="generator">
 

@@ -9,14 +9,14 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax.files import config as config_lib
-from ddpm_jax.process import schedules
-from ddpm_jax.stats import mean_and_error
 from ddpm_jax.commands.report import results, words
 from ddpm_jax.commands.report.blocks import block, chart_block, figure, table, text
 from ddpm_jax.commands.report.charts import Curve, chart
 from ddpm_jax.commands.report.find import Picture, Run
 from ddpm_jax.commands.report.words import is_number, number, plus_minus
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.process import schedules
+from ddpm_jax.stats import mean_and_error
 
 PICTURES = 12  # maximum number of pictures of one kind
 PARTS = 25  # a training curve is averaged over one part in so many

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-from ddpm_jax.files import writers
 from ddpm_jax.commands.report.words import number
+from ddpm_jax.files import writers
 
 WIDTH, HEIGHT = 360, 230  # pixels at full size
 BOX = (

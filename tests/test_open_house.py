@@ -1,0 +1,166 @@
+"""An idea is one file: a sampler with an option from outside the package, flow matching, EDM, a network of one's own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from test_edit import make_config
+
+from ddpm_jax import main
+from ddpm_jax.ddpm import Sampling
+from ddpm_jax.files import results, runs
+from ddpm_jax.process import diffusion, schedules
+from ddpm_jax.process.samplers import DDIM, Heun
+from ddpm_jax.process.timesteps import shorten
+from ddpm_jax.training import loop
+from experiments import edm, flow_matching, my_network
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+MINE = '''
+import dataclasses
+from ddpm_jax.options import option
+from ddpm_jax.process.samplers.chain import scan
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lazy:
+    """Goes straight to the predicted image, and a share of the way only."""
+
+    share: float = option(1.0, "The share of the way to the prediction that a step goes.")
+
+    def __call__(self, chain, denoiser, x_T, keys, **loop):
+        def step(k, i, x, denoised, carry):
+            return x + self.share * (denoised.x_0 - x), carry
+        return scan(chain, denoiser, x_T, step, **loop)
+'''
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder with a run and the file of an idea, and a program that runs there."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "my_idea.py").write_text(MINE)
+    loop.train(make_config(), folder / "run")
+
+    def command(*arguments):
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}", "XLA_FLAGS": ""}
+        line = [sys.executable, "-m", "ddpm_jax.main", *arguments]
+        given = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run(line, check=False, **given)
+
+    return folder, command
+
+
+def test_a_sampler_of_ones_own_on_the_command_line(mine):
+    folder, command = mine
+    shared = ("--mode=sample", "--workdir=run", "--sampler=my_idea:Lazy")
+    done = command(*shared, "--share=0.5", "--num_samples=3", "--steps=4", "--allow_code")
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "run" / "samples").glob("*share_0.5*.npz")
+    recipe = json.loads(str(results.read_npz(str(path))["recipe"]))
+    assert recipe["sampler"] == "my_idea:Lazy" and recipe["share"] == 0.5
+    out = command(*shared, "--help").stdout
+    assert "--share=VALUE" in out and "share of the way" in out and "Default: 1.0." in out
+    refused = command(*shared, "--eta=0.5").stderr
+    assert refused.startswith("error: eta is an option of sampler 'ddim'"), refused
+    assert "did you mean '--share'" in command(*shared, "--shar=0.5").stderr
+
+
+def test_a_sampler_of_ones_own_in_a_config_python_and_the_report(mine, monkeypatch):
+    folder, _ = mine
+    monkeypatch.syspath_prepend(str(folder))
+    config = make_config()
+    config.preview.sampler = "my_idea:Lazy"
+    config.preview.share = 0.25
+    loop.train(config, folder / "previewed")
+    run = runs.load(str(folder / "previewed"), allow_code=True)
+    assert run.config.preview.share == 0.25
+    import my_idea
+
+    sampling = Sampling(sampler=my_idea.Lazy(share=0.5), steps="4")
+    path = main.COMMANDS["sample"](run, sampling=sampling, num_samples=2)
+    assert json.loads(str(results.read_npz(path)["recipe"]))["share"] == 0.5
+    page = main.COMMANDS["report"](str(folder / "previewed"), allow_code=True)
+    with open(page, encoding="utf-8") as file:
+        assert "share 0.5" in file.read()
+
+
+# ---- other paths -------------------------------------------------------------------------------------
+
+
+def exact_denoiser(chain):
+    """The denoise_fn of a chain for data N(MEAN, STD²)."""
+    gain = chain.alpha * oracle.STD**2 / (chain.alpha**2 * oracle.STD**2 + chain.sigma**2)
+    shift = oracle.MEAN * (1 - gain * chain.alpha)
+
+    def denoise_fn(x, i):
+        x_0 = diffusion.at(gain, i, x) * x + diffusion.at(shift, i, x)
+        return diffusion.Denoised(x_0, x_0, diffusion.noise_of(chain, x_0, x, i))
+
+    return denoise_fn
+
+
+def draw(sampler, chain):
+    keys = jax.random.split(jax.random.key(0), 512)
+    x_T = chain.prior_std * jax.random.normal(jax.random.key(1), (512, 4, 4, 1))
+    return np.asarray(jax.jit(lambda: sampler(chain, exact_denoiser, x_T, keys, clip_x0=False))())
+
+
+def test_eulers_step_on_a_straight_path_is_ddims():
+    chain = shorten(schedules.straight(1000), "10")
+    pairs = draw(flow_matching.Euler(), chain), draw(DDIM(), chain)
+    np.testing.assert_allclose(*pairs, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler, order", [(flow_matching.Euler(), 1), (flow_matching.Heun(), 2)])
+def test_flow_matching_converges_at_its_order(sampler, order):
+    errors = []
+    for steps in (16, 32, 64):
+        x = draw(sampler, shorten(schedules.straight(4096), str(steps)))
+        errors.append(abs(x.std() - draw(flow_matching.Heun(), schedules.straight(1024)).std()))
+    assert errors[0] / errors[2] > 0.8 * 4**order
+
+
+def test_without_churn_it_is_heuns_method():
+    chain = shorten(schedules.exploding(1000), "18")
+    pairs = draw(edm.HeunWithChurn(), chain), draw(Heun(), chain)
+    np.testing.assert_allclose(*pairs, rtol=1e-4, atol=1e-4)
+
+
+def test_churn_keeps_the_distribution():
+    x = draw(edm.HeunWithChurn(churn=20), shorten(schedules.exploding(1000), "40"))
+    assert x.mean() == pytest.approx(oracle.MEAN, abs=0.02)
+    assert x.std() == pytest.approx(oracle.STD, abs=0.02)
+
+
+def test_noise_levels_are_log_normal():
+    schedule = schedules.exploding(1000)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    t, weight = edm.LogNormal().draw(schedule, (), jax.random.key(1), keys, None)
+    level = np.log(schedule.ratio[np.asarray(t)])
+    assert level.mean() == pytest.approx(-1.2, abs=0.03) and level.std() == pytest.approx(
+        1.2, abs=0.03
+    )
+    assert (np.asarray(weight) == 1).all()
+
+
+@pytest.mark.parametrize("experiment", [flow_matching, edm, my_network], ids=lambda m: m.__name__)
+def test_each_trains_and_draws(experiment, tmp_path):
+    config = experiment.get_config("smoke")
+    config.data.name = "synthetic"
+    config.data.image_shape = (8, 8, 1)
+    config.training.num_steps = 2
+    config.preview.every = 2
+    config.preview.num_images = 2
+    if experiment is my_network:
+        config.model.update(width=16, depth=1, num_heads=2)
+    loop.train(config, tmp_path / "run")
+    path = main.COMMANDS["sample"](
+        runs.load(str(tmp_path / "run")), num_samples=2, sampling=Sampling(steps="3")
+    )
+    assert results.read_npz(path)["images"].shape == (2, 8, 8, 1)
