@@ -11,6 +11,7 @@ setup(
     description="Denoising diffusion probabilistic models in JAX and Flax",
     packages=find_packages(include=["ddpm_jax*"]),
     package_data={"ddpm_jax.commands.report": ["*.html.j2", "style.css"]},
+    entry_points={"console_scripts": ["ddpm_jax = ddpm_jax.main:main"]},
     python_requires=">=3.11",
     # Floors, at or below what a Colab TPU runtime ships, and no upper pins: installing ddpm_jax never
     # moves an accelerator's own jax.

@@ -19,6 +19,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "files",
     "training",
     "commands",
+    "library",
     "main",
     "benchmark __main__ __init__",
 )

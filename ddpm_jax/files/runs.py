@@ -96,12 +96,19 @@ def _short(value) -> str:
     return f"{last[:24]}-{digest}" if last and os.sep in text else digest
 
 
-def load(workdir: str, *, weights: str = "ema", allow_code: bool = False) -> Run:
+def load(
+    workdir: str,
+    *,
+    weights: str = "ema",
+    allow_code: bool = False,
+    method: method_lib.Method | None = None,
+) -> Run:
     """The last checkpoint of a run directory, whose config is the truth. Needs no optimiser.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
       allow_code: import modules outside ddpm_jax and experiments that the config names.
+      method: the Method itself; None for that of the config.
 
     Raises:
       ConfigError, CheckpointError, RunError: no run there, no checkpoint yet, or none to be read.
@@ -110,13 +117,13 @@ def load(workdir: str, *, weights: str = "ema", allow_code: bool = False) -> Run
     config = config_lib.load(os.path.join(workdir, "config.json"))
     with options.errors_at("weights"):
         check_choice("weights", weights, ("ema", "raw"))
-    foreign = foreign_modules(config)
+    foreign = foreign_modules(config) if method is None else []
     if foreign and not allow_code:
         raise RunError(
             f"{workdir} needs code of its own, {', '.join(foreign)}; if you trust it, give --allow_code"
             " (allow_code=True in Python)"
         )
-    method = method_lib.from_config(config)
+    method = method or method_lib.from_config(config)
     part = {"ema": "ema_params", "raw": "params"}[weights]
     template = {part: jax.eval_shape(method.init, jax.random.key(0))}
     restored = checkpoints.restore(os.path.join(workdir, "checkpoints"), template, partial=True)

@@ -349,10 +349,14 @@ class Progress:
 
     def show(self, text: str = "") -> None:
         """Prints `line`, at most every `SHOW_SECONDS`, and at the end."""
-        now = time.perf_counter()
-        if self.done >= self._total or now - self._shown >= SHOW_SECONDS:
-            self._shown = now
+        if self.is_due():
+            self._shown = time.perf_counter()
             print(self.line(text), flush=True)
+
+    def is_due(self) -> bool:
+        """Whether `show` would print."""
+        late = time.perf_counter() - self._shown >= SHOW_SECONDS
+        return self.done >= self._total or late
 
     def line(self, text: str = "") -> str:
         """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""

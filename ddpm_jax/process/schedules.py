@@ -302,6 +302,19 @@ def betas(num_timesteps: int | None = None, *, betas: tuple[float, ...] = ()) ->
     return from_betas(betas)
 
 
+def table(
+    num_timesteps: int | None = None,
+    *,
+    alpha: tuple[float, ...],
+    sigma: tuple[float, ...],
+    times: tuple[float, ...] | None = None,
+    step_variance: tuple[float, ...] | None = None,
+) -> Schedule:
+    """A chain by its tables, see `Schedule`; the number of its steps is their length."""
+    del num_timesteps
+    return Schedule(alpha, sigma, times, step_variance)
+
+
 SCHEDULES = {
     "linear": linear,
     "quadratic": quadratic,
@@ -314,6 +327,7 @@ SCHEDULES = {
     "exploding": exploding,
     "straight": straight,
     "betas": betas,
+    "table": table,
     "quad": quadratic,  # names in older configs
     "const": constant,
 }

@@ -1,0 +1,292 @@
+"""The library: a model from its parts, trained, sampled and measured on arrays; no flags, and no files unless asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpm_jax import data, options
+from ddpm_jax.ddpm import DDPM, Bounding
+from ddpm_jax.files import runs, writers
+from ddpm_jax.method import Method, labels_of
+from ddpm_jax.networks import NETWORKS, UNet
+from ddpm_jax.options import Choice
+from ddpm_jax.process.time_sampling import TIME_SAMPLERS
+from ddpm_jax.stats import mean_and_error
+from ddpm_jax.training import parallel
+from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.loop import train
+from ddpm_jax.training.preview import check_sampling, drawn
+
+
+class Images(np.ndarray):
+    """uint8 [N, H, W, C] that a notebook shows as a grid."""
+
+    def _repr_png_(self) -> bytes | None:
+        if self.ndim != 4 or self.dtype != np.uint8 or not len(self):
+            return None
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(writers.grid(np.asarray(self)[:100])).save(buffer, "png")
+        return buffer.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """The bound on −log p(x_0) of N images, in bits per dimension.
+
+    Attributes:
+      mean, stderr: over images; stderr is None for a single one.
+      total, L_T, L_0: float64 [N].
+      terms: float64 [S], L_0, L_1, … of each step, means over images.
+    """
+
+    mean: float
+    stderr: float | None
+    total: np.ndarray
+    L_T: np.ndarray
+    L_0: np.ndarray
+    terms: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run(runs.Run):
+    """A run directory with what can be done with its model; `params` are those of its last checkpoint."""
+
+    def sample(self, num_samples: int = 16, **asked) -> Images:
+        """`sample` of this run."""
+        return sample(self.method, self.params, num_samples, **asked)
+
+    def bits_per_dim(self, images, **asked) -> Bits:
+        """`bits_per_dim` of this run."""
+        return bits_per_dim(self.method, self.params, images, **asked)
+
+
+def load(
+    workdir: str, *, weights: str = "ema", model: Method | None = None, allow_code: bool = False
+) -> Run:
+    """The last checkpoint of a run directory, made by the command line or by `fit`.
+
+    Args:
+      weights: "ema", the moving average of the parameters, or "raw", the last ones.
+      model: the model itself, where its parts have names that cannot be imported, such as classes of a notebook.
+      allow_code: import modules outside ddpm_jax and experiments that the run names.
+
+    Raises:
+      ConfigError, CheckpointError, RunError: one line that says what to do.
+    """
+    run = runs.load(workdir, weights=weights, allow_code=allow_code, method=model)
+    return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
+
+
+def fit(
+    model: DDPM,
+    images,
+    *,
+    num_steps: int,
+    batch_size: int = 64,
+    labels=None,
+    learning_rate: float = 2e-4,
+    warmup_steps: int | None = None,
+    ema_decay: float | None = None,
+    seed: int = 0,
+    workdir: str | None = None,
+) -> step_lib.TrainState:
+    """Trains a model on images, with Adam and an average of the parameters that suit the number of steps.
+
+    Args:
+      images: uint8 [N, H, W, C], or a `Dataset`.
+      labels: int [N], for a network with classes.
+      warmup_steps: None for a twentieth of the steps, at most 5000.
+      ema_decay: None for 1 − 10/num_steps, at most 0.9999.
+      workdir: a run directory to train in, and to resume from; None writes no files.
+
+    Returns:
+      the state after the last step, with `params` and `ema_params`.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
+    """
+    dataset = images
+    if not isinstance(images, data.Dataset):
+        dataset = data.Dataset.from_arrays(images, labels)
+    if dataset.image_shape != tuple(model.image_shape):
+        raise data.DataError(
+            f"the images are {dataset.image_shape}, and the model is for {tuple(model.image_shape)}"
+        )
+    if model.num_classes and dataset.num_classes != model.num_classes:
+        raise data.DataError(
+            f"the model has {model.num_classes} classes and the labels have {dataset.num_classes}"
+        )
+    config = to_config(model)
+    config.seed = seed
+    config.data = {"name": "arrays", "data_dir": "data", "image_shape": tuple(model.image_shape)}
+    config.data.flip = model.flip
+    warmup = min(5000, num_steps // 20) if warmup_steps is None else warmup_steps
+    config.optimizer = {"learning_rate": learning_rate, "warmup_steps": warmup, "decay": "none"}
+    decay = min(0.9999, 1.0 - 10.0 / max(num_steps, 20)) if ema_decay is None else ema_decay
+    config.step = {"ema_decay": decay, "ema_warmup": True, "accumulate": 1}
+    config.training = {"num_steps": num_steps, "batch_size": batch_size}
+    config.preview = {"every": max(1, num_steps // 4), "num_images": 16}
+    config.preview.update(sampler="ddim", steps=str(min(50, len(model.schedule))))
+    if workdir is not None:
+        return train(config, workdir, method=model, dataset=dataset)
+    return _fit(model, dataset, config)
+
+
+def _fit(model, dataset, config) -> step_lib.TrainState:
+    """The loop without files."""
+    num_steps, batch_size = config.training.num_steps, config.training.batch_size
+    with options.errors_at("fit"):
+        parallel.check_batch_size("batch_size", batch_size)
+        keys = step_lib.make_keys(config.seed)
+    tx, _ = step_lib.optimizer_of(config)
+    update = step_lib.make_update(
+        model, tx, keys.train, axis_name=parallel.AXIS, **config.step.to_dict()
+    )
+    state = parallel.place(step_lib.init_state(model, tx, keys.init))
+    progress = writers.Progress("step", num_steps, 0, unit="images", per_count=batch_size)
+    compiled = None
+    with contextlib.closing(
+        data.batches(dataset, seed=config.seed, start=0, stop=num_steps, batch_size=batch_size)
+    ) as batches:
+        for step, batch in enumerate(batches, 1):
+            batch = parallel.shard(batch)
+            if compiled is None:
+                with progress.pause():
+                    compiled = parallel.compile_step(update, state, batch)
+            state, loss = compiled(state, batch)
+            progress.done = step
+            if progress.is_due():
+                progress.show(f"loss {float(loss):.4f}")
+    return state
+
+
+def sample(
+    model: Method,
+    params: Any,
+    num_samples: int,
+    *,
+    labels="cycle",
+    seed: int = 0,
+    batch_size: int | None = None,
+    **sampling,
+) -> Images:
+    """Draws images 0 … num_samples − 1 of a seed: uint8 [N, H, W, C]; image i depends on the seed and i alone.
+
+    Args:
+      labels: of a model with classes, see `labels_of`.
+      batch_size: images at a time; None for what suits the device.
+      sampling: the options of sampling, such as sampler=DDIM(eta=0.5), steps=50, guidance=3.0.
+
+    Raises:
+      ConfigError: options that the model cannot have; one line.
+    """
+    chosen = options.build(model.Sampling, sampling, "")
+    check_sampling(model, chosen, "sampling")
+    with options.errors_at("sampling"):
+        key = step_lib.make_keys(seed).sample
+        classes = labels_of(model, np.arange(num_samples), labels, key=key)
+
+    def draw(params, key, index, label):
+        return drawn(model.sample(params, key, index, label, chosen))[0]
+
+    examples = np.arange(num_samples), classes
+    return np.asarray(_map(draw, params, key, examples, batch_size)).view(Images)
+
+
+def bits_per_dim(
+    model: DDPM,
+    params: Any,
+    images,
+    *,
+    labels=None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    **bounding,
+) -> Bits:
+    """The variational bound on −log p of images uint8 [N, H, W, C], one draw of x_t for each image and time.
+
+    Args:
+      labels: int [N], for a model with classes.
+      bounding: the options of the bound, such as steps=50, variance="fixed_small".
+
+    Raises:
+      ConfigError, DataError: one line that says what to do.
+    """
+    dataset = data.Dataset.from_arrays(images, labels)
+    chosen = options.build(Bounding, bounding, "")
+    with options.errors_at("bits_per_dim"):
+        model.bound_chain(chosen)
+        key = step_lib.make_keys(seed).evaluate
+
+    def bound(params, key, index, label, image):
+        return model.bound(params, key, {"image": image, "label": label, "index": index}, chosen)
+
+    index = np.arange(len(dataset))
+    examples = (index, dataset.labels, dataset.fetch(index))
+    parts = _map(bound, params, key, examples, batch_size)
+    total, L_T, L_0 = (parts[name].astype(np.float64) for name in ("total", "L_T", "L_0"))
+    terms = parts["terms"].astype(np.float64).mean(axis=0)
+    return Bits(*mean_and_error(total), total, L_T, L_0, terms)
+
+
+def _map(function, params, key, examples, batch_size: int | None):
+    """function(params, key, *examples) over all examples, some at a time."""
+    count = len(examples[0])
+    batch_size = min(batch_size or parallel.examples_at_once(), count)
+    params, mapped, parts = parallel.place(params), parallel.map_examples(function), []
+    progress = writers.Progress("image", count, 0, unit="images")
+    for first in range(0, count, batch_size):
+        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        batch = [np.asarray(values)[rows] for values in examples]
+        if first == 0:
+            with progress.pause():
+                mapped.compile(params, key, *batch)
+        parts.append(mapped(params, key, *batch))
+        progress.done = min(first + batch_size, count)
+        if progress.is_due():
+            progress.show()
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+
+
+def to_config(model: DDPM) -> ConfigDict:
+    """The sections method, model, schedule and diffusion of a model, from which it can be made again.
+
+    The schedule is written as its tables. Parts that are not built in are named module:NAME.
+    """
+    schedule, network = model.schedule, model.network
+    tables = {"alpha": schedule.alpha, "sigma": schedule.sigma, "times": schedule.times}
+    tables["step_variance"] = schedule.step_variance
+    tables = {name: tuple(np.asarray(table, np.float64).tolist()) for name, table in tables.items()}
+    fields = {
+        field.name: getattr(network, field.name)
+        for field in dataclasses.fields(network)
+        if field.name not in ("parent", "name", "out_channels")
+    }
+    if isinstance(network, UNet):
+        fields["num_groups"] = network.groups
+        fields["attention_resolutions"] = network.attended(model.image_shape)
+    given = ("schedule", "network", "image_shape", "flip")
+    diffusion = {}
+    for one in options.options_of(type(model)):
+        if one.name in given:
+            continue
+        value = getattr(model, one.name)
+        if one.choice is not None:
+            value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
+        elif callable(value):
+            value = f"{value.__module__}:{value.__qualname__}"
+        diffusion[one.name] = value
+    cls = type(model)
+    method = "ddpm_jax.ddpm" if cls is DDPM else f"{cls.__module__}:{cls.__qualname__}"
+    name = options.name_of(network, Choice("network", NETWORKS))
+    sections = {"schedule": {"name": "table", **tables}, "model": {"name": name, **fields}}
+    return ConfigDict({"method": method, **sections, "diffusion": diffusion})
