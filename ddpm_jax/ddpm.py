@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from ddpm_jax import options
 from ddpm_jax.method import Method, fold_in_each, mirror_at_random
-from ddpm_jax.names import check_choice, find
+from ddpm_jax.names import check_choice, check_takes, find
 from ddpm_jax.networks import NETWORKS, UNet, init_params
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
@@ -133,8 +133,10 @@ class DDPM(Method):
 
     def __post_init__(self):
         check_choice("variance", self.variance, VARIANCES)
-        if isinstance(self.loss, str) and ":" not in self.loss:
-            check_choice("loss", self.loss, losses.LOSSES)
+        loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
+        if callable(loss):
+            takes = ("schedule", "denoise_fn", "x_0", "t", "eps")
+            check_takes(loss, str(self.loss), takes, "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
         classes = getattr(self.network, "num_classes", 0)

@@ -30,6 +30,7 @@ from ddpm_jax.commands.report import report
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.names import foreign_frames, place_of
 from ddpm_jax.names import nearest as nearest_name
 from ddpm_jax.options import ConfigError, Option, Text
 from ddpm_jax.training import guards, loop, parallel, resume
@@ -439,10 +440,14 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
     except USER_ERRORS as error:
         line = traceback.format_exc() if debug else f"error: {error}"
         status = 2 if isinstance(error, ConfigError) else 1
-    except Exception:
-        if jax.process_count() == 1:
+    except Exception as error:
+        own = foreign_frames(error)
+        if jax.process_count() == 1 and (debug or not own):
             raise
         line, status = traceback.format_exc(), 1
+        if own and not debug:  # a mistake in a file of the user
+            message = str(error).strip().splitlines() or [""]
+            line = f"error: {place_of(error)}: {type(error).__name__}: {message[0]} (--debug shows more)"
     print(line, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         os._exit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -78,11 +79,29 @@ def import_module(name: str, kind: str):
 def place_of(error: BaseException) -> str:
     """The file and line where an error was raised, of code outside the libraries if any was there."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if is_foreign(frame.filename)]
+    own = foreign_frames(error)
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frame = (own or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}"
+
+
+def check_takes(thing: Any, spec: str, arguments: Sequence[str], kind: str) -> None:
+    """Raises ValueError, with its file, if a function cannot be called with these positional arguments."""
+    try:
+        inspect.signature(thing).bind(*arguments)
+    except TypeError:
+        there = inspect.signature(thing)
+        raise ValueError(
+            f"{kind} {spec!r}: {inspect.getsourcefile(thing)}: it takes {there}, and must take"
+            f" ({', '.join(arguments)})"
+        ) from None
+
+
+def foreign_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of an error that are in a user's own files."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [one for one in frames if is_foreign(one.filename) and one.filename != sys.argv[0]]
 
 
 def is_foreign(path: str) -> bool:

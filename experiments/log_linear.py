@@ -1,7 +1,7 @@
 """A new schedule from idea to result, in one file: log SNR falls in even steps.
 
 Idea: the linear schedule was chosen for T = 1000; what if every step takes away the same share of what is
-left, so that log SNR falls evenly from `log_linear.start` to `log_linear.end`, whatever T is?
+left, so that log SNR falls evenly from `config.schedule.start` to `config.schedule.end`, whatever T is?
 
     python -m experiments.sweep experiments/log_linear.py --size=smoke --run     in minutes, without data
     python -m experiments.sweep experiments/log_linear.py --size=cpu --run --table

@@ -164,3 +164,42 @@ def test_each_trains_and_draws(experiment, tmp_path):
         runs.load(str(tmp_path / "run")), num_samples=2, sampling=Sampling(steps="3")
     )
     assert results.read_npz(path)["images"].shape == (2, 8, 8, 1)
+
+
+# ---- mistakes in a user's own file ---------------------------------------------------------------------
+
+LOSSES = '''
+import sys; sys.path.append({here!r})
+import jax.numpy as jnp
+from test_edit import make_config
+
+def short(schedule, x_0, t, eps):
+    return eps
+
+def broken(schedule, denoise_fn, x_0, t, eps):
+    return jnp.mean(denoise_fn(x_0, t).eps, axis=(1, 2, 7))
+
+def get_config():
+    config = make_config()
+    config.diffusion.loss = {loss!r}
+    return config
+'''
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        ("my_loss:nope", "my_loss.py has no 'nope'"),
+        ("my_loss:short", "must take (schedule, denoise_fn, x_0, t, eps)"),
+        ("my_loss:broken", "my_loss.py, line 10: "),
+        ("my_los:broken", "there is no module 'my_los'"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_one_line(loss, words, mine):
+    folder, command = mine
+    (folder / "my_loss.py").write_text(LOSSES.format(here=HERE, loss=loss))
+    done = command("--config=my_loss.py", "--workdir=bad")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error"))
+    assert words in line and "Traceback" not in done.stderr and not (folder / "bad").exists()
+    if "broken" in loss and "my_loss" in loss:
+        assert "Traceback" in command("--config=my_loss.py", "--workdir=bad", "--debug").stderr
