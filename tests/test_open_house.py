@@ -168,7 +168,7 @@ def test_each_trains_and_draws(experiment, tmp_path):
 
 # ---- mistakes in a user's own file ---------------------------------------------------------------------
 
-LOSSES = '''
+LOSSES = """
 import sys; sys.path.append({here!r})
 import jax.numpy as jnp
 from test_edit import make_config
@@ -183,7 +183,7 @@ def get_config():
     config = make_config()
     config.diffusion.loss = {loss!r}
     return config
-'''
+"""
 
 
 @pytest.mark.parametrize(
