@@ -42,10 +42,7 @@ def train(
     config,
     workdir: str,
     *,
-    change: Annotated[
-        tuple[str, ...],
-        "What may differ from the run that is continued: data, for other images than it began with.",
-    ] = (),
+    change: loop.Change = (),
     distributed: Annotated[
         bool,
         "This process is one of several that train together; it calls jax.distributed.initialize().",
@@ -189,18 +186,11 @@ class Request:
         self.config_file = self.flags.get("config")
         self.check_flags()
 
-    @property
-    def chosen(self) -> dict[str, Text]:
-        """The flags that may choose something by name."""
-        return self.flags
-
     def check_flags(self) -> None:
         """Refuses flags that the mode does not have."""
-        known = flags_of(self.mode, self.chosen)
-        for flag, text in self.flags.items():
+        known = flags_of(self.mode, self.flags)
+        for flag in self.flags:
             if flag in known:
-                if not text and not known[flag].is_boolean and flag not in ("labels",):
-                    pass
                 continue
             for one in known.values():
                 for owner, cls in one.choice.built_in.items() if one.choice else ():
@@ -228,7 +218,7 @@ class Request:
                 exact = [name for name in fields if flag in (name, name.rpartition(".")[2])]
                 if exact or "." in flag:
                     return config_lib.near_field(flag, list(fields))
-        names = ["mode", *flags_of(self.mode, self.chosen), *all_flags(self.mode)]
+        names = ["mode", *flags_of(self.mode, self.flags), *all_flags(self.mode)]
         if self.mode == "train":
             names += [name for mode in COMMANDS for name in all_flags(mode)]
         whole = [name for name in dict.fromkeys(names) if name in flag.split("_")]
@@ -238,7 +228,7 @@ class Request:
         """The flags that the options of these targets take, by the names of the options."""
         result = {}
         for target in targets:
-            for one in options.flat(target, self.chosen, skip=POSITIONAL):
+            for one in options.flat(target, self.flags, skip=POSITIONAL):
                 if one.flag in self.flags:
                     result[one.name] = self.flags[one.flag]
         return result
@@ -370,7 +360,7 @@ def help_text(request: Request) -> str:
         )
     command = COMMANDS[request.mode]
     text = f"{PROGRAM} --mode={request.mode}\n\n{about(command)}\n\n"
-    known = flags_of(request.mode, request.chosen)
+    known = flags_of(request.mode, request.flags)
     text += "".join(help_line(one) for one in known.values())
     for one in known.values():
         for name, cls in (

@@ -37,6 +37,10 @@ from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.signals import Signals
 from ddpm_jax.training.step import TrainState
 
+Change = Annotated[
+    tuple[str, ...],
+    "What may differ from the run that is continued: data, for other images than it began with.",
+]
 CHANGES = ("data",)  # what `change` may name
 FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
 HEARTBEAT_SECONDS = 10.0
@@ -63,10 +67,7 @@ def train(
     config,
     workdir: str,
     *,
-    change: Annotated[
-        tuple[str, ...],
-        "What may differ from the run that is continued: data, for other images than it began with.",
-    ] = (),
+    change: Change = (),
     method: Method | None = None,
     dataset: data.Dataset | None = None,
 ) -> TrainState:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.commands.likelihood import tenths
 from ddpm_jax.commands.report import words
 from ddpm_jax.commands.report.blocks import block, chart_block, pivot, table, text
 from ddpm_jax.commands.report.charts import Curve, chart
 from ddpm_jax.commands.report.find import Run
 from ddpm_jax.commands.report.words import is_number, number, plus_minus
+from ddpm_jax.process.likelihood import rmse
 
 CURVES = 6  # maximum number of bounds in one chart
 # Names of the numbers of a result, and its caption. Other results are called by their files.
@@ -159,16 +161,6 @@ def _charts(named) -> list:
                 curves.append(Curve(name, at, rmse(values) if y == "x_0_error" else values))
         charts.append(chart(title, curves, x_label=x_label, x_scale=x_scale, y_scale=y_scale))
     return charts
-
-
-def rmse(squared_error: np.ndarray) -> np.ndarray:
-    """The root mean square error on the scale 0 … 255 of an error on [−1, 1]."""
-    return 127.5 * np.sqrt(squared_error)
-
-
-def tenths(S: int) -> list[int]:
-    """S, 0.9 S, …, 0.1 S in whole steps."""
-    return sorted({max(1, round(S * tenth / 10)) for tenth in range(1, 11)}, reverse=True)
 
 
 def _table_4(name: str, result: dict) -> dict:
