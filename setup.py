@@ -1,15 +1,18 @@
-"""Installs the package `ddpm_jax`; configs and experiments stay in the clone, to be forked."""
+"""Installs the package `ddpm_jax`, with the folders configs and experiments inside it."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
+PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
+FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
 setup(
     name="ddpm_jax",
     version="0.2.0",
     license="Apache-2.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
-    packages=find_packages(include=["ddpm_jax*"]),
+    packages=PACKAGES + [f"ddpm_jax.{name}" for name in FOLDERS],
+    package_dir={f"ddpm_jax.{name}": name.replace(".", "/") for name in FOLDERS},
     package_data={"ddpm_jax.commands.report": ["*.html.j2", "style.css"]},
     entry_points={"console_scripts": ["ddpm_jax = ddpm_jax.main:main"]},
     python_requires=">=3.11",

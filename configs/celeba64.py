@@ -28,7 +28,7 @@ With img_align_celeba/ and list_eval_partition.txt of the official download in t
 Measured: not run (no accelerator and no copy of the data at hand).
 """
 
-from configs import cifar10, variants
+from ddpm_jax.configs import cifar10, variants
 
 
 def get_config(variant: str = ""):

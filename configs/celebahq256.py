@@ -9,7 +9,7 @@ copy with --config.data.name=image_folder:PATH.
 Measured: not run (no accelerator and no copy of the data at hand).
 """
 
-from configs import cifar10, variants
+from ddpm_jax.configs import cifar10, variants
 
 
 def get_config(variant: str = ""):

@@ -14,7 +14,7 @@ Measured here: not run (no accelerator at hand).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import variants
+from ddpm_jax.configs import variants
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ t = 0 … T−1, and the embedding and the initial weights here are those of Ho 
 Measured: not run (no accelerator at hand).
 """
 
-from configs import cifar10, variants
+from ddpm_jax.configs import cifar10, variants
 
 
 def get_config(variant: str = ""):

@@ -7,7 +7,7 @@ compiling (17 s) and pictures included; 856 images/s in training; L_simple 0.084
 of the samples can be read as digits.
 """
 
-from configs import cifar10, variants
+from ddpm_jax.configs import cifar10, variants
 
 
 def get_config(variant: str = ""):

@@ -13,7 +13,7 @@ one in four breaks up into a mottled texture.
 Measured, the full config: not run (no accelerator at hand).
 """
 
-from configs import cifar10, variants
+from ddpm_jax.configs import cifar10, variants
 
 
 def get_config(variant: str = ""):

@@ -11,7 +11,7 @@ The paper's bits/dim are of the validation images: --mode=nll --split=validation
 Measured: not run (no accelerator and no copy of the data at hand).
 """
 
-from configs import cifar10_iddpm, variants
+from ddpm_jax.configs import cifar10_iddpm, variants
 
 
 def get_config(variant: str = ""):

@@ -14,7 +14,7 @@ The paper's bits/dim are of the validation images: --mode=nll --split=validation
 Measured: not run (no accelerator and no copy of the data at hand).
 """
 
-from configs import imagenet64_iddpm, variants
+from ddpm_jax.configs import imagenet64_iddpm, variants
 
 
 def get_config(variant: str = ""):

@@ -9,7 +9,7 @@ The data set is tensorflow-datasets' lsun/church_outdoor, prepared beforehand, o
 Measured: not run (no accelerator and no copy of the data at hand).
 """
 
-from configs import celebahq256, variants
+from ddpm_jax.configs import celebahq256, variants
 
 
 def get_config(variant: str = ""):

@@ -9,7 +9,7 @@ Measured: not run (no accelerator at hand). `:cpu` is the same network and run a
 configs/fashion_mnist.py, whose numbers stand there.
 """
 
-from configs import fashion_mnist, variants
+from ddpm_jax.configs import fashion_mnist, variants
 
 
 def get_config(variant: str = ""):

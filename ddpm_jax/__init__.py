@@ -14,6 +14,7 @@ Nothing heavy is imported before it is used.
 from __future__ import annotations
 
 import importlib
+import os
 
 __version__ = "0.2.0"
 
@@ -42,6 +43,10 @@ _HOMES = {
     "load": "ddpm_jax.library",
     "train": "ddpm_jax.training.loop",
 }
+
+# ddpm_jax.configs and ddpm_jax.experiments lie inside an installed package, and beside it in a clone.
+if not os.path.isdir(os.path.join(__path__[0], "configs")):
+    __path__.append(os.path.dirname(__path__[0]))
 __all__ = ["__version__", *_HOMES]
 
 

@@ -15,6 +15,7 @@ from ddpm_jax import data, options
 from ddpm_jax.ddpm import DDPM, Bounding
 from ddpm_jax.files import runs, writers
 from ddpm_jax.method import Method, labels_of
+from ddpm_jax.names import short_name
 from ddpm_jax.networks import NETWORKS, UNet
 from ddpm_jax.options import Choice
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS
@@ -283,10 +284,10 @@ def to_config(model: DDPM) -> ConfigDict:
         if one.choice is not None:
             value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
         elif callable(value):
-            value = f"{value.__module__}:{value.__qualname__}"
+            value = f"{short_name(value.__module__)}:{value.__qualname__}"
         diffusion[one.name] = value
     cls = type(model)
-    method = "ddpm_jax.ddpm" if cls is DDPM else f"{cls.__module__}:{cls.__qualname__}"
+    method = "ddpm_jax.ddpm" if cls is DDPM else f"{short_name(cls.__module__)}:{cls.__qualname__}"
     name = options.name_of(network, Choice("network", NETWORKS))
     sections = {"schedule": {"name": "table", **tables}, "model": {"name": name, **fields}}
     return ConfigDict({"method": method, **sections, "diffusion": diffusion})

@@ -304,6 +304,19 @@ def execute(request: Request) -> None:
         command(run, **arguments(command, run, request.values(command), "--"))
 
 
+def check(argv: list[str]) -> None:
+    """Checks a command line as far as that needs no run, and the config of a training.
+
+    Raises:
+      one of USER_ERRORS.
+    """
+    request = Request(argv)
+    command = COMMANDS[request.mode]
+    options.bind(command, request.values(command), "--", given=POSITIONAL)
+    if request.mode == "train":
+        loop.check(request.config())
+
+
 def arguments(
     command: Callable, run: runs.Run, values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ddpm_jax
+
 
 def nearest(word: str, words: Iterable[str], prefix: str = "") -> str:
     """ "; did you mean 'x'?" or nothing; the prefix stands before the x."""
@@ -56,12 +58,37 @@ def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
     return getattr(module, name)
 
 
+def full_name(module: str) -> str:
+    """`ddpm_jax.experiments.NAME` for `experiments.NAME` of this installation; any other name as it is."""
+    own = module.startswith("experiments.") and installed(module.replace(".", "/"))
+    return f"ddpm_jax.{module}" if own else module
+
+
+def short_name(module: str) -> str:
+    """The inverse of `full_name`: the name that configs and recipes have for a module."""
+    return module.removeprefix("ddpm_jax.") if module.startswith("ddpm_jax.exp") else module
+
+
+def installed(path: str) -> str | None:
+    """A file of this installation by its path below the clone's folder, .py added if missing; None if there is none.
+
+    Args:
+      path: such as "configs/cifar10.py" or "experiments/vae".
+    """
+    for root in ddpm_jax.__path__:
+        for file in (path, f"{path}.py", os.path.join(path, "__init__.py")):
+            if os.path.isfile(found := os.path.join(root, file)):
+                return found
+    return None
+
+
 def import_module(name: str, kind: str):
     """A module by its dotted name; the current folder counts, as it does for `python -m`.
 
     Raises:
       ValueError: one line: there is no such module, or an error in it, with file and line.
     """
+    name = full_name(name)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ddpm_jax.names import find, nearest
+from ddpm_jax.names import find, nearest, short_name
 
 EMPTY = inspect.Parameter.empty
 
@@ -416,7 +416,7 @@ def name_of(thing: Any, choice: Choice) -> str:
     for name, one in choice.built_in.items():
         if one is cls or one is thing:
             return name
-    return f"{cls.__module__}:{cls.__qualname__}"
+    return f"{short_name(cls.__module__)}:{cls.__qualname__}"
 
 
 def describe(group: Any) -> dict[str, Any]:

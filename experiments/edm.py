@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import digits
+from ddpm_jax.configs import digits
 from ddpm_jax.options import option
 from ddpm_jax.process.diffusion import at, noise
 from ddpm_jax.process.samplers.chain import scan

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import digits
+from ddpm_jax.configs import digits
 from ddpm_jax.process.diffusion import at
 from ddpm_jax.process.samplers.chain import scan
 

@@ -27,7 +27,7 @@ cost bits. Between trainings it was not measured (--seeds=3). It does not say ho
 
 import numpy as np
 
-from configs import digits
+from ddpm_jax.configs import digits
 from ddpm_jax.process.schedules import Schedule, from_betas
 
 

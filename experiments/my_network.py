@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import digits
+from ddpm_jax.configs import digits
 from ddpm_jax.networks.layers import time_embedding
 
 

@@ -32,7 +32,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from ddpm_jax import main as main_lib
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.names import installed
 
 SIZES = {"full": "", "cpu": "cpu", "smoke": "smoke"}  # on the command line: in the config
 
@@ -59,6 +61,8 @@ def load(experiment: str):
     """The module of an experiment."""
     path = Path(file_of(config_lib.path(experiment)))
     names = ", ".join(map(os.path.relpath, tables()))
+    if not path.is_file():
+        path = Path(installed(str(path)) or path)
     if not path.is_file():
         fail(f"no experiment {experiment!r}: there is no file {path} (choose from {names})")
     spec = importlib.util.spec_from_file_location(f"experiment_{Path(experiment).stem}", path)
@@ -125,6 +129,16 @@ class Sweep:
             for seed in self.seeds
             for command in (self.train(row, seed), *self.evaluations(row, seed).values())
         ]
+
+
+def check(commands: dict[str, list[list[str]]]) -> None:
+    """Exits with one line if a command of any row is wrong, before the first row is trained."""
+    for row, of_row in commands.items():
+        for command in of_row:
+            try:
+                main_lib.check(command[3:])
+            except main_lib.USER_ERRORS as error:
+                fail(f"row {row}: {error}")
 
 
 def run(commands: list[list[str]]) -> None:
@@ -260,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"no row {row!r} at size {args.size} (choose from {', '.join(sweep.rows)})")
     commands = {row: sweep.commands(row) for row in rows}
     if args.run:
+        check(commands)
         run([command for row in rows for command in commands[row]])
     elif not args.table:
         print("\n\n".join("\n".join(map(shlex.join, commands[row])) for row in rows))

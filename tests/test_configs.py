@@ -1,6 +1,7 @@
 """Every config builds, at full size, without computing anything; and the papers' numbers are in them."""
 
 import importlib
+import os
 import pathlib
 import textwrap
 
@@ -8,9 +9,14 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from ml_collections import ConfigDict
 
-from ddpm_jax import data
+from ddpm_jax import data, options
+from ddpm_jax.files.config import find_file
+from ddpm_jax.files.runs import foreign_modules
 from ddpm_jax.method import from_config
+from ddpm_jax.names import find
+from ddpm_jax.process.samplers import SAMPLERS
 from ddpm_jax.training import step as training
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -108,3 +114,26 @@ def test_celeba_is_cut_as_its_docstring_says(tmp_path, monkeypatch):
 def test_an_unknown_variant():
     with pytest.raises(ValueError, match="it has smoke, cpu"):
         get_config("fashion_mnist", "smoek")
+
+
+def test_configs_and_experiments_of_the_installation_are_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_file("cifar10:smoke") == f"{FOLDER / 'cifar10.py'}:smoke"
+    assert find_file("experiments/edm.py") == str(FOLDER.parent / "experiments" / "edm.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cifar10.py").write_text("")
+    assert find_file("cifar10") == os.path.join("configs", "cifar10.py")  # one's own comes first
+
+
+def test_experiments_are_those_of_the_installation(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "edm.py").write_text("raise AssertionError('imported')")
+    monkeypatch.chdir(tmp_path)
+    sampler = find("experiments.edm:HeunWithChurn", {}, "sampler")
+    assert sampler.__module__ == "ddpm_jax.experiments.edm"
+    assert (
+        options.name_of(sampler, options.Choice("sampler", SAMPLERS))
+        == "experiments.edm:HeunWithChurn"
+    )
+    foreign = ConfigDict({"method": "experiments.edm:X", "a": "experiments.other:Y"})
+    assert foreign_modules(foreign) == ["experiments.other:Y"]

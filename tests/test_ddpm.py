@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import cifar10
 from ddpm_jax import ddpm, options
+from ddpm_jax.configs import cifar10
 from ddpm_jax.files.run_data import fill_in
 from ddpm_jax.method import from_config, labels_of, mirror_at_random
 from ddpm_jax.options import ConfigError

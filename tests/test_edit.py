@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from running import call
 
-from configs import digits
 from ddpm_jax import data
 from ddpm_jax.commands import nearest, sampling, shared
+from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results
 from ddpm_jax.files.run_data import RunError

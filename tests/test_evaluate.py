@@ -11,9 +11,9 @@ import pytest
 from running import call
 from test_train import make_config as affine_config
 
-from configs import digits
 from ddpm_jax import data
 from ddpm_jax.commands import likelihood as likelihood_commands
+from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data, runs, writers
 from ddpm_jax.files.run_data import RunError

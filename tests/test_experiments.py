@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits
 from ddpm_jax import main, options
+from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding, Sampling
+from ddpm_jax.experiments import sweep
 from ddpm_jax.method import from_config
 from ddpm_jax.process.samplers import DDIM
 from ddpm_jax.training import step as training
-from experiments import sweep
 
 ROOT = Path(__file__).parent.parent
 TABLES = [f"experiments/{Path(table).name}" for table in sweep.tables()]
@@ -334,3 +334,18 @@ def test_the_table_of_few_steps_asks_for_every_cell_once(monkeypatch):
         "| b | 4.00 ± 1.95 (-17.3) |",
         "| c | 4.00 ± 3.00 |",
     ]
+
+
+def test_every_row_is_checked_before_the_first_is_trained(tmp_path, capsys):
+    file = tmp_path / "three.py"
+    file.write_text(
+        "from ddpm_jax.configs import digits\n"
+        "def get_config(size=''): return digits.get_config('smoke')\n"
+        "def rows(size): return {'good': {}, 'bad': {'config.diffusion.loss': 'vlbb'}}\n"
+        "def evaluations(size, row): return {'bound': ['--mode=nll', '--num_images=3']}\n"
+    )
+    arguments = (str(file), "--size=smoke", "--run", f"--root={tmp_path / 'runs'}")
+    assert "row bad: config.diffusion: unknown loss 'vlbb'" in refused(capsys, *arguments)
+    file.write_text(file.read_text().replace("vlbb", "vlb").replace("num_images", "num_imgs"))
+    assert "row good: there is no flag --num_imgs" in refused(capsys, *arguments)
+    assert not (tmp_path / "runs").exists()

@@ -9,8 +9,8 @@ import pytest
 
 from ddpm_jax import data, metrics
 from ddpm_jax.commands import metrics as metrics_commands
+from ddpm_jax.experiments import feature_classifier
 from ddpm_jax.files.run_data import RunError
-from experiments import feature_classifier
 
 DIGITS = data.load("digits", split="test").images
 

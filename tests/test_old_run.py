@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from running import call
 
-from configs import digits
+from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, runs
 from ddpm_jax.training import loop

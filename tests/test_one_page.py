@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 import ddpm_jax as dj
-from experiments import one_page
+from ddpm_jax.experiments import one_page
 
 
 def test_losses_and_samples_are_those_of_the_library():

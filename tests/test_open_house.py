@@ -13,12 +13,12 @@ from test_edit import make_config
 
 from ddpm_jax import main
 from ddpm_jax.ddpm import Sampling
+from ddpm_jax.experiments import edm, flow_matching, my_network
 from ddpm_jax.files import results, runs
 from ddpm_jax.process import diffusion, schedules
 from ddpm_jax.process.samplers import DDIM, Heun
 from ddpm_jax.process.timesteps import shorten
 from ddpm_jax.training import loop
-from experiments import edm, flow_matching, my_network
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 from running import call
 
-from configs import digits
 from ddpm_jax import data
 from ddpm_jax.commands import analytic, shared
 from ddpm_jax.commands import likelihood as likelihood_commands
 from ddpm_jax.commands.report import report
+from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding
 from ddpm_jax.files import checkpoints, results, run_data, runs, writers
 from ddpm_jax.files import config as config_lib

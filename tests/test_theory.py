@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.theory.erratum import error
+from ddpm_jax.experiments.theory.erratum import error
 
 theory = importlib.import_module("experiments.theory.__main__")
 FOLDER = Path(theory.__file__).parent

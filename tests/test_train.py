@@ -20,8 +20,8 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import digits
 from ddpm_jax import data
+from ddpm_jax.configs import digits
 from ddpm_jax.files import checkpoints, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError

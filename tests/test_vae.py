@@ -14,15 +14,15 @@ from scipy import stats
 from test_configs import trace_step
 
 from ddpm_jax import data
+from ddpm_jax.experiments import vae
+from ddpm_jax.experiments.vae import __main__ as command
+from ddpm_jax.experiments.vae import config as vae_config
+from ddpm_jax.experiments.vae import draws
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import from_config
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
 from ddpm_jax.training import step as training
-from experiments import vae
-from experiments.vae import __main__ as command
-from experiments.vae import config as vae_config
-from experiments.vae import draws
 
 Z = np.linspace(-14, 14, 14001)
 DZ = Z[1] - Z[0]

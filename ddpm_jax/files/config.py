@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from ddpm_jax import options
-from ddpm_jax.names import nearest
+from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
 MISSING = "(no such field)"  # what `differences` shows where a config has none
@@ -35,6 +35,8 @@ def path(text: str | os.PathLike) -> str:
 def find_file(name: str) -> str:
     """FILE.py or FILE.py:VARIANT as a user names it; NAME alone stands for configs/NAME.py.
 
+    What the current folder lacks is looked for in the installation, so `cifar10` works in any folder.
+
     Raises:
       ConfigError: no such file, with the nearest that there is.
     """
@@ -44,8 +46,13 @@ def find_file(name: str) -> str:
     for choice in (file, whole, short):
         if os.path.isfile(choice):
             return choice + colon + variant
+    for choice in (whole, short):
+        if found := installed(choice):
+            return found + colon + variant
     folder = os.path.dirname(whole)
-    names = os.listdir(folder or "configs") if os.path.isdir(folder or "configs") else []
+    own = os.path.dirname(installed("configs/cifar10.py"))
+    there = [one for one in (folder or "configs", own) if os.path.isdir(one)]
+    names = os.listdir(there[0]) if there else []
     files = [os.path.join(folder or "configs", n) for n in names if n.endswith(".py")]
     raise ConfigError(
         f"there is no config file {file!r}{nearest(whole if folder else short, files)}"

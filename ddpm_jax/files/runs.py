@@ -17,16 +17,11 @@ from ddpm_jax import method as method_lib
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError, saved_data
-from ddpm_jax.names import check_choice
+from ddpm_jax.names import check_choice, full_name
 from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
 NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
-OURS = (
-    "ddpm_jax",
-    "experiments",
-    "configs",
-)  # packages whose code a run may name without being asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,14 +134,14 @@ def load(
 
 
 def foreign_modules(config) -> list[str]:
-    """The modules named in a config that are neither ours nor experiments."""
+    """The modules named in a config that do not belong to this installation."""
     found = []
     for field, value in config_lib.fields(config).items():
         is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
         if field != "method" and not is_name:
             continue
         module = str(value).partition(":")[0]
-        if module.partition(".")[0] not in OURS and module not in data.WITH_PATH:
+        if not full_name(module).startswith("ddpm_jax") and module not in data.WITH_PATH:
             found.append(value)
     return found
 

@@ -63,6 +63,19 @@ class Length:
             raise ValueError("num_steps, the intervals and keep must all be positive")
 
 
+def check(config) -> None:
+    """Checks all of a config that can be checked without its data, unless it leaves a field to them.
+
+    Raises:
+      ConfigError, DataError: one line that says what to do.
+    """
+    check_types(config)
+    length = options.build(Length, config.training, "config.training")
+    config = run_data.with_absolute_paths(config)
+    run_data.fill_in(config)
+    Trainer(config, "", length, print, None, ()).make_parts(None)
+
+
 def train(
     config,
     workdir: str,
@@ -144,16 +157,26 @@ class Trainer:
         """Makes the parts and compiles the step. Whatever is wrong is said here, before anything is computed."""
         config, self.leader = self.config, jax.process_index() == 0
         self.say(parallel.banner())
-        with options.errors_at("config.training"):
-            accumulate = config.step.get("accumulate", 1)
-            parallel.check_batch_size("batch_size", self.length.batch_size, accumulate)
-        with options.errors_at("config.seed"):
-            self.keys = step_lib.make_keys(config.seed)
         self.directory = self.path("checkpoints")
         continues, own_shape = os.path.isdir(self.directory), config.data.image_shape is None
         if own_shape and continues:  # what a run began with holds
             config.data.image_shape = config_lib.load(self.path("config.json")).data.image_shape
         dataset = dataset or run_data.fill_in(config)
+        self.make_parts(method)
+        if continues:
+            resume.refuse_another_config(config, self.path("config.json"), moved=True)
+            resume.as_saved(config, self.path("config.json"))
+        self.prepare_data(dataset, continues, own_shape)
+        self.prepare_state(continues)
+
+    def make_parts(self, method: Method | None) -> None:
+        """Keys, method, optimizer, update and preview."""
+        config = self.config
+        with options.errors_at("config.training"):
+            accumulate = config.step.get("accumulate", 1)
+            parallel.check_batch_size("batch_size", self.length.batch_size, accumulate)
+        with options.errors_at("config.seed"):
+            self.keys = step_lib.make_keys(config.seed)
         self.method = method or from_config(config)
         self.tx, self.learning_rate = step_lib.optimizer_of(config)
         self.update = options.build(
@@ -168,11 +191,6 @@ class Trainer:
         self.preview_every, self.preview = preview.make_preview(
             config.preview, self.method, self.keys.preview
         )
-        if continues:
-            resume.refuse_another_config(config, self.path("config.json"), moved=True)
-            resume.as_saved(config, self.path("config.json"))
-        self.prepare_data(dataset, continues, own_shape)
-        self.prepare_state(continues)
 
     def prepare_data(self, dataset, continues: bool, own_shape: bool) -> None:
         """The training data, compared with those that the run began with, and a line on the schedule."""

@@ -29,7 +29,7 @@ six are shirts, trousers, dresses, shoes or bags that one would not question; th
 Measured, the full size: not run (no accelerator at hand).
 """
 
-from configs import fashion_mnist
+from ddpm_jax.configs import fashion_mnist
 
 FEATURES = "--features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz"
 

@@ -37,7 +37,7 @@ Not run: the full size, with FID and IS of 50,000 samples. `:smoke`: every row t
 cores of an AMD EPYC server beside other work.
 """
 
-from configs import cifar10, fashion_mnist, variants
+from ddpm_jax.configs import cifar10, fashion_mnist, variants
 
 
 def get_config(variant: str = ""):

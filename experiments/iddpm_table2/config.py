@@ -41,7 +41,7 @@ Measured, the full size, which has FID of 50,000 samples too: not run (no accele
 trains and is evaluated, 7 minutes on two cores of an AMD EPYC server beside other work.
 """
 
-from configs import cifar10_iddpm, fashion_mnist, variants
+from ddpm_jax.configs import cifar10_iddpm, fashion_mnist, variants
 
 
 def get_config(variant: str = ""):

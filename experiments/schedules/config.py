@@ -40,7 +40,7 @@ Measured, the full size: not run (no accelerator at hand).
 
 import numpy as np
 
-from configs import fashion_mnist
+from ddpm_jax.configs import fashion_mnist
 
 FEATURES = "--features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz"
 FIRST_FOUR_FIFTHS = str(np.linspace(0, 799, 40).round().astype(int).tolist()).replace(" ", "")

@@ -12,8 +12,8 @@ import re
 
 import numpy as np
 
-from experiments.theory import liu, sedykh, tang, tavares, vilhes
-from experiments.theory.erratum import Erratum, error
+from ddpm_jax.experiments.theory import liu, sedykh, tang, tavares, vilhes
+from ddpm_jax.experiments.theory.erratum import Erratum, error
 
 DOCUMENTS = {
     "Vilhes": (vilhes, "2024, “The Theory behinds Denoising Diffusion Probabilistic Models”"),

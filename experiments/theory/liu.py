@@ -3,9 +3,9 @@
 import numpy as np
 from scipy import special
 
-from experiments.theory import chain, ours
-from experiments.theory.chain import over, symbols
-from experiments.theory.erratum import Erratum, Numbers
+from ddpm_jax.experiments.theory import chain, ours
+from ddpm_jax.experiments.theory.chain import over, symbols
+from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
 LEVELS = np.arange(256) / 127.5 - 1
 TAU = tuple(range(100, 1001, 100))  # a sub-sequence of ten times

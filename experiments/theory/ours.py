@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.experiments.theory.chain import TIMES
 from ddpm_jax.networks import layers
 from ddpm_jax.networks.unet import UNet
 from ddpm_jax.process import diffusion, gaussians, likelihood, losses, predictions, schedules
 from ddpm_jax.process.samplers import Ancestral
 from ddpm_jax.process.timesteps import respace
-from experiments.theory.chain import TIMES
 
 SCHEDULE = schedules.make("linear")
 

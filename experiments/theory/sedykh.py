@@ -3,9 +3,9 @@
 import numpy as np
 from scipy import special
 
-from experiments.theory import chain, ours
-from experiments.theory.chain import BETA, over, symbols
-from experiments.theory.erratum import Erratum, Numbers
+from ddpm_jax.experiments.theory import chain, ours
+from ddpm_jax.experiments.theory.chain import BETA, over, symbols
+from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
 EARLY = (2, 10, 100, 500, 1000)  # where β̃_t and β_t differ most comes first
 CORRELATED = (100, 10, 500, 1000)  # where a good part of the data is left comes first

@@ -4,8 +4,8 @@ Models.
 
 import numpy as np
 
-from experiments.theory import chain, ours, sedykh
-from experiments.theory.erratum import Erratum, Numbers
+from ddpm_jax.experiments.theory import chain, ours, sedykh
+from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
 MEAN_1, MEAN_2 = np.array([0.3, -0.2, 0.5]), np.array([-0.1, 0.4, 0.2])
 SIGMA_1, SIGMA_2 = 0.7, 1.3

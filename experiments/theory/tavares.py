@@ -5,9 +5,9 @@ import functools
 import numpy as np
 from scipy import optimize
 
-from experiments.theory import chain, ours
-from experiments.theory.chain import BETA, over, symbols
-from experiments.theory.erratum import Erratum, Numbers
+from ddpm_jax.experiments.theory import chain, ours
+from ddpm_jax.experiments.theory.chain import BETA, over, symbols
+from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
 X_0 = 0.7  # of a chain of two steps, small enough to integrate over both of its latent variables
 

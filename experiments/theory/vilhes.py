@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from experiments.theory import chain, ours
-from experiments.theory.chain import over, symbols
-from experiments.theory.erratum import Erratum, Numbers
+from ddpm_jax.experiments.theory import chain, ours
+from ddpm_jax.experiments.theory.chain import over, symbols
+from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
 SHORT = (2, 3, 5, 8)  # times at which a product of β is still a number
 

@@ -20,6 +20,7 @@ from scipy import special
 
 from ddpm_jax import data, options
 from ddpm_jax import main as command_line
+from ddpm_jax.experiments import vae
 from ddpm_jax.files import run_data, runs, writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import fold_in_each
@@ -27,8 +28,8 @@ from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.stats import mean_and_error
 from ddpm_jax.training import parallel
 from ddpm_jax.training.step import make_keys
-from experiments import vae
 
+METHOD = "experiments.vae"
 PLANE = 20  # images along each side
 
 
@@ -62,10 +63,10 @@ def load(workdir: str, weights: str) -> tuple[runs.Run, vae.Network]:
       RunError: it is a run of another Method; or as `runs.load`.
     """
     run = runs.load(workdir, weights=weights)
-    if run.config.method != vae.__name__:
+    if run.config.method != METHOD:
         raise RunError(
             f"{run.workdir} is a run of {run.config.method}, which this command does not know; it"
-            f" measures those of {vae.__name__}"
+            f" measures those of {METHOD}"
         )
     return run, vae.make_network(run.method.image_shape, **run.config.vae)
 

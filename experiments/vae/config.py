@@ -24,7 +24,7 @@ drawn from the first (`--mode=sample`) about two in three can be read.
 
 from ml_collections import ConfigDict
 
-from configs import mnist, variants
+from ddpm_jax.configs import mnist, variants
 
 
 def get_config(variant: str = ""):

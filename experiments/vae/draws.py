@@ -35,12 +35,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ddpm_jax import data
+from ddpm_jax.experiments import vae
+from ddpm_jax.experiments.vae import __main__ as command
+from ddpm_jax.experiments.vae import config as vae_config
 from ddpm_jax.main import USER_ERRORS
 from ddpm_jax.stats import mean_and_error
 from ddpm_jax.training import loop, parallel
-from experiments import vae
-from experiments.vae import __main__ as command
-from experiments.vae import config as vae_config
 
 RUNS = (
     (1, 3000),
