@@ -16,13 +16,15 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of a session; workers inherit it
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # the first process of a session; workers inherit it
     folder = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jax
+import jax  # noqa: E402 – the variables come first
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 100)  # tracing makes millions of objects that live on
