@@ -16,9 +16,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # the first process of a session; workers inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process; the others inherit it
     folder = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder

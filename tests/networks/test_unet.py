@@ -306,6 +306,7 @@ def test_plain_form_is_the_same_function():
         assert float(np.abs(a - b).max()) < 2e-6 * largest
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter():
     _, (gradient, _) = value_and_gradient()
     for path, leaf in jax.tree.leaves_with_path(gradient):
