@@ -392,6 +392,7 @@ def test_directory_that_cannot_be_written(tmp_path):
         save_steps(tmp_path / "file" / "checkpoints", 1)
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving(tmp_path):
     """No save that returned is lost, and what the kill left behind is gone after the next one."""
     code = """

@@ -54,6 +54,7 @@ def trace_step(config):
     return state, *jax.eval_shape(update, state, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "smoke"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_training_step_of_every_config(name, variant):
@@ -64,6 +65,7 @@ def test_the_training_step_of_every_config(name, variant):
     assert config.training.batch_size % (8 * config.step.accumulate) == 0  # a TPU host's devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parameters",
     [

@@ -1053,6 +1053,7 @@ def test_kinds_with_a_path_are_not_modules(module, monkeypatch, tmp_path):
 # tensorflow-datasets.
 
 
+@pytest.mark.slow
 @needs("tfds")
 def test_mnist_as_prepared_by_tensorflow_datasets():
     imported = "tensorflow" in sys.modules

@@ -73,6 +73,15 @@ def bound_of(method, x_0_error=None, **values):
     return functools.partial(method.bound, options=chosen, x_0_error=x_0_error)
 
 
+def says(method, params, label, x, t, **options):
+    """What the network of these parameters says of x_t."""
+
+    def call(params, label, x, t):
+        return method.denoiser(params, label, **options)(method.schedule)(x, t)
+
+    return jax.jit(call)(params, label, x, t)
+
+
 def test_own_betas_have_the_length_of_their_list():
     betas = (0.1, 0.5, 0.9)
     config = cifar10.get_config()  # whose num_timesteps is 1000
@@ -84,6 +93,7 @@ def test_own_betas_have_the_length_of_their_list():
         from_config(config)
 
 
+@pytest.mark.slow
 def test_channels_of_a_head_in_a_config():
     changes = {"model__attention_resolutions": (4,), "model__channels": 16}
     one, four = (make_config(**changes, model__head_channels=size) for size in (0, 4))
@@ -91,9 +101,8 @@ def test_channels_of_a_head_in_a_config():
     params = far_from_zero(params)
     x = jax.random.normal(KEY, (2, 6, 4, 2))
     say = [
-        method.denoiser(params, jnp.zeros(2, jnp.int32))(method.schedule)(x, jnp.array([3, 4]))
+        says(from_config(config), params, jnp.zeros(2, jnp.int32), x, jnp.array([3, 4]))
         for config in (one, four, make_config(**changes, model__num_heads=4))
-        for method in [from_config(config)]
     ]
     np.testing.assert_array_equal(say[1].eps, say[2].eps)  # four heads of four channels
     assert np.abs(say[0].eps - say[1].eps).max() > 1e-3
@@ -141,6 +150,7 @@ def test_flips_are_a_choice_of_the_config():
     assert 2 <= same.sum() <= 14  # those that were not mirrored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_updates_are_the_same_on_one_device_and_four(devices):
     method = from_config(make_config())
@@ -165,6 +175,7 @@ def test_updates_are_the_same_on_one_device_and_four(devices):
 RESULTS = {}
 
 
+@pytest.mark.slow
 def test_a_tiny_batch_is_overfitted():
     config = make_config(model__dropout=0.0, data__flip=False)
     method = from_config(config)
@@ -197,6 +208,7 @@ ALL_SAMPLERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ALL_SAMPLERS, ids=str)
 def test_64_images_are_the_same_however_they_are_drawn(chosen):
     # As v: dividing by √ᾱ and by its own guidance would make rounding of this random network visible.
@@ -224,19 +236,17 @@ def make_guided(**changes):
     return method, far_from_zero(method.init(KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_guidance_mixes_what_the_network_says_with_and_without_the_label(prediction):
     method, params = make_guided(diffusion__prediction=prediction)
     x, t = jax.random.normal(KEY, (5, 6, 4, 2)), np.array([0, 3, 9, 15, 19])
     label = np.array([0, 1, 2, 1, 0])
 
-    def says(guidance):
-        return jax.jit(
-            lambda x, t: method.denoiser(params, label, guidance=guidance)(method.schedule)(x, t)
-        )(x, t)
-
-    alone, without, strong = says(1.0), says(0.0), says(2.5)
-    unlabelled = method.denoiser(params, np.full(5, 3))(method.schedule)(x, t)
+    alone, without, strong = (
+        says(method, params, label, x, t, guidance=guidance) for guidance in (1.0, 0.0, 2.5)
+    )
+    unlabelled = says(method, params, np.full(5, 3), x, t)
     np.testing.assert_allclose(without.prediction, unlabelled.prediction, atol=1e-5)
     expected = without.prediction + 2.5 * (alone.prediction - without.prediction)
     np.testing.assert_allclose(strong.prediction, expected, atol=1e-5)
@@ -264,14 +274,13 @@ def test_guidance_one_and_zero_are_the_two_models_to_the_bit_and_cost_one_pass()
     assert np.abs(images[2.0] - images[1.0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_guided_learned_variance_is_that_of_the_label():
     changes = {"diffusion__variance": "learned_range", "diffusion__loss": "hybrid"}
     method, params = make_guided(**changes)
     x, t, label = jax.random.normal(KEY, (3, 6, 4, 2)), np.array([0, 9, 19]), np.arange(3)
-    says = {"variance": "learned_range"}
     alone, strong = (
-        method.denoiser(params, label, guidance=g, **says)(method.schedule)(x, t)
-        for g in (1.0, 3.0)
+        says(method, params, label, x, t, guidance=g, variance="learned_range") for g in (1.0, 3.0)
     )
     np.testing.assert_allclose(strong.log_variance, alone.log_variance, atol=1e-5)
     assert np.abs(strong.eps - alone.eps).max() > 0.01
@@ -292,7 +301,7 @@ def test_label_dropout_hides_its_share_of_labels():
         "index": np.arange(n, dtype=np.int32),
     }
     params["Embed_0"]["embedding"] = 1e4 * jnp.array([[1.0, 1], [0, 0], [-1, -1]])
-    gradient = jax.grad(total)(params, batch)["Embed_0"]["embedding"]  # 2·(±1e4)/2 a image
+    gradient = jax.jit(jax.grad(total))(params, batch)["Embed_0"]["embedding"]  # 2·(±1e4)/2 a image
     heard = np.abs(gradient[:, 0]) / 1e4 / n
     assert heard[1] == 0 and abs(heard[2] - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
     np.testing.assert_allclose(heard[0] + heard[2], 1, atol=1e-3)
@@ -397,6 +406,7 @@ def test_a_chain_can_begin_at_a_given_image():
         assert correlation > 0.99 if t == 0 else abs(correlation) < 0.3
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_close_to_float32():
     losses = []
     for dtype in ("float32", "bfloat16"):
@@ -515,13 +525,15 @@ def test_a_learned_model_can_be_asked_for_the_other_variances():
     for variance in ("learned_range", "fixed_large", "analytic"):
         chosen, error = {"steps": 4, "variance": variance}, None
         error = np.full(4, 0.3) if variance == "analytic" else None
-        totals.append(bound_of(method, error, **chosen)(params, KEY, batch)["total"])
+        bound = jax.jit(bound_of(method, error, **chosen))
+        totals.append(bound(params, KEY, batch)["total"])
     assert np.isfinite(totals).all() and len(np.unique(np.array(totals)[:, 0])) == 3
     keys = KEY, np.arange(2), np.zeros(2, np.int32)
     drawn = sampler_of(method, **chosen)(params, *keys, x_0_error=error)
     assert drawn.shape == (2, 6, 4, 2) and np.isfinite(drawn).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule, prediction, variance",
     [
@@ -539,9 +551,9 @@ def test_any_path_trains_samples_and_has_a_bound(schedule, prediction, variance)
         config.schedule = {"num_timesteps": 20, **schedule}
     method, batch = tiny.make(config), make_batch()
     params = far_from_zero(method.init(KEY))
-    loss, gradient = jax.value_and_grad(lambda p: method.loss_fn(p, (), KEY, batch)[0].mean())(
-        params
-    )
+    loss, gradient = jax.jit(
+        jax.value_and_grad(lambda p: method.loss_fn(p, (), KEY, batch)[0].mean())
+    )(params)
     assert np.isfinite(loss) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
     draws = {}
     for name in SAMPLERS:
@@ -568,6 +580,7 @@ def a_history(method, T=20):
     return LossHistory(rows, np.full(T, 10, np.int32))
 
 
+@pytest.mark.slow
 def test_the_mean_loss_is_the_bound_less_its_prior_term_however_t_is_drawn():
     n = 4096
     batch = jax.tree.map(lambda x: x[np.arange(n) % 8], make_batch()) | {
@@ -646,6 +659,7 @@ def test_importance_resumes_bit_for_bit():
     ).any()
 
 
+@pytest.mark.slow
 def test_importance_remembers_the_same_on_four_devices_and_in_parts():
     one, other = importance_run(0, 6), importance_run(0, 6, devices=4, accumulate=2)
     np.testing.assert_array_equal(other.loss_state.count, one.loss_state.count)

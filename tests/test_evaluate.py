@@ -129,6 +129,7 @@ def test_image_i_depends_on_the_seed_and_i_alone(workdir, tmp_path):
     assert (total("c", num_images=8, seed=1) != whole).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir, capsys):
     with pytest.raises(RunError, match=r"--variance=analytic .*--steps=5") as error:

@@ -109,6 +109,7 @@ def test_evaluations_follow_their_training_and_use_flags_that_exist(table, size,
 SMOKE = [(table, row) for table in TABLES for row in sweep.load(str(ROOT / table)).rows("smoke")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table, row", SMOKE)
 def test_the_loss_of_every_row(table, row, capsys):
     (command, *_) = printed(capsys, table, "--size=smoke", f"--row={row}")

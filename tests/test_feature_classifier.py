@@ -12,6 +12,8 @@ from ddpm_jax.commands import metrics as metrics_commands
 from ddpm_jax.experiments import feature_classifier
 from ddpm_jax.files.run_data import RunError
 
+pytestmark = pytest.mark.slow
+
 DIGITS = data.load("digits", split="test").images
 
 

@@ -17,6 +17,8 @@ import pytest
 from ddpm_jax import data
 from ddpm_jax.networks import inception
 
+pytestmark = pytest.mark.slow
+
 # ---- weights and images that every version of NumPy draws alike -------------------------------------
 
 

@@ -265,6 +265,7 @@ def get_config(): return make_config(num_steps=2)
 """
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_training(tmp_path):
     """`… 2>&1 | head -1`: the run goes on, and log.txt has it all."""
     (tmp_path / "mine.py").write_text(AFFINE)

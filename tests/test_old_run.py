@@ -15,6 +15,8 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, runs
 from ddpm_jax.training import loop
 
+pytestmark = pytest.mark.slow
+
 OLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "old_run")
 SAMPLES = {
     "step_00000004_raw_seed0": {"num_samples": 2},

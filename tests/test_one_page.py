@@ -2,9 +2,12 @@
 
 import jax
 import numpy as np
+import pytest
 
 import ddpm_jax as dj
 from ddpm_jax.experiments import one_page
+
+pytestmark = pytest.mark.slow
 
 
 def test_losses_and_samples_are_those_of_the_library():

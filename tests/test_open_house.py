@@ -20,6 +20,8 @@ from ddpm_jax.process.samplers import DDIM, Heun
 from ddpm_jax.process.timesteps import shorten
 from ddpm_jax.training import loop
 
+pytestmark = pytest.mark.slow
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 MINE = '''
@@ -159,6 +161,8 @@ def test_each_trains_and_draws(experiment, tmp_path):
     config.preview.num_images = 2
     if experiment is my_network:
         config.model.update(width=16, depth=1, num_heads=2)
+    else:  # levels and attention are tested with the network
+        config.model.update(channel_mults=(1,), attention_resolutions=())
     loop.train(config, tmp_path / "run")
     path = main.COMMANDS["sample"](
         runs.load(str(tmp_path / "run")), num_samples=2, sampling=Sampling(steps="3")

@@ -22,6 +22,8 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.process import schedules
 from ddpm_jax.training import loop
 
+pytestmark = pytest.mark.slow
+
 STYLE = os.path.join(os.path.dirname(charts.__file__), "style.css")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VOID = {"br", "img", "meta", "wbr"}

@@ -18,6 +18,8 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
 
+pytestmark = pytest.mark.slow
+
 TRAIN = data.load("digits").images
 
 

@@ -24,6 +24,8 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop, parallel, preview
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 NAMES = ("flat", "noise")  # constant pictures, which are cheap to code, and noise, which is not
 

@@ -9,6 +9,8 @@ import pytest
 
 from ddpm_jax.experiments.theory.erratum import error
 
+pytestmark = pytest.mark.slow
+
 theory = importlib.import_module("experiments.theory.__main__")
 FOLDER = Path(theory.__file__).parent
 EVERY = [

@@ -142,6 +142,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert "nothing to do: 6 of 6 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, number):
     script = (
@@ -182,6 +183,7 @@ def test_a_second_process_is_refused(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
     """Two processes of two devices each learn what one process of four does, and save it once."""
     with socket.socket() as free:
@@ -697,6 +699,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "while_compiling, numbers",
     [

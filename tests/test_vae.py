@@ -24,6 +24,8 @@ from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
 from ddpm_jax.training import step as training
 
+pytestmark = pytest.mark.slow
+
 Z = np.linspace(-14, 14, 14001)
 DZ = Z[1] - Z[0]
 
@@ -226,7 +228,7 @@ def test_the_loss_of_several_draws_is_their_mean(one_latent):
             config.vae.draws = count
         method = from_config(config)
         network = vae.make_network(config.data.image_shape, **config.vae)
-        loss, metrics, _ = method.loss_fn(params, (), key, batch)
+        loss, metrics, _ = jax.jit(method.loss_fn)(params, (), key, batch)
         eps = jax.vmap(lambda k, n=count: jax.random.normal(k, (n, 1)))(keys)  # [B, K, J]
         each = [
             vae.parts(network, params, vae.grey(batch["image"]), eps[None, :, k])
@@ -263,8 +265,11 @@ def test_the_gradient_s_variance_is_taken_apart(one_latent):
         log_p, kl, _ = vae.parts(network, params, x[None], jnp.zeros((1, 1, 1)))
         return (kl - log_p[0])[0]
 
-    gradients = [jax.grad(loss)(still, x) for x in vae.grey(several)]
-    flat = np.stack([np.concatenate([g.ravel() for g in jax.tree.leaves(g)]) for g in gradients])
+    gradient = jax.jit(jax.grad(loss))
+    gradients = [gradient(still, x) for x in vae.grey(several)]
+    flat = np.stack(
+        [np.concatenate([g.ravel() for g in jax.tree.leaves(g)]) for g in jax.device_get(gradients)]
+    )
     assert Z < 1e-6 * D and pytest.approx(np.var(flat, axis=0, ddof=1).sum(), rel=1e-4) == D
 
 

@@ -70,13 +70,15 @@ def apply(params, x, t, labels=None, keys=None, **options):
 
 def relative(a, b):
     """Largest difference of two trees, relative to the largest entry of each leaf of the second."""
-    ratios = jax.tree.map(lambda a, b: jnp.abs(a - b).max() / jnp.abs(b).max(), a, b)
+    a, b = jax.device_get((a, b))
+    ratios = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), a, b)
     return max(float(r) for r in jax.tree.leaves(ratios))
 
 
 # Parameters.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "options", "expected"),
     [
@@ -103,11 +105,13 @@ def test_published_parameter_counts(side, options, expected):
     assert count(jax.eval_shape(draw, jax.random.key(0))) == expected
 
 
+@pytest.mark.slow
 def test_init_params_equals_init():
     unet = UNet(**TINY, num_classes=5, scale_shift=True)
     x, t = inputs(batch=1)
     ours = init_params(unet, jax.random.key(0), SHAPE)
-    theirs = jax.jit(unet.init)(jax.random.key(0), x, t, t)["params"]
+    theirs = jax.device_get(jax.jit(unet.init)(jax.random.key(0), x, t, t)["params"])
+    ours = jax.device_get(ours)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     pairs = zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
     for (path, a), b in pairs:
@@ -289,17 +293,20 @@ def value_and_gradient(**options):
     return y, gradient
 
 
+@pytest.mark.slow
 def test_plain_form_is_the_same_function():
     y, gradient = value_and_gradient()
     y_plain, gradient_plain = value_and_gradient(plain=True)
     assert relative(y, y_plain) < 2e-6
     # Relative to the largest entry of the whole gradient, for some of its leaves are sums that
     # cancel to zero.
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient_plain))
+    gradient, gradient_plain = jax.device_get((gradient, gradient_plain))
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient_plain))
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_plain), strict=True):
-        assert float(jnp.abs(a - b).max()) < 2e-6 * largest
+        assert float(np.abs(a - b).max()) < 2e-6 * largest
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter():
     _, (gradient, _) = value_and_gradient()
     for path, leaf in jax.tree.leaves_with_path(gradient):
@@ -308,6 +315,7 @@ def test_gradient_reaches_every_parameter():
         assert np.abs(leaf).max() > 1e-4, path
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     y, gradient = value_and_gradient()
     y_remat, gradient_remat = value_and_gradient(remat=True)
@@ -316,6 +324,7 @@ def test_remat_changes_nothing():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     x, t = inputs()
     params = random_params()

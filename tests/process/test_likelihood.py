@@ -75,6 +75,7 @@ def exact_draws(steps):
     return eps, (x_t - np.sqrt(1 - a) * eps_hat) / np.sqrt(a), eps_hat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", diffusion.VARIANCES)
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_every_term_is_its_definition_for_the_noise_it_saw(steps, variance):

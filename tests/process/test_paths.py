@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiling import optimized
 
 from ddpm_jax.process import budget, diffusion, likelihood, predictions, schedules, timesteps
 from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver, Heun
@@ -207,6 +208,7 @@ KEYS = jax.random.split(jax.random.key(3), 2048)
 N = 2048 * 16
 
 
+@optimized()
 def draw(path, sampler, steps, denoiser=None):
     chain = timesteps.shorten(path, steps)
     if denoiser is None:
@@ -285,6 +287,7 @@ def test_samplers_have_the_exact_moments(path, name):
     assert abs(x.std() - std) < 4 * std / np.sqrt(2 * N)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_converge_to_the_data(path, name):
@@ -388,6 +391,7 @@ def test_inpainting_is_its_recursion_for_the_noise_it_drew(path):
 
 
 @EVERY
+@optimized()
 def test_inpainting_makes_data(path):
     """The pixels are independent: what is made beside given ones has the moments of data, going back or not."""
     chain = timesteps.shorten(path, 20)
@@ -434,6 +438,7 @@ def network(path, kind):
     return network_fn
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("kind", predictions.PREDICTIONS)
 def test_every_prediction_draws_the_same_images(path, kind):
@@ -464,6 +469,7 @@ def test_velocity_is_the_slope_of_the_path():
 # ---- the bound -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EVERY
 def test_the_bound_of_gaussian_data_by_terms(path):
     chain = timesteps.shorten(path, 10)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiling import optimized
 
 from ddpm_jax.process import diffusion, schedules, timesteps
 from ddpm_jax.process.samplers import DDIM, SAMPLERS, Ancestral
 
 FULL = schedules.make("linear")
+COUNTS = [1, 2, 7, 10, 37, 50, pytest.param(1000, marks=pytest.mark.slow)]  # of steps
 N = 65_536  # numbers drawn; the mean is known to s/√N = 0.002, the standard deviation to s/√(2N)
 
 
@@ -25,6 +27,7 @@ def said(variance, t):
 
 
 @functools.cache
+@optimized()
 def draw(steps, sampler, prediction="eps", **options):
     schedule = chain(steps)
     shape = (N // 16, 4, 4, 1)
@@ -53,7 +56,7 @@ def exact_moments(steps, variance):
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 10, 37, 50, 1000])
+@pytest.mark.parametrize("steps", COUNTS)
 def test_ancestral_has_the_exact_moments(steps, variance):
     agrees(draw(steps, "ancestral", variance=variance), *exact_moments(steps, variance))
 

@@ -166,6 +166,7 @@ def test_importance_of_losses_that_say_nothing_or_much(case, expected):
     np.testing.assert_allclose(drawn(probabilities(HISTORIES[case])), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*HISTORIES])
 def test_words_belong_to_their_t_and_the_weighted_loss_has_the_uniform_expectation(
     case, monkeypatch
