@@ -10,6 +10,7 @@ block below the comment `<!-- not run: REASON -->` is not run. Blocks may use wh
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import re
@@ -28,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 LINKED = ("configs", "experiments", "README.md", "docs")  # what a clone has and commands name
 DONE_BEFORE = ("pip", "pytest", "pre-commit", "ruff", "git", "cd")  # by whoever runs this
 
-# How a command is made small: (mode or module, pattern, replacement), the first pattern in a word wins.
+# How a command is made small: what is replaced in each of its words.
 SMALL = (
     (r"^--config=((?:configs/|experiments/)?[\w/]+(?:\.py)?)(:\w+)?$", r"--config=\1:smoke"),
     (r"^--size=(full|cpu)$", "--size=smoke"),
@@ -183,9 +184,8 @@ def main() -> None:
         if not os.path.lexists(name):
             os.symlink(ROOT / name, name)
     sys.path.insert(0, "")  # as `python -m` has it
-    import ddpm_jax.main  # every process has it from here; no device is touched before a command does it
-    from ddpm_jax import library  # noqa: F401
-
+    for module in ("ddpm_jax.main", "ddpm_jax.library"):  # once for all; touches no device
+        importlib.import_module(module)
     failures = []
     if not chosen:
         failures += filter(None, [run_page(pages.pop(0))])
