@@ -34,16 +34,21 @@ SMALL = (
     (r"^--config=((?:configs/|experiments/)?[\w/]+(?:\.py)?)(:\w+)?$", r"--config=\1:smoke"),
     (r"^--size=(full|cpu)$", "--size=smoke"),
     (r"^--num_images=\d+$", "--num_images=8"),
-    (r"^--num_samples=(\d{3,})$", "--num_samples=64"),
+    (r"^--num_samples=\d{3,}$", "--num_samples=64"),  # of metrics
+    (r"^--num_samples=\d{2}$", "--num_samples=16"),
     (r"^--config\.training\.num_steps=\S+$", "--config.training.num_steps=20"),
 )
 ADDED = {  # flags that a command gets if it has no such flag
     "--mode=nll": "--num_images=8",
     "--mode=rate_distortion": "--num_images=8",
     "--mode=best_steps": "--num_images=8",
+    "--mode=sample": "--num_samples=16",
     "experiments.feature_classifier": "--steps=200",
 }
-SMALL_PYTHON = ((r"\bnum_steps=[\d_]{3,}", "num_steps=20"),)
+SMALL_PYTHON = (
+    (r"\bnum_steps=[\d_]{3,}", "num_steps=20"),
+    (r"\bimages\[:100\]", "images[:8]"),
+)
 
 
 class Block(NamedTuple):
@@ -92,7 +97,8 @@ def small(words: list[str]) -> list[str]:
     for pattern, replacement in SMALL:
         result = [re.sub(pattern, replacement, word) for word in result]
     for word, flag in ADDED.items():
-        if word in result and not any(w.startswith(flag.split("=")[0]) for w in result):
+        known = (flag.partition("=")[0], "--latents", "--help")
+        if word in result and not any(w.startswith(known) for w in result):
             result.append(flag)
     if "experiments.sweep" in result and "--run" in result and "--size=smoke" not in result:
         result.append("--size=smoke")
@@ -167,9 +173,11 @@ def run_page(path: Path) -> str:
             commands = [words for words in block.commands() if words[0] not in DONE_BEFORE]
             jobs = [(shlex.join(small(w)), lambda w=w: run_command(w)) for w in commands]
         for name, job in jobs:
-            start = time.monotonic()
+            start, before = time.monotonic(), os.times()
             status, output = job()
-            print(f"{time.monotonic() - start:5.1f} s  {block.page}: {name}", flush=True)
+            wall, after = time.monotonic() - start, os.times()
+            busy = sum(after[2:4]) - sum(before[2:4])  # user and system, of children
+            print(f"{wall:5.1f} s, {busy:5.1f} s of CPU  {block.page}: {name}", flush=True)
             if status:
                 return f"{block.page}, line {block.line}: status {status} of {name}\n{output}"
     return ""
