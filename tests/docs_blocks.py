@@ -34,8 +34,9 @@ SMALL = (
     (r"^--config=((?:configs/|experiments/)?[\w/]+(?:\.py)?)(:\w+)?$", r"--config=\1:smoke"),
     (r"^--size=(full|cpu)$", "--size=smoke"),
     (r"^--num_images=\d+$", "--num_images=8"),
-    (r"^--num_samples=\d{3,}$", "--num_samples=64"),  # of metrics
     (r"^--num_samples=\d{2}$", "--num_samples=16"),
+    (r"^--num_samples=\d{3,}$", "--num_samples=64"),  # of metrics
+    (r"^--counts=\S+$", "--counts=2"),
     (r"^--config\.training\.num_steps=\S+$", "--config.training.num_steps=20"),
 )
 ADDED = {  # flags that a command gets if it has no such flag
@@ -43,7 +44,9 @@ ADDED = {  # flags that a command gets if it has no such flag
     "--mode=rate_distortion": "--num_images=8",
     "--mode=best_steps": "--num_images=8",
     "--mode=sample": "--num_samples=16",
-    "experiments.feature_classifier": "--steps=200",
+    "ddpm_jax.benchmark": "--noplain",
+    "experiments.ddim_table1": "--num_seeds=1",
+    "experiments.feature_classifier": "--steps=50",
 }
 SMALL_PYTHON = (
     (r"\bnum_steps=[\d_]{3,}", "num_steps=20"),
@@ -191,6 +194,10 @@ def main() -> None:
     for name in LINKED:
         if not os.path.lexists(name):
             os.symlink(ROOT / name, name)
+    # Most of the time is compiling; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as production does.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath("cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     sys.path.insert(0, "")  # as `python -m` has it
     for module in ("ddpm_jax.main", "ddpm_jax.library"):  # once for all; touches no device
         importlib.import_module(module)
