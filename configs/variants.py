@@ -6,14 +6,15 @@ from ml_collections import ConfigDict
 def smoke(config: ConfigDict) -> ConfigDict:
     """The whole program within a minute on two CPU cores, and without a file of data.
 
-    The same channels of data, attention, loss and schedule; at most 32 pixels and three levels, few
+    The same channels of data, loss and schedule; at most 32 pixels and two levels, attention at one, few
     channels in the network, few steps, made-up images.
     """
     height, width, channels = config.data.image_shape or (32, 32, 3)
     config.data.name = "synthetic"
     config.data.image_shape = (min(height, 32), min(width, 32), channels)
     if "channel_mults" in config.model:  # a U-Net; another network keeps its size
-        config.model.channel_mults = config.model.channel_mults[:3]
+        config.model.channel_mults = config.model.channel_mults[:2]
+        config.model.attention_resolutions = config.model.attention_resolutions[:1]
         config.model.channels = 8
         config.model.num_groups = 2
         config.model.num_res_blocks = 1
