@@ -23,6 +23,7 @@ from ddpm_jax import data, options
 from ddpm_jax import metrics as metrics_lib
 from ddpm_jax.commands import analytic, likelihood, shared
 from ddpm_jax.commands import sampling as sampling_lib
+from ddpm_jax.commands.bound import Measured, check_out
 from ddpm_jax.commands.shared import DataDir, Labels, Output, Seed
 from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.files import config as config_lib
@@ -109,55 +110,31 @@ def evaluate(
     names = [name.strip() for name in metrics.split(",")]
     with options.errors_at("--metrics"):
         functions = {name: find(name, METRICS, "metric") for name in names if name != "nll"}
-    out = likelihood.check_out(output.out, run.workdir)
+    out = check_out(output.out, run.workdir)
     chosen = options.changed(sampling)
     for_nll = {name: chosen[name] for name in ("variance", "clip_x0") if name in chosen}
     if images is not None or not functions:
-        kept = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
-        kept |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
-        kept |= {"labels": labels if labels != "cycle" else None}
-        kept |= {} if functions else {"images": images}
-        if unused := sorted(name for name, value in kept.items() if value is not None):
-            raise RunError(
-                f"--{unused[0]} is for samples, and nothing is drawn for"
-                f" --metrics={metrics}{f' of --images={images}' if images else ''}"
-            )
-    shared_output = dataclasses.replace(output, out=None)
+        unused = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
+        unused |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
+        unused |= {"labels": labels if labels != "cycle" else None}
+        unused |= {} if functions else {"images": images}
+        refuse_unused(unused, metrics, images)
+    output = dataclasses.replace(output, out=None)
     results = {}
     if functions:
-        check_request(run, sampling if images is None else None)
-        extractor = load_extractor(features)
-        reference, origin = None, None
-        if set(functions) != {"is"}:
-            dataset = run_data.data_of(run, split, data_dir)
-            reference = features_of(run, extractor, dataset)
-            origin = {"data": dataset.name, "split": dataset.split}
-            origin |= {"num_images": len(dataset), "images_sha256": reference.images_sha256}
-        seeds = range(seed, seed + num_seeds) if images is None else [None]
-        for one in seeds:
-            if images is not None:
-                dataset, recipe = run_data.load_images(run, images), None
-            else:
-                count = num_samples or NUM_SAMPLES
-                path = sampling_lib.sample(
-                    run,
-                    sampling=sampling,
-                    num_samples=count,
-                    labels=labels,
-                    seed=one,
-                    output=shared_output,
-                )
-                dataset, recipe = _samples(path, count)
-            _judge(results, run, functions, extractor, features, dataset, recipe, reference, origin)
+        if images is None:
+            check_sampler(run, sampling)
+        judge = Judge(run, functions, features, split, data_dir)
+        if images is not None:
+            judge.add(results, run_data.load_images(run, images), None)
+        count = num_samples or NUM_SAMPLES
+        for one in range(seed, seed + num_seeds) if images is None else ():
+            drawn = {"num_samples": count, "labels": labels, "seed": one}
+            path = sampling_lib.sample(run, sampling=sampling, output=output, **drawn)
+            judge.add(results, *_samples(path, count))
     if "nll" in names:
-        bound = likelihood.nll(
-            run,
-            bounding=Bounding(**for_nll),
-            num_images=num_images,
-            data_dir=data_dir,
-            seed=seed,
-            output=shared_output,
-        )
+        measured = Measured(num_images=num_images, data_dir=data_dir, seed=seed)
+        bound = likelihood.nll(run, bounding=Bounding(**for_nll), measured=measured, output=output)
         results["nll_bits_per_dim"] = {
             "values": [float(np.mean(bound.scalars["total"]))],
             "manifest": bound.recipe | {"num_images": bound.count},
@@ -179,10 +156,22 @@ def evaluate(
     return results
 
 
-def check_request(run: Run, sampling: Sampling | None) -> None:
-    """Refuses what can be refused, before anything is computed."""
-    if sampling is None:
-        return
+def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) -> None:
+    """Refuses options of samples where none are drawn.
+
+    Raises:
+      RunError: one of them is not None.
+    """
+    unused = sorted(name for name, value in options_of_samples.items() if value is not None)
+    if unused:
+        raise RunError(
+            f"--{unused[0]} is for samples, and nothing is drawn for"
+            f" --metrics={metrics}{f' of --images={images}' if images else ''}"
+        )
+
+
+def check_sampler(run: Run, sampling: Sampling) -> None:
+    """Refuses options of sampling that this run cannot draw with, before anything is computed."""
     chosen = shared.resolved(run, sampling)
     variance = getattr(getattr(chosen, "sampler", None), "variance", None)
     if variance == "analytic":
@@ -191,24 +180,43 @@ def check_request(run: Run, sampling: Sampling | None) -> None:
         check_sampling(run.method, chosen, "sampling")
 
 
-def _judge(results, run, functions, extractor, spec, dataset, recipe, reference, origin) -> None:
-    """Adds the numbers of one set of images to the results."""
-    generated = features_of(run, extractor, dataset)
-    recipe = recipe or {"images": dataset.name}
-    features = {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize}
-    made = {"images_sha256": generated.images_sha256, "rounded": "uint8"}
-    manifest = {
-        "features": features | {"from": spec},
-        "num_generated": len(dataset),
-        "reference": origin,
-        "generated": recipe | made,
-    }
-    with options.errors_at("--metrics"):
-        values = numbers(functions, extractor.name, generated, reference)
-    for name, value in values.items():
-        entry = results.setdefault(name, {"values": [], "manifest": manifest, "seeds": []})
-        entry["values"].append(value)
-        entry["seeds"].append(recipe.get("seed"))
+class Judge:
+    """What images are judged by: metrics, a network of features, and the images to compare with."""
+
+    def __init__(self, run: Run, functions: dict, spec: str, split: str, data_dir: str | None):
+        self.run, self.functions, self.spec = run, functions, spec
+        self.extractor = load_extractor(spec)
+        self.reference, self.origin = None, None
+        if set(functions) != {"is"}:
+            dataset = run_data.data_of(run, split, data_dir)
+            self.reference = features_of(run, self.extractor, dataset)
+            self.origin = {"data": dataset.name, "split": dataset.split}
+            self.origin |= {"num_images": len(dataset)}
+            self.origin |= {"images_sha256": self.reference.images_sha256}
+
+    def add(self, results: dict, dataset: data.Dataset, recipe: dict | None) -> None:
+        """Adds the numbers of one set of images to the results.
+
+        Args:
+          recipe: of samples; None for other images.
+        """
+        extractor = self.extractor
+        generated = features_of(self.run, extractor, dataset)
+        recipe = recipe or {"images": dataset.name}
+        features = {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize}
+        made = {"images_sha256": generated.images_sha256, "rounded": "uint8"}
+        manifest = {
+            "features": features | {"from": self.spec},
+            "num_generated": len(dataset),
+            "reference": self.origin,
+            "generated": recipe | made,
+        }
+        with options.errors_at("--metrics"):
+            values = numbers(self.functions, extractor.name, generated, self.reference)
+        for name, value in values.items():
+            entry = results.setdefault(name, {"values": [], "manifest": manifest, "seeds": []})
+            entry["values"].append(value)
+            entry["seeds"].append(recipe.get("seed"))
 
 
 def numbers(

@@ -22,16 +22,16 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
-Seed = Annotated[
-    int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)
-]
+SEED_HELP = "The seed of all noise; image i depends on the seed and on i alone."
+DATA_DIR_HELP = "The folder where the data are. Default: as in the config."
+Seed = Annotated[int, SEED_HELP, AtLeast(0)]
 Times = str | int | float | tuple[float, ...]  # as text with commas, from a command line
 Labels = Annotated[
     str,
     "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7; classes that have"
     " names also by them, as cat,dog.",
 ]
-DataDir = Annotated[str | None, "The folder where the data are. Default: as in the config."]
+DataDir = Annotated[str | None, DATA_DIR_HELP]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Images:
     )
     num_images: int | None = option(None, "How many images to use.", least=1)
     split: str | None = option(None, "The split of the data, such as train or test. Default: test.")
-    data_dir: str | None = option(None, "The folder where the data are. Default: as in the config.")
+    data_dir: str | None = option(None, DATA_DIR_HELP)
     labels: str | None = option(
         None, "The classes of the images, as for sample. Default: those of the images."
     )
