@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from ddpm_jax import options
 from ddpm_jax.method import Method, fold_in_each, mirror_at_random
-from ddpm_jax.names import check_choice, check_takes, find
+from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import NETWORKS, UNet, init_params
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
@@ -135,16 +135,19 @@ class DDPM(Method):
         check_choice("variance", self.variance, VARIANCES)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
-            takes = ("schedule", "denoise_fn", "x_0", "t", "eps")
-            check_takes(loss, str(self.loss), takes, "loss")
+            check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
+        if not isinstance(self.network, nn.Module):
+            raise ValueError(f"{described(self.network, 'network')} is not a flax Module")
+        check_takes(self.network, ("x", "t", "labels"), "network")
         classes = getattr(self.network, "num_classes", 0)
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not classes):
             raise ValueError(
                 "label_dropout must lie in [0, 1), and be 0 for a model without classes; got"
                 f" {self.label_dropout}"
             )
+        _ = self.sized_network  # refuses a network without the fields that are filled in
 
     # ---- the network
 
@@ -163,8 +166,8 @@ class DDPM(Method):
         fields = {field.name for field in dataclasses.fields(self.network)}
         if missing := sizes.keys() - fields:
             raise ValueError(
-                f"the network {type(self.network).__name__} has no field {', '.join(missing)}, which the"
-                " model fills in"
+                f"{described(self.network, 'network')} has no field {', '.join(missing)}, which the model"
+                " fills in"
             )
         return self.network.clone(**sizes)
 
@@ -194,7 +197,9 @@ class DDPM(Method):
 
         def apply(x, t, label):
             label = label if getattr(network, "num_classes", 0) else None
-            return network.apply({"params": params}, x, t, label, **drops)
+            result = network.apply({"params": params}, x, t, label, **drops)
+            check_shape(result, (*x.shape[:-1], network.out_channels), network, "network")
+            return result
 
         def guided(x, t):
             if guidance == 0:
@@ -276,7 +281,9 @@ class DDPM(Method):
             parts = {"simple": of_mean, "vlb": of_variance}
             return of_mean + losses.HYBRID_WEIGHT * of_variance, parts
         loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
-        return loss(*args), {}
+        values = loss(*args)
+        check_shape(values, x_0.shape[:1], loss, "loss")
+        return values, {}
 
     # ---- what a trained model is asked
 
@@ -318,6 +325,9 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
+        if sampler is not None:
+            arguments = ("chain", "denoiser", "x_T", "keys")
+            check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
@@ -387,7 +397,9 @@ class DDPM(Method):
             keep = timesteps.subsequence(min(frames, len(steps)), len(steps))[::-1]
         denoiser = self.denoiser(params, label, guidance=sampling.guidance, variance=variance)
         clip = self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0
-        return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        result = sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        check_shape(result[0] if frames else result, x_T.shape, sampler, "sampler")
+        return result
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
         """The chain of the options of the bound, after a check that this model can have them."""
@@ -440,11 +452,25 @@ class DDPM(Method):
         return options.build(cls, config.diffusion, "config.diffusion", **parts)
 
 
+def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> None:
+    """Checks the shape that a network, loss or sampler returns.
+
+    Raises:
+      ConfigError: it has another one; names its file.
+    """
+    found = getattr(value, "shape", None)
+    if found != tuple(shape):
+        found = type(value).__name__ if found is None else found
+        raise ConfigError(f"{described(source, kind)} returns {found}, and must return {shape}")
+
+
 def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
     """The network of a config's section model; its `name` is a key of NETWORKS (default: unet) or module:NAME."""
     section = dict(section)
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")
+        if not (inspect.isclass(network) and issubclass(network, nn.Module)):
+            raise ValueError(f"{described(network, 'network')} is not a flax Module")
     if network is UNet:  # what a config without these fields has always meant
         section = ONCE_DEFAULT | section
         section["attention_resolutions"] = section["attention_resolutions"] or ()

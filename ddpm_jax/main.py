@@ -248,7 +248,7 @@ class Request:
         for field, text in sorted(
             self.fields.items(), key=lambda item: not item[0].endswith(".name")
         ):
-            config_lib.override(result, field, text, resume.reader_of)
+            config_lib.override(result, field, text, resume.readers_of)
         after = config_lib.fields(result).get("data.name")
         own_data = after != before and after not in data.BUILT_IN
         if own_data and "data.image_shape" not in self.fields:

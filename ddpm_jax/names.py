@@ -113,16 +113,35 @@ def place_of(error: BaseException) -> str:
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def check_takes(thing: Any, spec: str, arguments: Sequence[str], kind: str) -> None:
-    """Raises ValueError, with its file, if a function cannot be called with these positional arguments."""
-    try:
-        inspect.signature(thing).bind(*arguments)
-    except TypeError:
-        there = inspect.signature(thing)
+def check_takes(
+    thing: Any, arguments: Sequence[str], kind: str, keywords: Sequence[str] = ()
+) -> None:
+    """Checks that a function, or an object with __call__, can be called with these arguments.
+
+    Raises:
+      ValueError: it cannot; names its file, and what it takes.
+    """
+    if not callable(thing):
         raise ValueError(
-            f"{kind} {spec!r}: {inspect.getsourcefile(thing)}: it takes {there}, and must take"
-            f" ({', '.join(arguments)})"
+            f"{described(thing, kind)} has no __call__({', '.join([*arguments, *keywords])})"
+        )
+    signature = inspect.signature(thing)
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError:
+        raise ValueError(
+            f"{described(thing, kind)} takes {signature}, and must take"
+            f" ({', '.join([*arguments, *keywords])})"
         ) from None
+
+
+def described(thing: Any, kind: str) -> str:
+    """A thing from a user's own file as an error names it: its kind, name and file."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    try:
+        return f"{kind} {named.__qualname__} ({inspect.getsourcefile(named)})"
+    except TypeError:  # of Python itself
+        return f"{kind} {thing!r}"
 
 
 def foreign_frames(error: BaseException) -> list[traceback.FrameSummary]:

@@ -155,9 +155,9 @@ def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
     default = None if one.default is EMPTY else one.default
     if name is None:
         return (None if default is None else type(default)), default
-    found = find(
-        str(name) if isinstance(name, Text) else name, one.choice.built_in, one.choice.kind
-    )
+    with _at(""):
+        name = str(name) if isinstance(name, Text) else name
+        found = find(name, one.choice.built_in, one.choice.kind)
     if inspect.isclass(found):
         return found, (default if type(default) is found else None)
     return type(found), found
@@ -265,7 +265,7 @@ def _unknown(target, name: str, values, where: str, given) -> str:
 
 @contextlib.contextmanager
 def _at(where: str):
-    """Turns a ValueError inside into an ConfigError that begins with the name of a section."""
+    """Turns a ValueError inside into a ConfigError that begins with the name of a section."""
     try:
         yield
     except ConfigError:

@@ -17,6 +17,7 @@ from ddpm_jax import options
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
+CHOICES = ("model.name", "preview.sampler")  # fields that decide which others their section has
 MISSING = "(no such field)"  # what `differences` shows where a config has none
 
 
@@ -99,13 +100,13 @@ def fields(config) -> dict[str, object]:
     return result
 
 
-def override(config, field: str, text: str, reader_of: Callable | None = None) -> None:
+def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()) -> None:
     """Sets a field, such as "model.channels", to what a command line writes, read as the field's type.
 
     None is written for any field; an empty text is an empty tuple; 1e3 is a whole number.
 
     Args:
-      reader_of: (section, config) -> what reads the section, whose options are fields too.
+      readers_of: (section, config) -> what takes the section as arguments; its options are fields too.
 
     Raises:
       ConfigError: no such field, with the nearest, or a text of another type.
@@ -117,13 +118,16 @@ def override(config, field: str, text: str, reader_of: Callable | None = None) -
         if inner:
             names = ", ".join(f"config.{name}" for name in inner)
             raise ConfigError(f"config.{field} is a section; give its fields: {names}")
-        found = _options_of_section(config, section_name, reader_of)
-        if name not in found:
+        found = _options_of_section(config, section_name, readers_of)
+        if name not in found and field not in CHOICES:
             known = [*known, *(f"{section_name}.{other}" for other in found)]
             raise ConfigError(f"the config has no field config.{field}{near_field(field, known)}")
-        value = options.convert(found[name], options.Text(text), f"config.{section_name}")
+        value = text
+        if field not in CHOICES:
+            value = options.convert(found[name], options.Text(text), f"config.{section_name}")
         with config[section_name].unlocked():
             config[section_name][name] = value
+        _drop_fields_of_another(config, field, readers_of)
         return
     section = config
     for part in section_name.split(".") if section_name else ():
@@ -136,24 +140,30 @@ def override(config, field: str, text: str, reader_of: Callable | None = None) -
         raise ConfigError(
             f"config.{field} must be {expected.get(kind, kind.__name__)}, got {text!r}"
         ) from None
-    before = section[name]
     with section.ignore_type():
         section[name] = value
-    if field in ("model.name", "preview.sampler") and value != before:
-        found = _options_of_section(config, section_name, reader_of)
-        with section.unlocked():  # fields of the old choice
-            for other in set(section) - set(found) - {"name", "every", "num_images"}:
-                del section[other]
+    _drop_fields_of_another(config, field, readers_of)
 
 
-def _options_of_section(config, section: str, reader_of: Callable | None) -> dict:
-    """The options of what reads a section, by name."""
+def _drop_fields_of_another(config, field: str, readers_of: Callable) -> None:
+    """Removes the fields of a section that a newly chosen network or sampler does not have."""
+    section = field.rpartition(".")[0]
+    found = _options_of_section(config, section, readers_of)
+    if field not in CHOICES or not found:
+        return
+    with config[section].unlocked():
+        for other in set(config[section]) - set(found) - {"name", "every", "num_images"}:
+            del config[section][other]
+
+
+def _options_of_section(config, section: str, readers_of: Callable) -> dict:
+    """The options of what takes a section, by name."""
+    found = {}
     with errors_at(f"config.{section}"):
-        reader = reader_of(section, config) if reader_of and section in config else None
-        if reader is None:
-            return {}
-        chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
-        return {one.name: one for one in options.flat(reader, chosen)}
+        for reader in readers_of(section, config) if section in config else ():
+            chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
+            found |= {one.name: one for one in options.flat(reader, chosen)}
+    return found
 
 
 def near_field(word: str, known: Sequence[str]) -> str:

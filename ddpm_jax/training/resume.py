@@ -32,17 +32,16 @@ FREE_TO_CHANGE = (
 )
 
 
-def reader_of(section: str, config):
-    """What a section of a config is the keyword arguments of; None if that is not known."""
+def readers_of(section: str, config) -> tuple:
+    """What takes a section of a config as keyword arguments; nothing if that is not known."""
     name = config.get(section, {}).get("name") if section in ("model", "schedule") else None
     if section == "schedule":
-        return find(name or "linear", schedules.SCHEDULES, "schedule")
+        return find(name or "linear", schedules.SCHEDULES, "schedule"), schedules.make
     if section == "model":
-        return find(name or "unet", NETWORKS, "network")
+        return (find(name or "unet", NETWORKS, "network"),)
     readers = {"data": data.load, "diffusion": DDPM, "optimizer": step.make_optimizer}
-    readers["preview"] = Sampling
-    readers |= {"step": step.make_update}
-    return readers.get(section)
+    readers |= {"preview": Sampling, "step": step.make_update}
+    return (readers[section],) if section in readers else ()
 
 
 def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
@@ -102,9 +101,9 @@ def _or_default(field: str, value, config):
         return json.loads(json.dumps(ONCE_DEFAULT[name]))
     if value not in (config_lib.MISSING, None):
         return value
-    reader = reader_of(section, config)
-    for one in options.options_of(reader) if reader else ():
-        if one.name == name and one.default is not options.EMPTY:
-            default = options.name_of(one.default, one.choice) if one.choice else one.default
-            return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
+    for reader in readers_of(section, config):
+        for one in options.options_of(reader):
+            if one.name == name and one.default is not options.EMPTY:
+                default = options.name_of(one.default, one.choice) if one.choice else one.default
+                return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
     return None if value == config_lib.MISSING else value
