@@ -136,7 +136,8 @@ def flat(target: Callable, chosen: Mapping[str, Any] | None = None, skip=()) -> 
             continue
         yield one
         if one.choice is not None:
-            cls, default = _chosen(one, (chosen or {}).get(one.name))
+            with _at(""):
+                cls, default = _chosen(one, (chosen or {}).get(one.name))
             for inner in flat(cls) if cls else ():
                 if inner.name in {other.name for other in options_of(target)}:
                     raise ConfigError(_clash(cls, one.choice, [inner.name]))
@@ -155,9 +156,8 @@ def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
     default = None if one.default is EMPTY else one.default
     if name is None:
         return (None if default is None else type(default)), default
-    with _at(""):
-        name = str(name) if isinstance(name, Text) else name
-        found = find(name, one.choice.built_in, one.choice.kind)
+    name = str(name) if isinstance(name, Text) else name
+    found = find(name, one.choice.built_in, one.choice.kind)
     if inspect.isclass(found):
         return found, (default if type(default) is found else None)
     return type(found), found

@@ -145,7 +145,7 @@ def test_experiments_are_those_of_the_installation(tmp_path, monkeypatch):
 def test_fields_of_a_chosen_network_and_of_every_schedule_can_be_given():
     config = get_config("digits", "smoke")
     override(config, "model.name", "experiments.my_network:DiT", resume.readers_of)
-    assert set(config.model) <= {"name", "num_classes"}  # the U-Net's fields are gone
+    assert set(config.model) <= {"name", "num_classes", "num_heads"}  # the U-Net's fields are gone
     override(config, "model.depth", "1", resume.readers_of)
     override(config, "diffusion.prediction", "v")
     override(config, "schedule.zero_snr", "true", resume.readers_of)

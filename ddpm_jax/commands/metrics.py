@@ -13,6 +13,7 @@ only the numbers. Images are rounded to uint8 before anything looks at them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Annotated, Any
@@ -128,22 +129,20 @@ def evaluate(
         if images is not None:
             judge.add(results, run_data.load_images(run, images), None)
         count = num_samples or NUM_SAMPLES
+        draw = functools.partial(sampling_lib.sample, run, sampling=sampling, labels=labels)
         for one in range(seed, seed + num_seeds) if images is None else ():
-            drawn = {"num_samples": count, "labels": labels, "seed": one}
-            path = sampling_lib.sample(run, sampling=sampling, output=output, **drawn)
+            path = draw(num_samples=count, seed=one, output=output)
             judge.add(results, *_samples(path, count))
     if "nll" in names:
         measured = Measured(num_images=num_images, data_dir=data_dir, seed=seed)
-        bound = likelihood.nll(run, bounding=Bounding(**for_nll), measured=measured, output=output)
+        bounding = dataclasses.replace(Bounding(), **for_nll)
+        bound = likelihood.nll(run, bounding=bounding, measured=measured, output=output)
         results["nll_bits_per_dim"] = {
             "values": [float(np.mean(bound.scalars["total"]))],
             "manifest": bound.recipe | {"num_images": bound.count},
             "seeds": [seed],
         }
-    for entry in results.values():
-        spread = np.std(entry["values"], ddof=1) if len(entry["values"]) > 1 else None
-        entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
-        entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
+    summarise(results)
     if out is None:
         settings = {"images": images, "split": split, "num_samples": num_samples, **chosen}
         settings |= {"num_images": num_images, "metrics": metrics, "features": features}
@@ -154,6 +153,14 @@ def evaluate(
     print(report(results))
     print(os.path.abspath(out), flush=True)
     return results
+
+
+def summarise(results: dict) -> None:
+    """Adds mean and standard deviation over seeds, and the software, to each number."""
+    for entry in results.values():
+        spread = np.std(entry["values"], ddof=1) if len(entry["values"]) > 1 else None
+        entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
+        entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
 
 
 def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) -> None:
