@@ -1,5 +1,7 @@
 """Gaussians: Kullback-Leibler divergences, and the likelihood of 8-bit images under a normal density."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
@@ -48,7 +50,8 @@ def discretized_log_likelihood(x, mean, log_variance, *, cdf: str = "normal"):
       mean, log_variance: of the density, broadcastable to `x`.
       cdf: "normal" for the exact Φ, "tanh" for the approximation of the reference code.
     """
-    log_cdf = {"normal": log_ndtr, "tanh": _tanh_log_ndtr}[cdf]
+    cdfs: dict[str, Callable] = {"normal": log_ndtr, "tanh": _tanh_log_ndtr}
+    log_cdf = cdfs[cdf]
     inverse_std = jnp.exp(jnp.minimum(-0.5 * log_variance, 60.0))
     bound = 1e6  # far beyond any density that float32 can tell from zero; keeps z³ finite
     lower = jnp.clip((x - mean - 1.0 / 255.0) * inverse_std, -bound, bound)

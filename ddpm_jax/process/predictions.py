@@ -92,11 +92,11 @@ def velocity(trained: Schedule, chain: Schedule) -> Prediction:
     """dx_t/du = α' x_0 + σ' ε along the trained path, with u = t/T; ε − x_0 of a straight path."""
     if len(trained) < 2:
         raise ValueError("prediction 'velocity' needs a chain of at least two steps")
-    slopes = []
-    for table in (trained.alpha, trained.sigma):
-        slope = np.gradient(table, trained.times) * len(trained)
-        slopes.append(np.interp(chain.times, trained.times, slope))
-    return Prediction(*slopes, chain.times)
+    of_x_0, of_eps = (
+        np.interp(chain.times, trained.times, np.gradient(table, trained.times) * len(trained))
+        for table in (trained.alpha, trained.sigma)
+    )
+    return Prediction(of_x_0, of_eps, chain.times)
 
 
 def edm(trained: Schedule, chain: Schedule, *, data_std: float = DATA_STD) -> Prediction:

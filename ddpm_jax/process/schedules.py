@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64, UInt32
+from numpy.typing import ArrayLike
 
 from ddpm_jax import options
 from ddpm_jax.names import find, nearest
@@ -41,8 +42,8 @@ class Schedule:
 
     alpha: Float64[np.ndarray, " S"]
     sigma: Float64[np.ndarray, " S"]
-    times: np.ndarray = None
-    step_variance: Float64[np.ndarray, " S"] = None
+    times: np.ndarray = None  # type: ignore[assignment]  # never None afterwards
+    step_variance: Float64[np.ndarray, " S"] = None  # type: ignore[assignment]
 
     def __post_init__(self):
         alpha, sigma = (np.array(table, np.float64) for table in (self.alpha, self.sigma))
@@ -59,8 +60,7 @@ class Schedule:
             raise ValueError(
                 "times must increase strictly, one for each step; whole ones from 0 or later"
             )
-        with np.errstate(divide="ignore"):
-            ratio = sigma / alpha
+        ratio = _ratio(alpha, sigma)
         if not (ratio[1:] >= ratio[:-1]).all():
             raise ValueError(
                 "sigma / alpha must increase: each step adds noise, and none takes it away"
@@ -73,20 +73,18 @@ class Schedule:
         step_variance = np.array(step_variance, np.float64)
         if step_variance.shape != alpha.shape or not (step_variance > 0).all():
             raise ValueError("every step must add noise: two steps are too near each other")
-        for name, table in (
-            ("alpha", alpha),
-            ("sigma", sigma),
-            ("times", times),
-            ("ratio", ratio),
-            ("step_variance", step_variance),
-        ):
+        tables = {"alpha": alpha, "sigma": sigma, "times": times, "step_variance": step_variance}
+        for name, table in tables.items():
             table.flags.writeable = False
             object.__setattr__(self, name, table)
 
     def __len__(self) -> int:
         return self.alpha.size
 
-    # ratio: [S] float64, σ/α, infinite where α is 0; set in __post_init__.
+    @functools.cached_property
+    def ratio(self) -> Float64[np.ndarray, " S"]:
+        """σ/α of each step, infinite where α is 0."""
+        return _ratio(self.alpha, self.sigma)
 
     @functools.cached_property
     def alpha_prev(self) -> Float64[np.ndarray, " S"]:
@@ -150,7 +148,7 @@ class Schedule:
         whole = (times == np.round(times)) & (times >= 0)
         return np.where(whole, np.maximum(self.times, 0).astype(np.uint32), times.view(np.uint32))
 
-    def at(self, ratio: Sequence[float]) -> Schedule:
+    def at(self, ratio: ArrayLike) -> Schedule:
         """The chain with the levels σ/α = `ratio`, which need not be rows of this one.
 
         log α (of a variance-preserving chain α itself is known) and the time are interpolated linearly in log σ/α, so the
@@ -162,26 +160,31 @@ class Schedule:
         Raises:
           ValueError: a level outside the chain.
         """
-        ratio, rows = np.asarray(ratio, np.float64), np.isfinite(self.ratio)
+        levels, rows = np.asarray(ratio, np.float64), np.isfinite(self.ratio)
         known = self.ratio[rows]
         slack = 1e-9
-        if ratio.min() < known[0] * (1 - slack) or ratio.max() > known[-1] * (1 + slack):
+        if levels.min() < known[0] * (1 - slack) or levels.max() > known[-1] * (1 + slack):
             raise ValueError(
                 f"levels sigma/alpha must lie within {known[0]:.4g} and {known[-1]:.4g}, got"
-                f" {ratio.min():.4g} to {ratio.max():.4g}"
+                f" {levels.min():.4g} to {levels.max():.4g}"
             )
-        level, known = np.log(ratio), np.log(known)
+        level, known = np.log(levels), np.log(known)
         if self.is_variance_preserving:
-            alpha = 1.0 / np.sqrt(1.0 + ratio**2)
+            alpha = 1.0 / np.sqrt(1.0 + levels**2)
         else:
             alpha = np.exp(np.interp(level, known, np.log(self.alpha[rows])))
-        return Schedule(alpha, ratio * alpha, np.interp(level, known, self.times[rows]))
+        return Schedule(alpha, levels * alpha, np.interp(level, known, self.times[rows]))
 
 
 # ---- variance-preserving chains ----------------------------------------------------------------------
 
 
-def from_betas(betas: Sequence[float]) -> Schedule:
+def _ratio(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return sigma / alpha
+
+
+def from_betas(betas: ArrayLike) -> Schedule:
     """The variance-preserving chain of β_0 … β_{T−1}, each in (0, 1]; Ho et al. (2)."""
     beta = np.array(betas, np.float64)
     if beta.ndim != 1 or beta.size == 0:
@@ -312,7 +315,8 @@ def table(
 ) -> Schedule:
     """A chain by its tables, see `Schedule`; the number of its steps is their length."""
     del num_timesteps
-    return Schedule(alpha, sigma, times, step_variance)
+    tables = (None if table is None else np.asarray(table) for table in (times, step_variance))
+    return Schedule(np.asarray(alpha), np.asarray(sigma), *tables)  # type: ignore[arg-type]
 
 
 SCHEDULES = {

@@ -72,7 +72,7 @@ class LossHistory(NamedTuple):
     """The last losses seen at each t."""
 
     losses: Float32[Array, "T 10"]  # each row a ring
-    count: Int32[Array, " T"]  # losses seen at each t so far
+    count: Int32[Array, " T"]  # type: ignore[assignment]  # losses seen at each t so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Importance(TimeSampler):
 
     def init(self, schedule) -> LossHistory:
         T = len(schedule)
-        return LossHistory(np.zeros((T, self.size), np.float32), np.zeros(T, np.int32))
+        return LossHistory(jnp.zeros((T, self.size), jnp.float32), jnp.zeros(T, jnp.int32))
 
     def update(self, state: LossHistory, t, losses) -> LossHistory:
         """The history after a batch. Where a t occurs more often than a row is long, its last losses count."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from ddpm_jax.names import check_choice
 from ddpm_jax.process.schedules import Schedule
@@ -19,7 +20,7 @@ SPACINGS = {"uniform": "", "linear": "ddim", "quadratic": "quad", "log_snr": "lo
 
 
 def subsequence(
-    steps: int | str | Sequence[int], num_timesteps: int, *, snr: np.ndarray | None = None
+    steps: int | str | ArrayLike, num_timesteps: int, *, snr: np.ndarray | None = None
 ) -> Int[np.ndarray, " S"]:
     """The rows τ of a shortened chain: [S] int, strictly increasing in 0 … T−1, for any S ≤ T.
 
@@ -116,7 +117,8 @@ def _distinct(tau: np.ndarray, T: int) -> np.ndarray:
 def _parts(counts: list[int], T: int, steps: str) -> np.ndarray:
     """So many evenly rounded times from each of equal parts of the chain."""
     _checked(sum(counts), T, steps)
-    tau, first = [], 0
+    tau: list[int] = []
+    first = 0
     for part, count in enumerate(counts):
         size = T // len(counts) + (part < T % len(counts))
         if count:  # a part may have none
@@ -128,13 +130,13 @@ def _parts(counts: list[int], T: int, steps: str) -> np.ndarray:
     return np.asarray(tau)
 
 
-def respace(schedule: Schedule, tau: Sequence[int]) -> Schedule:
+def respace(schedule: Schedule, tau: ArrayLike) -> Schedule:
     """The chain that visits only the rows `tau` of `schedule`, with the same (α, σ) and times.
 
     Its σ²_{t|s} follow from its own neighbours (for β: Nichol & Dhariwal (19)).
     """
-    tau = subsequence(np.asarray(tau), len(schedule))
-    return Schedule(schedule.alpha[tau], schedule.sigma[tau], schedule.times[tau])
+    rows = subsequence(tau, len(schedule))
+    return Schedule(schedule.alpha[rows], schedule.sigma[rows], schedule.times[rows])
 
 
 @functools.lru_cache(maxsize=256)  # a chain is compared by identity, and equal ones compile once

@@ -72,9 +72,9 @@ def scan(
     denoise_fn = denoiser(chain)
     rows = np.arange(len(chain))[::-1] if rows is None else rows
     kept = np.asarray([] if keep is None else keep, np.int32)
-    position = np.full(len(chain), len(kept), np.int32)  # out of range: not kept
-    position[kept] = np.arange(len(kept))
-    position = jnp.asarray(position)
+    positions = np.full(len(chain), len(kept), np.int32)  # out of range: not kept
+    positions[kept] = np.arange(len(kept))
+    position = jnp.asarray(positions)
 
     def body(state, now):
         (x, carry, frames), (k, i) = state, now
