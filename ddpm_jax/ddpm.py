@@ -64,7 +64,11 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Chain):
-    """How images are drawn from a diffusion."""
+    """How images are drawn from a diffusion.
+
+    >>> from ddpm_jax.process.samplers import DDIM
+    >>> sampling = Sampling(sampler=DDIM(), steps=50, clip_x0=False)
+    """
 
     sampler: Annotated[Sampler, Choice("sampler", SAMPLERS)] = option(
         Ancestral(), "The sampler that draws the images: a built-in one or module:NAME."
@@ -101,6 +105,14 @@ class DDPM(Method):
 
     Raises:
       ValueError: parts that do not go together; one line.
+
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(1000), network=network, image_shape=(8, 8, 1))
+    >>> params = model.init(jax.random.key(0))
+    >>> dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1), loss="vbl")
+    Traceback (most recent call last):
+    ValueError: unknown loss 'vbl'; did you mean 'vlb'? (choose from simple, vlb, hybrid, or module:NAME)
     """
 
     schedule: Schedule

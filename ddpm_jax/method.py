@@ -38,6 +38,19 @@ class Method(Protocol):
 
     A diffusion has a `schedule` and a `denoiser` too, see `ddpm.DDPM`: whatever adds noise to given images asks for
     these.
+
+    >>> import ddpm_jax as dj
+    >>> class Mean(dj.Method):
+    ...     "Draws the mean image of the data, which it learns by gradient steps."
+    ...     image_shape, metric_names = (8, 8, 1), ()
+    ...     def init(self, key):
+    ...         return jnp.zeros(self.image_shape)
+    ...     def loss_fn(self, params, loss_state, key, batch):
+    ...         x_0 = batch["image"] / 127.5 - 1.0
+    ...         return jnp.mean((x_0 - params[None]) ** 2, axis=(1, 2, 3)), {}, ()
+    ...     def sample(self, params, key, index, label, sampling):
+    ...         return jnp.broadcast_to(params, (len(index), *self.image_shape))
+    >>> state = dj.fit(Mean(), np.zeros((4, 8, 8, 1), np.uint8), num_steps=2, batch_size=4)
     """
 
     image_shape: tuple[int, int, int]

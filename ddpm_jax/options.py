@@ -73,6 +73,12 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
     Args:
       flag: its name on the command line, where that differs.
       least: the smallest number that it takes.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Euler:
+    ...     churn: float = option(0.0, "Noise added in each step; 0 is deterministic.")
+    >>> [(one.flag, one.default, one.help) for one in options_of(Euler)]
+    [('churn', 0.0, 'Noise added in each step; 0 is deterministic.')]
     """
     metadata = {"help": help, "flag": flag, "least": least}
     if dataclasses.is_dataclass(default):

@@ -29,6 +29,10 @@ class Dataset:
         class_names: the name of each class, by its number; empty if they are not known.
         left_out: one line for each kind of file that was not read, and why.
         files: SHA-256 of the names and sizes of the files; empty for arrays, see `fingerprint`.
+
+    >>> dataset = Dataset.from_arrays(np.zeros((5, 8, 8, 3), np.uint8), labels=[0, 1, 0, 1, 1])
+    >>> len(dataset), dataset.image_shape, dataset.num_classes
+    (5, (8, 8, 3), 2)
     """
 
     name: str

@@ -54,6 +54,10 @@ class UNet(nn.Module):
         statistics of the norms, softmax and the last convolution stay float32.
       remat: recompute each residual block in the backward pass instead of storing it.
       plain: textbook form of every layer: same parameters, same function, other dropout masks.
+
+    >>> network = UNet(channels=32, channel_mults=(1, 2))  # two levels
+    >>> network.sides((28, 28, 1))
+    [28, 14]
     """
 
     out_channels: int = 3

@@ -61,7 +61,14 @@ def q_step(schedule: Schedule, x_prev: Images, row: Row, eps: Images) -> Images:
 
 @functools.partial(jax.jit, static_argnums=0)
 def q_sample(schedule: Schedule, x_0: Images, row: Row, eps: Images) -> Images:
-    """x_t ~ q(x_t | x_0) in closed form from the noise eps ~ N(0, I), Ho et al. (4)."""
+    """x_t ~ q(x_t | x_0) in closed form from the noise eps ~ N(0, I), Ho et al. (4).
+
+    >>> from ddpm_jax.process.schedules import linear
+    >>> x_0, eps = jnp.ones((2, 8, 8, 3)), jnp.zeros((2, 8, 8, 3))
+    >>> x_t = q_sample(linear(1000), x_0, jnp.array([0, 999]), eps)
+    >>> print(x_t[:, 0, 0, 0].round(4))
+    [1.     0.0064]
+    """
     return at(schedule.alpha, row, x_0) * x_0 + at(schedule.sigma, row, x_0) * eps
 
 

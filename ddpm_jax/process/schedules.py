@@ -38,6 +38,10 @@ class Schedule:
 
     Raises:
       ValueError: shapes that differ, values outside these ranges.
+
+    >>> chain = Schedule(alpha=[0.8, 0.6], sigma=[0.6, 0.8])
+    >>> chain.is_variance_preserving, chain.snr.round(3).tolist()
+    (True, [1.778, 0.562])
     """
 
     alpha: Float64[np.ndarray, " S"]
@@ -200,7 +204,12 @@ def from_betas(betas: ArrayLike) -> Schedule:
 
 
 def linear(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> Schedule:
-    """β from `start` to `end` in even steps; Ho et al. §4 (T = 1000, 1e-4 to 0.02)."""
+    """β from `start` to `end` in even steps; Ho et al. §4 (T = 1000, 1e-4 to 0.02).
+
+    >>> schedule = linear(1000)
+    >>> len(schedule), schedule.beta[[0, -1]].tolist()
+    (1000, [0.0001, 0.02])
+    """
     return from_betas(np.linspace(start, end, num_timesteps))
 
 
@@ -242,7 +251,11 @@ def sigmoid(num_timesteps: int = 1000, *, start: float = 1e-4, end: float = 0.02
 def cosine(
     num_timesteps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999
 ) -> Schedule:
-    """ᾱ(u) = cos²((u + offset)/(1 + offset) · π/2), β clipped at `max_beta`; Nichol & Dhariwal (17)."""
+    """ᾱ(u) = cos²((u + offset)/(1 + offset) · π/2), β clipped at `max_beta`; Nichol & Dhariwal (17).
+
+    >>> cosine(1000).alpha_bar[499].round(2)  # half of the chain, half of the signal
+    np.float64(0.49)
+    """
     u = np.arange(num_timesteps + 1) / num_timesteps
     log_alpha_bar = 2.0 * np.log(np.abs(np.cos((u + offset) / (1 + offset) * np.pi / 2)))
     return from_betas(np.minimum(-np.expm1(np.diff(log_alpha_bar)), max_beta))
@@ -256,6 +269,9 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 
     Raises:
       ValueError: a chain that is not variance preserving, or of one step.
+
+    >>> zero_terminal_snr(linear(1000)).alpha[-1]
+    np.float64(0.0)
     """
     alpha = schedule.alpha
     if not schedule.is_variance_preserving or len(schedule) < 2:
@@ -280,6 +296,9 @@ def exploding(
     """The variance-exploding chain α = 1 with σ^(1/ρ) in even steps; Karras et al. 2022 (5).
 
     A uniformly shortened chain has Karras et al.'s spacing again, up to the rounding of its rows.
+
+    >>> exploding(1000).sigma[[0, -1]].round(6).tolist()
+    [0.002, 80.0]
     """
     if not (0 < sigma_min < sigma_max and rho > 0):
         raise ValueError(
@@ -291,7 +310,11 @@ def exploding(
 
 
 def straight(num_timesteps: int = 1000) -> Schedule:
-    """The straight path α = 1 − u, σ = u with u = 1/T, 2/T, …, 1, as in flow matching; Lipman et al. 2023 (22)."""
+    """The straight path α = 1 − u, σ = u with u = 1/T, 2/T, …, 1, as in flow matching; Lipman et al. 2023 (22).
+
+    >>> straight(4).sigma.tolist()
+    [0.25, 0.5, 0.75, 1.0]
+    """
     u = np.arange(1, num_timesteps + 1) / num_timesteps
     return Schedule(1.0 - u, u)
 

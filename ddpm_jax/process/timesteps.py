@@ -162,6 +162,10 @@ def shorten(
 
     Raises:
       ValueError: as `subsequence`; a spacing without a plain number of steps; a row outside 0 … T−1.
+
+    >>> from ddpm_jax.process.schedules import linear
+    >>> shorten(linear(1000), 4).times.tolist()  # the network's own times
+    [0, 333, 666, 999]
     """
     T = len(schedule)
     if spacing is not None:

@@ -100,6 +100,15 @@ def train(
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
       KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
+
+    >>> import tempfile
+    >>> from ddpm_jax.configs import digits
+    >>> config = digits.get_config("smoke")
+    >>> config.model.update(channels=8, num_groups=2)
+    >>> config.training.num_steps = 2
+    >>> state = train(config, tempfile.mkdtemp())
+    >>> int(state.step)
+    2
     """
     with options.errors_at("--change"):
         for what in change:

@@ -22,6 +22,9 @@ class Ancestral:
     """x_s ~ N(μ̃_t(x_t, x̂_0), σ² I), no noise at the last step; Ho et al. 2020, Algorithm 2.
 
     x̂_0 is clipped before the posterior mean, as Ho et al.'s code does and the paper does not say.
+
+    >>> Ancestral(variance="fixed_small")
+    Ancestral(variance='fixed_small')
     """
 
     variance: str | None = option(

@@ -16,6 +16,9 @@ class DDIM:
 
     With η = 1 it shares all noise with ancestral sampling with "fixed_small". ε̂ is derived anew from the clipped x̂_0
     (as Improved DDPM's code; Song et al. do not clip).
+
+    >>> DDIM(), DDIM(eta=1.0)  # deterministic; as noisy as the ancestral chain
+    (DDIM(eta=0.0), DDIM(eta=1.0))
     """
 
     eta: float | Literal["hat"] = option(

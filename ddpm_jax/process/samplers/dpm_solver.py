@@ -28,6 +28,9 @@ class DPMSolver:
 
     Multistep by default. `singlestep` helps where x̂_0 changes fast, as under strong guidance: for a mixture of two
     normal densities, guidance 4 and 10 log-SNR steps, an error of 0.044 against 0.136.
+
+    >>> DPMSolver(order=3)
+    DPMSolver(order=3, singlestep=False)
     """
 
     order: Literal[1, 2, 3] = option(2, "The order of dpm_solver: 1, 2 or 3.")

@@ -20,6 +20,9 @@ class Heun:
     that falls to less than a tenth from s above 10, or from α = 0: the slope at its end would be weighted by a length of which the end
     is a small part. (With the cosine schedule and 10 steps, for normal data of standard deviation 0.5, samples had 7.4
     without that rule, 0.48 with it.)
+
+    >>> Heun()  # 19 network calls for steps=10
+    Heun()
     """
 
     def __call__(self, chain, denoiser, x_T, keys, **loop):
