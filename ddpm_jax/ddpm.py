@@ -1,8 +1,7 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020): the paper on a page.
 
-A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. What a trained one is asked follows from
-its `denoiser`: samplers, the bound and the uses of given images see nothing else. To change an idea, subclass it and
-replace a method, or write a module:NAME for a part.
+A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. Samplers, the bound and the editing of
+images use only its `denoiser`. To change an idea, subclass it and replace a method, or name a part as module:NAME.
 """
 
 from __future__ import annotations
@@ -98,13 +97,13 @@ class DDPM(Method):
 
     Attributes:
       schedule: the full chain of T steps that it is trained on.
-      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels]. Its
-        field out_channels is filled in here, and so is one class more for label_dropout.
+      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels].
+        Its field out_channels is filled in here, and label_dropout adds one class to num_classes.
       image_shape: (H, W, C).
       flip: mirror training images left to right with probability ½ (config.data.flip).
 
     Raises:
-      ValueError: parts that do not go together; one line.
+      ValueError: parts that do not fit together; one line.
 
     >>> import ddpm_jax as dj
     >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2)
@@ -198,8 +197,8 @@ class DDPM(Method):
     ) -> Denoiser:
         """The model as losses and samplers see it, see `diffusion.denoiser`.
 
-        With guidance g the output is that of no label plus g times what the label adds (Ho & Salimans 2021), from one
-        batch of both; of a learned variance the label's own is taken.
+        With guidance g the output is the unconditional one plus g times its difference to the conditional one (Ho &
+        Salimans 2021), both evaluated in one batch; a learned variance is the conditional one.
         """
         network, learned = self.sized_network, self.variance in LEARNED
         no_label = np.int32(self.num_classes)
@@ -261,7 +260,7 @@ class DDPM(Method):
         return mirror_at_random(flip_keys, x_0) if self.flip else x_0
 
     def loss_fn(self, params, loss_state, key, batch):
-        """One step of Ho et al. Algorithm 1: draws t and ε, and compares."""
+        """The loss of Ho et al. Algorithm 1, for one draw of t and ε per example."""
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -279,7 +278,7 @@ class DDPM(Method):
         return values * weight, metrics, (t, values)
 
     def compare(self, denoise_fn, x_0, t, eps):
-        """The loss [B] of what the network makes of x_t, and its parts {name: [B]} for the log."""
+        """The loss [B] at x_t, and its parts {name: [B]} for the log."""
         args = (self.schedule, denoise_fn, x_0, t, eps)
         squared = functools.partial(
             losses.simple if self.loss == "simple" else losses.hybrid,
@@ -297,10 +296,10 @@ class DDPM(Method):
         check_shape(values, x_0.shape[:1], loss, "loss")
         return values, {}
 
-    # ---- what a trained model is asked
+    # ---- sampling and the bound
 
     def resolve(self, chosen):
-        """Options of sampling or of the bound with the model's own values where they leave a choice to it."""
+        """Options of sampling or of the bound, with None replaced by the model's own values."""
         values = {"clip_x0": self.clip_x0 if chosen.clip_x0 is None else chosen.clip_x0}
         if chosen.steps is not None:
             values["steps"] = timesteps.as_text(chosen.steps)
@@ -316,7 +315,7 @@ class DDPM(Method):
     def chain(
         self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
     ) -> Schedule:
-        """The chain of the options of sampling, after a check that this model can have them.
+        """The chain that the options of sampling describe, after a check that they fit this model.
 
         Args:
           from_t: begin at this time of the full chain instead of T − 1.
@@ -352,7 +351,7 @@ class DDPM(Method):
         return steps
 
     def reverse_variance(self, asked: str | None, steps: Schedule, x_0_error=None):
-        """A variance as `diffusion.model_log_variance` takes it, if this model can have it on this chain."""
+        """A variance for `diffusion.model_log_variance`, after a check that it fits this model and chain."""
         asked = asked or self.variance
         if not isinstance(asked, str):
             return asked
@@ -414,7 +413,7 @@ class DDPM(Method):
         return result
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
-        """The chain of the options of the bound, after a check that this model can have them."""
+        """The chain that the options of the bound describe, after a check that they fit this model."""
         steps = timesteps.shorten(self.schedule, options.steps)
         check_choice("cdf", options.cdf, likelihood.CDFS)
         self.reverse_variance(options.variance, steps, x_0_error)
@@ -448,7 +447,7 @@ class DDPM(Method):
 
     @classmethod
     def from_config(cls, config) -> DDPM:
-        """The model of a config's sections data, model, schedule and diffusion.
+        """The model described by the sections data, model, schedule and diffusion of a config.
 
         Raises:
           ConfigError: a field that is unknown, of a wrong type or impossible.
@@ -468,7 +467,7 @@ def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> N
     """Checks the shape that a network, loss or sampler returns.
 
     Raises:
-      ConfigError: it has another one; names its file.
+      ConfigError: the shape is wrong; names the file of the network, loss or sampler.
     """
     found = getattr(value, "shape", None)
     if found != tuple(shape):
@@ -477,7 +476,7 @@ def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> N
 
 
 def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The network of a config's section model; its `name` is a key of NETWORKS (default: unet) or module:NAME."""
+    """The network described by a config's section model, whose `name` is a key of NETWORKS (default: unet) or module:NAME."""
     section = dict(section)
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")

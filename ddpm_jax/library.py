@@ -1,4 +1,4 @@
-"""The library: a model from its parts, trained, sampled and measured on arrays; no flags, and no files unless asked."""
+"""The library: models made from parts, trained, sampled and measured on arrays, without flags, and without files by default."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run(runs.Run):
-    """A run directory with what can be done with its model; `params` are those of its last checkpoint."""
+    """A loaded run directory; `params` are those of its last checkpoint."""
 
     def sample(self, num_samples: int = 16, **asked) -> Images:
         """`sample` of this run."""
@@ -73,12 +73,12 @@ class Run(runs.Run):
 def load(
     workdir: str, *, weights: str = "ema", model: Method | None = None, allow_code: bool = False
 ) -> Run:
-    """The last checkpoint of a run directory, made by the command line or by `fit`.
+    """Loads the last checkpoint of a run directory, made by the command line or by `fit`.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
-      model: the model itself, where its parts have names that cannot be imported, such as classes of a notebook.
-      allow_code: import modules outside ddpm_jax and experiments that the run names.
+      model: the model itself, if its parts cannot be imported by name, such as classes of a notebook.
+      allow_code: import modules outside ddpm_jax and experiments that the run names; only for runs that you trust.
 
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
@@ -204,8 +204,8 @@ def sample(
     """Draws images 0 … num_samples − 1 of a seed: uint8 [N, H, W, C]; image i depends on the seed and i alone.
 
     Args:
-      labels: of a model with classes, see `labels_of`.
-      batch_size: images at a time; None for what suits the device.
+      labels: for a model with classes, see `labels_of`.
+      batch_size: images at a time; None for a default that suits the device.
       sampling: the options of sampling, such as sampler=DDIM(eta=0.5), steps=50, guidance=3.0.
 
     Raises:
@@ -277,7 +277,7 @@ def bits_per_dim(
 
 
 def _map(function, params, key, examples, batch_size: int | None):
-    """function(params, key, *examples) over all examples, some at a time."""
+    """function(params, key, *examples) over all examples, in batches."""
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
     params, mapped, parts = parallel.place(params), parallel.map_examples(function), []

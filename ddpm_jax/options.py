@@ -283,7 +283,7 @@ def _at(where: str):
 
 
 def errors_at(where: str):
-    """A context that turns a plain ValueError into an ConfigError that begins with `where`."""
+    """A context that turns a plain ValueError into a ConfigError that begins with `where`."""
     return _at(where)
 
 
@@ -291,10 +291,10 @@ def errors_at(where: str):
 
 
 def convert(one: Option, value: Any, where: str) -> Any:
-    """A value as its option takes it.
+    """A value converted to the type of its option.
 
     Raises:
-      ConfigError: it is of another type, or too small.
+      ConfigError: the type is wrong, or the number too small.
     """
     if isinstance(value, list):
         value = tuple(value)
@@ -325,7 +325,7 @@ def _alternatives(hint: Any) -> tuple:
 
 
 def _is_sequence(hint: Any) -> bool:
-    """Whether a type is tuple[…] or Sequence[…], for which None stands for no element."""
+    """Whether a type is tuple[…] or Sequence[…], for which None means empty."""
     origin = typing.get_origin(hint)
     return inspect.isclass(origin) and issubclass(origin, Sequence)
 
@@ -389,7 +389,7 @@ def _refuse(text: str):
 
 
 def literals(hint: Any) -> list[str]:
-    """The values of a type that lists them all, as text; empty for any other."""
+    """The values of a Literal type, as text; empty for other types."""
     found = []
     for one in _alternatives(hint):
         if typing.get_origin(one) is Literal:

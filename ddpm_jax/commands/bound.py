@@ -71,7 +71,7 @@ class Evaluation(NamedTuple):
 
 
 def check_out(out: str | None, workdir: str) -> str | None:
-    """The path of a result, which is not written over what is none; see `results.out_path`."""
+    """The path of a result, see `results.out_path`; a file that is not a result is not overwritten."""
     if out is None:
         return None
     out = results.out_path(out, ".json", workdir)
@@ -87,7 +87,7 @@ def check_out(out: str | None, workdir: str) -> str | None:
 
 
 def bounded(run: Run):
-    """The Method of a run, which must have a bound."""
+    """The Method of a run, if it has a bound."""
     if hasattr(run.method, "bound"):
         return run.method
     name = run.config.method.partition(":")[0]
@@ -101,14 +101,14 @@ def bounded(run: Run):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A measurement: of which run, of which images, and how it is computed."""
+    """A measurement: the run, the images, and how it is computed."""
 
     run: Run
     measured: Measured
     output: Output
 
     def dataset(self, split: str | None = None) -> data.Dataset:
-        """The split, if it has as many images as are asked for."""
+        """The split, after a check that it has enough images."""
         measured = self.measured
         count = measured.num_images if split is None else None
         dataset = run_data.data_of(self.run, split or measured.split, measured.data_dir)
@@ -143,7 +143,7 @@ class Request:
         return self._measure(dataset, count, bounding, path, key, self.measured.seed, named)
 
     def measure_errors(self, bounding: Bounding) -> None:
-        """Measures what `analytic` reads, unless it is there; from noise that no result is drawn with."""
+        """Measures the errors that `analytic` reads, unless they exist; with noise that no result uses."""
         kept = analytic.measured(bounding)
         path = analytic.path(self.run, kept)
         try:
@@ -163,7 +163,7 @@ class Request:
         """Measures images until there are `num_images`, from where an earlier call stopped.
 
         Args:
-          named: the user has named the path: what is there of other images is then refused, not set aside.
+          named: the user has named the path, so an existing result of other images is refused, not renamed.
         """
         run, chosen = self.run, self.run.method.resolve(bounding)
         errors, origin = analytic.errors_for(run, bounding, bounding.variance)
@@ -186,7 +186,7 @@ class Request:
         return Evaluation(path, chain, recipe | {DIGESTS: digest}, tally.scalars(), tally.curves())
 
     def _fill(self, tally, dataset, rows, num_images, chosen, errors, key) -> None:
-        """Measures image by image, and keeps what is measured."""
+        """Measures image by image and saves the results so far."""
 
         def function(params, key, image, label, index):
             batch = {"image": image, "label": label, "index": index}
@@ -216,7 +216,7 @@ class Request:
 
 @dataclasses.dataclass
 class _Tally:
-    """What is measured so far: [N] of each number, means [S] of each curve, digests of the images."""
+    """The results so far: [N] of each number, means [S] of each curve, digests of the images."""
 
     arrays: dict[str, np.ndarray]
     path: str
@@ -248,7 +248,7 @@ class _Tally:
 
 
 def _same_images(dataset, rows, tally: dict) -> bool:
-    """Whether a tally is of the images that the data set has today."""
+    """Whether the tally belongs to the images that the data set has now."""
     measured = tally.get(DIGESTS, np.zeros((0, 0), np.uint8))
     count = len(tally.get("total", ()))
     if not len(measured) == count <= len(dataset):

@@ -1,12 +1,12 @@
-"""What a trained model is worth in numbers: its bound on −log p(x_0), and what follows from the terms.
+"""Likelihood: the variational bound on −log p(x_0), and what follows from its terms.
 
     python -m ddpm_jax.main --mode=nll --workdir=runs/digits
     python -m ddpm_jax.main --mode=rate_distortion --workdir=runs/digits
     python -m ddpm_jax.main --mode=best_steps --workdir=runs/digits --steps=50
 
 Each writes a .json with the result and the settings that affect it, a picture beside it as .png, and total, L_T and L_0
-of every image as .npz. While it runs, what is measured stands in FILE.partial/; the same command goes on from there, and
-one with a larger --num_images from the result. Image i depends on the seed and i.
+of every image as .npz. Results so far are kept in FILE.partial/; the same command continues, and
+a larger --num_images extends the result. Image i depends on the seed and i.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def nll(
     """Measures the variational bound of images in bits/dim, term by term.
 
     Args:
-      bounding: with variance="analytic", the errors that it needs are measured first on `bound.ERROR_IMAGES` training images,
-        unless they are there.
+      bounding: with variance="analytic", the errors that it needs are measured first on `bound.ERROR_IMAGES` training
+        images, unless they are there.
       measured: the images, and the seed of the noise.
       output: the .json, with .png and .npz beside it.
 
@@ -96,11 +96,11 @@ def best_steps(
     measured: Measured = Measured(),
     output: Output = Output(),
 ) -> np.ndarray:
-    """Chooses the --steps=S of the T steps with the lowest bound (Watson et al. 2021), and says what they gain.
+    """Chooses the --steps=S of the T steps with the lowest bound (Watson et al. 2021), and measures what they gain.
 
     They are chosen by `budget.best_steps` with the errors of the training split, then both chains, chosen and evenly
-    spaced, are measured on the same images of `split` with the same noise. A learned variance enters the choice as the
-    analytic one, which it has learned to be.
+    spaced, are measured on the same images of `split` with the same noise. For a model with a
+    learned variance the choice uses the analytic one, which it approximates.
 
     Returns:
       int [S], the chosen times.
@@ -153,7 +153,7 @@ def best_steps(
 
 
 def _report_gain(summary: dict, totals: dict[str, np.ndarray], out: str) -> None:
-    """Prints what the best steps gain over even spacing, and writes the .json."""
+    """Prints the gain of the best steps over even spacing, and writes the .json."""
     texts = {}
     for name, values in totals.items():
         mean, error = mean_and_error(values)
@@ -182,7 +182,7 @@ def _title(result: Evaluation) -> str:
 
 
 def _in_context(result: Evaluation) -> str:
-    """What a bound is to be compared with: chance, and what training saw."""
+    """Values to compare a bound with: uniform noise, and the training loss."""
     parts, recipe = ["for comparison, uniform noise costs 8 bits/dim"], result.recipe
     own = f"_nll_{recipe['split']}_"
     folder, name = os.path.split(f"{result.path[:-4]}.json")
@@ -206,7 +206,7 @@ def _in_context(result: Evaluation) -> str:
 
 
 def _report(result: Evaluation) -> Evaluation:
-    """Prints it, and writes the .json and the picture of its curves."""
+    """Prints the result, and writes the .json and a picture of its curves."""
     writers.save_json(f"{result.path[:-4]}.json", result.summary())
     t, curves = result.chain.times, result.curves
     terms = writers.Panel(

@@ -1,4 +1,4 @@
-"""Metrics of samples: drawn, turned into features, compared with the data, and never without the settings that affect them.
+"""Metrics of samples, computed from features of samples and data, and saved with all settings that affect them.
 
     python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid,is --num_samples=50000
     python -m ddpm_jax.main --mode=eval --workdir=runs/fashion_mnist --metrics=fid,prdc --num_samples=10000 \\
@@ -96,11 +96,11 @@ def evaluate(
     """Measures samples by FID and other metrics, against the run's data.
 
     Args:
-      metrics: "prdc" is precision, recall, density and coverage; "nll" the variational bound of the test split, with the
-        variance and clip_x0 that are given, on the whole chain. One of your own has the signature of those in
+      metrics: "prdc" is precision, recall, density and coverage; "nll" the variational bound of the test split, with
+        the variance and clip_x0 that are given, on the whole chain. A metric of your own has the signature of those in
         `metrics.METRICS`.
-      features: numbers of other features than Inception's carry their name, and Fréchet distances of fewer than 10,000
-        images their count.
+      features: metrics of features other than Inception's are prefixed by their name, and Fréchet distances of fewer
+        than 10,000 images say their number.
 
     Returns:
       {name: {"mean", "std", "values", "manifest"}} for each number.
@@ -164,7 +164,7 @@ def summarise(results: dict) -> None:
 
 
 def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) -> None:
-    """Refuses options of samples where none are drawn.
+    """Refuses options of sampling where no samples are drawn.
 
     Raises:
       RunError: one of them is not None.
@@ -178,7 +178,7 @@ def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) ->
 
 
 def check_sampler(run: Run, sampling: Sampling) -> None:
-    """Refuses options of sampling that this run cannot draw with, before anything is computed."""
+    """Checks that options of sampling fit the run, before anything is computed."""
     chosen = shared.resolved(run, sampling)
     variance = getattr(getattr(chosen, "sampler", None), "variance", None)
     if variance == "analytic":
@@ -188,7 +188,7 @@ def check_sampler(run: Run, sampling: Sampling) -> None:
 
 
 class Judge:
-    """What images are judged by: metrics, a network of features, and the images to compare with."""
+    """Computes metrics of sets of images: holds the metrics, the feature network and the reference images."""
 
     def __init__(self, run: Run, functions: dict, spec: str, split: str, data_dir: str | None):
         self.run, self.functions, self.spec = run, functions, spec
@@ -229,7 +229,7 @@ class Judge:
 def numbers(
     functions: dict[str, Any], extractor: str, generated: Features, reference: Features | None
 ) -> dict[str, float]:
-    """The metrics of one set of images, by names that say of which features, and of how many images.
+    """The metrics of one set of images; the names state the features and the number of images.
 
     Raises:
       ValueError: one line, as those of `metrics`.
@@ -266,7 +266,7 @@ def report(results: dict) -> str:
 
 
 def settings_of(entry: dict) -> str:
-    """What a number was measured with, for people."""
+    """The settings of a metric, in words."""
     manifest, parts = dict(entry["manifest"]), []
     features, origin = manifest.get("features"), manifest.get("reference")
     if features:
@@ -302,7 +302,7 @@ def _samples(path: str, count: int) -> tuple[data.Dataset, dict]:
 
 
 def features_of(run: Run, extractor: Extractor, dataset: data.Dataset) -> Features:
-    """Features of all images of a data set, from eval/ if they are there, or from where they were left."""
+    """Features of all images of a data set, loaded from eval/ if they exist; an interrupted extraction continues."""
     digest = dataset.digest()
     name = f"features_{extractor.name}_{extractor.sha256[:8]}_{digest[:16]}.npz"
     path = os.path.join(run.workdir, "eval", name)

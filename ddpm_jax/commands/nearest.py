@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them: has the model memorised them?
+"""Samples beside the training images nearest to them, to see whether the model has memorised.
 
 python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
 """
@@ -45,12 +45,12 @@ def nearest(
 ) -> str:
     """Shows samples beside the training images nearest to them.
 
-    Near is a small root mean square difference of pixels. (Ho et al. 2020, App., show the same, for faces within a crop.)
-    As a scale, the same is asked of as many test images, which the model has never seen.
+    The distance is the root mean square difference of pixels. (Ho et al. 2020, App., show the same, for crops of
+    faces.) For comparison, it is also measured for the same number of test images, which the model has never seen.
 
     Returns:
-      the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the training
-      split, distance float32 [N, K] on the scale 0 … 255.
+      the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the
+      training split, distance float32 [N, K] on the scale 0 … 255.
 
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.

@@ -1,4 +1,4 @@
-"""Repairs of given images: noise that is added and taken away again, and parts that are filled in.
+"""Image editing: denoising from an intermediate time, and inpainting.
 
 python -m ddpm_jax.main --mode=denoise --workdir=runs/digits --from_t=250,500
 python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
@@ -42,10 +42,10 @@ def denoise(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Adds noise to images up to a time, and takes it away again: what is lost there is made anew.
+    """Adds noise to images up to a time t, and denoises them again; details lost at t are generated anew.
 
     Args:
-      from_t: times of the chain; each is tried, with the same noise.
+      from_t: times of the chain; the noise is the same for each.
 
     Returns:
       the path of the .npz: images uint8 [N, R, H, W, C] for R times, the noisy ones as x_t.
@@ -114,7 +114,7 @@ def inpaint(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Fills in a part of images, the rest of which is kept to the bit; see `repaint.inpaint`.
+    """Fills in a part of images and keeps the rest bit for bit; see `repaint.inpaint`.
 
     Returns:
       the path of the .npz: images uint8 [N, H, W, C], originals, and the mask uint8 [H, W], 255 where the image was

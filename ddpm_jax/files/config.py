@@ -1,4 +1,4 @@
-"""Configs from outside: checked against what they configure, saved beside the run, read back, compared."""
+"""Configs: read from files and command lines, checked, saved in the run directory, compared."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MISSING = "(no such field)"  # what `differences` shows where a config has none
 def path(text: str | os.PathLike) -> str:
     """A path as a user writes it, with ~ and ~NAME replaced by home directories.
 
-    Every path from a command line or a caller goes through here once; only a shell does it otherwise, and no
-    shell does it behind the = of --workdir=~/runs.
+    Every path from a command line or a caller goes through here once: shells do not expand ~ after the = of
+    --workdir=~/runs.
     """
     return os.path.expanduser(os.fspath(text))
 
@@ -63,13 +63,13 @@ def find_file(name: str) -> str:
 def from_file(name: str):
     """The ConfigDict that get_config() or get_config(VARIANT) of a config file returns, locked.
 
-    The folder above that of the file can be imported from afterwards, as configs import one another.
+    The parent of the file's folder is added to sys.path, so that configs can import one another.
 
     Args:
       name: see `find_file`.
 
     Raises:
-      ConfigError: no such file or variant, or no get_config in it. Other mistakes in the file come as they are.
+      ConfigError: no such file or variant, or no get_config in it. Other errors in the file are not caught.
     """
     name = find_file(name)
     file, _, variant = name.partition(":")
@@ -101,15 +101,15 @@ def fields(config) -> dict[str, object]:
 
 
 def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()) -> None:
-    """Sets a field, such as "model.channels", to what a command line writes, read as the field's type.
+    """Sets a field, such as "model.channels", from its text on a command line, read as the field's type.
 
-    None is written for any field; an empty text is an empty tuple; 1e3 is a whole number.
+    None is accepted for any field; empty text means an empty tuple; 1e3 is a whole number.
 
     Args:
       readers_of: (section, config) -> what takes the section as arguments; its options are fields too.
 
     Raises:
-      ConfigError: no such field, with the nearest, or a text of another type.
+      ConfigError: an unknown field, with the nearest one, or text of the wrong type.
     """
     known = fields(config)
     section_name, _, name = field.rpartition(".")
@@ -217,7 +217,7 @@ def to_json(config) -> str:
 
 
 def save(config, path: str) -> None:
-    """Writes config.json in one piece: never half a file, whenever the process is killed."""
+    """Writes config.json atomically: a killed process never leaves half a file."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(to_json(config))
@@ -249,7 +249,7 @@ def load(path: str):
 
 
 def differences(saved, given) -> dict[str, tuple]:
-    """{"config.model.channels": (saved value, given value), …} of the fields that are not the same."""
+    """{"config.model.channels": (saved value, given value), …} of the fields that differ."""
 
     def flat(prefix, node):
         if not isinstance(node, dict):

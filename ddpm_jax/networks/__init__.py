@@ -1,4 +1,4 @@
-"""Networks by name: x [B, H, W, C] and t [B] to [B, H, W, out_channels]; they know nothing of diffusion."""
+"""Networks by name: x [B, H, W, C] and t [B] to [B, H, W, out_channels]; independent of diffusion."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Network(Protocol):
 
     Attributes:
       out_channels: channels of the output; filled in by the model.
-      num_classes: of the labels, the one that stands for no label included; 0 for none. A network without this field
-        takes no labels; dropout_keys are passed to a `__call__` that has this parameter.
+      num_classes: number of classes, including the one for no label; 0 for a network without labels. A network without
+        this field takes no labels. dropout_keys are passed only if `__call__` has that parameter.
     """
 
     out_channels: int

@@ -1,8 +1,8 @@
 """The layers of the U-Net: convolutions, norms, dropout, residual blocks, attention.
 
-Images are [B, H, W, C]. Parameters are float32 whatever the type of the computation. Where the textbook form of a layer
-is slow on CPUs the same function is written differently, and the comment there says why; `plain=True` is the textbook
-form with the same parameters, for comparison.
+Images are [B, H, W, C]. Parameters are always float32. Where the textbook form of a layer is slow on CPUs, the same
+function is computed in another way, with a comment on the reason; `plain=True` is the textbook form with the same
+parameters, for comparison.
 """
 
 import math
@@ -198,7 +198,7 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(x, scale=None, shift=None, *, num_groups: int, plain: bool, name: str):
-    """Group normalisation in either form, with the same parameters; called inside a module."""
+    """Group normalisation, in the textbook or the fast form, with the same parameters; called inside a module."""
     groups = largest_divisor(x.shape[-1], num_groups)
     if not plain:
         return GroupNorm(groups, name=name)(x, scale, shift)
@@ -210,7 +210,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array
     """Dropout of x [B, ...]; the mask of an example depends on its key, keys [B], and `layer`.
 
     A hash of the position (the finaliser of MurmurHash3, seeded by both words of the key) in place of
-    jax.random: it fuses with what is around it, and compiles in 0.05 s a layer against 0.5 s. The
+    jax.random: it fuses with the operations around it, and compiles in 0.05 s a layer against 0.5 s. The
     CIFAR-10 network has 22 layers.
     """
     words = jax.random.key_data(keys)  # uint32 [B, 2]
@@ -228,7 +228,7 @@ def _hash(x):
 
 
 def bernoulli_dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array:
-    """`dropout` of the textbook: one draw and other masks for each element."""
+    """Textbook dropout, with jax.random; its masks differ from those of `dropout`."""
 
     def keep(key):
         return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:])

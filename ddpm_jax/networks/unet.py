@@ -1,8 +1,8 @@
 """The network of Ho et al., "Denoising Diffusion Probabilistic Models" (2020), Appendix B.
 
-A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on one number per image and, if wished,
-on a label. It knows nothing of diffusion. What goes beyond Ho et al. (several heads, scale-shift conditioning, labels)
-follows Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), Section 3 and Appendix A.
+A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on one number per image and
+optionally on a label. Several heads, scale-shift conditioning and labels follow Nichol and Dhariwal, "Improved
+Denoising Diffusion Probabilistic Models" (2021), Section 3 and Appendix A.
 """
 
 from __future__ import annotations

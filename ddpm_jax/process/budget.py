@@ -1,4 +1,4 @@
-"""Which S of the T steps: those with the lowest bound, by dynamic programming; Watson et al. 2021."""
+"""Chooses the S of T steps with the lowest bound, by dynamic programming; Watson et al. 2021."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_jax.process.schedules import Schedule
 def jump_bits(schedule: Schedule, x_0_error, variance: str) -> Float64[np.ndarray, "T T"]:
     """The divergence of one step from t straight to s < t, in bits/dim, at [t, s]; inf where s ≥ t.
 
-    A fixed or analytic variance makes it a function of E‖x_0 − x̂_0(x_t, t)‖² alone.
+    For a fixed or analytic variance it depends on the model only through E‖x_0 − x̂_0(x_t, t)‖².
 
     Args:
       schedule: the full chain.
@@ -39,7 +39,7 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> Float64[np.ndarra
 
 
 def check_num_steps(num_steps: int, T: int) -> None:
-    """Refuses what `best_steps` cannot choose: its chains have a first and a last step.
+    """Checks that `best_steps` can choose S steps: its chains contain the first and the last step.
 
     Raises:
       ValueError: one line.
@@ -66,7 +66,7 @@ def best_steps(
       strictly increasing from 0 to T − 1.
 
     Raises:
-      ValueError: S is outside.
+      ValueError: S is out of range.
     """
     T = len(schedule)
     check_num_steps(num_steps, T)

@@ -137,8 +137,8 @@ def fixed_log_variance(schedule: Schedule, variance: str) -> Float64[np.ndarray,
     """log σ² of p(x_s | x_t) for "fixed_small" or "fixed_large"; Ho et al. §3.2.
 
     "fixed_small" is the posterior's variance β̃_t, best for data that are one point; "fixed_large" is best for N(0, I):
-    σ²_{t|s} (α_s² + σ_s²)/(α_t² + σ_t²), which is β_t of a variance-preserving chain. At the first step, where β̃_0 = 0 has no logarithm, both take that of the step above
-    (Ho et al.'s code).
+    σ²_{t|s} (α_s² + σ_s²)/(α_t² + σ_t²), which is β_t of a variance-preserving chain. At the first step, where β̃_0 = 0
+    has no logarithm, both use the value of the second step (as Ho et al.'s code).
     """
     small = posterior_variance(schedule)
     first = small[1] if len(schedule) > 1 else schedule.step_variance[0]
@@ -150,11 +150,11 @@ def fixed_log_variance(schedule: Schedule, variance: str) -> Float64[np.ndarray,
 
 
 def analytic_log_variance(schedule: Schedule, x_0_error) -> Float64[np.ndarray, " S"]:
-    """log σ² that minimises every divergence of the bound for the mean that a network has.
+    """log σ² that minimises every divergence of the bound for the mean that the network predicts.
 
-    σ² = β̃_t + k_0² E‖x_0 − x̂_0(x_t, t)‖²/d. For a perfect network this is Bao et al. 2022 (Analytic-DPM), Theorem 1; for
-    a trained one the measured error is what the bound itself contains. At the first step it is the best normal density
-    of x_0; integrated over bins of width Δ = 2/255, as in L_0, the best is smaller by about Δ²/12.
+    σ² = β̃_t + k_0² E‖x_0 − x̂_0(x_t, t)‖²/d. For a perfect network this is Bao et al. 2022 (Analytic-DPM), Theorem 1;
+    for a trained one the measured error is what the bound itself contains. At the first step it is the best normal
+    density of x_0; integrated over bins of width Δ = 2/255, as in L_0, the best is smaller by about Δ²/12.
 
     Args:
       x_0_error: [S], the mean squared error of x̂_0 per pixel, as `likelihood.bound` measures it.
@@ -201,7 +201,7 @@ def ddim_std(
         noise σ_{t|s} = √β_t, and none at the last step, which is ancestral sampling with "fixed_large".
 
     Raises:
-      ValueError: eta is something else.
+      ValueError: any other eta.
     """
     if eta != "hat" and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
         raise ValueError(
@@ -217,7 +217,7 @@ def ddim_std(
 
 
 def sqrt(square: np.ndarray) -> np.ndarray:
-    """√ of a table that must not be negative: it is never clamped, since a negative one is a wrong formula."""
+    """√ of a table, which raises an error for a negative value instead of clamping it: that would be a wrong formula."""
     assert (square >= 0).all(), square.min()
     return np.sqrt(square)
 
@@ -287,7 +287,7 @@ def denoiser(
       network_fn: (x [B, H, W, C], t [B]) -> [B, H, W, C], or twice as many channels with a learned variance.
       prediction: what the network predicts; see `predictions`.
       learned_variance: whether the last C channels of the network are the values of a learned variance.
-      variance: of p(x_s | x_t), see `model_log_variance`; None if nobody needs it.
+      variance: of p(x_s | x_t), see `model_log_variance`; None if it is not needed.
     """
     predict = named_prediction(prediction)
 

@@ -23,7 +23,7 @@ CDFS = ("normal", "tanh")
 
 
 class Bound(NamedTuple):
-    """The bound of each example, term by term, and the errors that make it."""
+    """The bound of each example, term by term, and the errors of x̂_0 and ε̂ that it consists of."""
 
     terms: Float[Array, "B S"]  # L_0, L_1, … in bits/dim
     prior: Float[Array, " B"]  # L_T in bits/dim
@@ -63,7 +63,7 @@ def term(
     Args:
       denoised: of x_t, with a log_variance; its x_0 makes the mean of p(x_s | x_t).
       x_0: of the 256 levels in [−1, 1].
-      row: step of `schedule`, [B], or a scalar for all: then only the term that is needed is computed.
+      row: row of `schedule`: [B], or a scalar for all, for which only the needed kind of term is computed.
       cdf: of the decoder; see `gaussians.discretized_log_likelihood`.
     """
     log_variance = denoised.log_variance

@@ -1,7 +1,7 @@
 """Training losses over a Schedule and its `denoise_fn(x_t, t)`.
 
-Each returns one number for each example; x_0 and eps are [B, H, W, C], t is int [B], a step of the schedule. A loss of
-one's own has the signature of `simple` or `vlb` and is named `module:NAME` in config.diffusion.loss.
+Each returns one number for each example; x_0 and eps are [B, H, W, C], t is int [B], a step of the schedule. A user's
+own loss has the signature of `vlb` and is named `module:NAME` in config.diffusion.loss.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mean_over_pixels(x: Images) -> PerExample:
 def target(
     schedule: Schedule, prediction: str | Callable, x_0: Images, t: Times, eps: Images
 ) -> Images:
-    """The right output of the network for x_t: u_t x_0 + w_t ε, see `predictions`."""
+    """The target of the network's output at x_t: u_t x_0 + w_t ε, see `predictions`."""
     tables = predictions.named(prediction)(schedule, schedule)
     if tables.is_eps:
         return eps
@@ -72,7 +72,8 @@ def min_snr_weight(
 ) -> Float64[np.ndarray, " S"]:
     """Min-SNR-γ: for any prediction, ‖x_0 − x̂_0‖² has the weight min(SNR_t, γ); Hang et al. 2023.
 
-    An error of the output is that of x̂_0 divided by its factor there, so the weight is multiplied by the factor squared.
+    An error of the output is that of x̂_0 divided by its factor there, so the weight is multiplied by the factor
+    squared.
     """
     tables = predictions.named(prediction)(schedule, schedule)
     _, of_output = tables.to_x_0(schedule)
@@ -86,8 +87,8 @@ def vlb(
 ) -> PerExample:
     """S times one term of the bound: its mean over t is the bound less L_T, in bits/dim.
 
-    It includes the other constant of a fixed variance, the divergence that is left when the means agree. The
-    denoise_fn must give a log_variance.
+    It includes the constant of a fixed variance, the divergence that is left when the means agree. The denoise_fn must
+    return a log_variance.
     """
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     return len(schedule) * likelihood.term(schedule, denoise_fn(x_t, t), x_0, x_t, t)
@@ -126,8 +127,8 @@ def weighted(
 ) -> PerExample:
     """S γ_t ‖ε − ε̂(x_t, t)‖², summed over pixels: its mean over t is L_γ.
 
-    L_γ = Σ_t γ_t E‖ε − ε̂‖², Song et al. 2021 (5), Liu (2.12). With γ_t = 1/(S D) for D pixels it is Ho et al.'s L_simple;
-    with `ddim_gamma` the bound of DDIM.
+    L_γ = Σ_t γ_t E‖ε − ε̂‖², Song et al. 2021 (5), Liu (2.12). With γ_t = 1/(S D) for D pixels it is Ho et al.'s
+    L_simple; with `ddim_gamma` the bound of DDIM.
     """
     if np.shape(gamma) != (len(schedule),):
         raise ValueError(
@@ -147,7 +148,7 @@ def ddim_gamma(schedule: Schedule, eta: float) -> Float64[np.ndarray, " S"]:
     normal density.
 
     Args:
-      eta: above 0, to 1; at 0 there is no noise that a difference of means could be compared with.
+      eta: in (0, 1]; at 0 there is no noise to measure a difference of means by.
     """
     of_eps, std = diffusion.ddim_std(schedule, eta)
     if eta == "hat" or not eta > 0:
@@ -158,7 +159,7 @@ def ddim_gamma(schedule: Schedule, eta: float) -> Float64[np.ndarray, " S"]:
 
 
 def check(loss: str | Callable, variance: str, min_snr_gamma: float | None) -> None:
-    """Refuses a loss, variance and weight that do not go together.
+    """Checks that loss, variance and weight fit together.
 
     Raises:
       ValueError: one line with the reason and what to choose.

@@ -10,7 +10,7 @@ With x_t = α x_0 + σ ε the image follows as x̂_0 = (w x_t − σ F)/(α w �
     velocity   α'                   σ'                   1                    t            dx/du, u = t/T; Lipman et al. 2023
     edm        s/(d √(s² + d²))     −d/√(s² + d²)        1/(α √(s² + d²))     ¼ ln s       Karras et al. 2022, Table 1
 
-where s = σ/α, and d = 0.5 is the standard deviation of the data. A prediction of one's own is a function
+where s = σ/α, and d = 0.5 is the standard deviation of the data. A user's own prediction is a function
 (trained, chain) -> Prediction, named `module:NAME`.
 """
 
@@ -46,7 +46,7 @@ class Prediction(NamedTuple):
     def to_x_0(self, chain: Schedule) -> tuple[np.ndarray, np.ndarray]:
         """The factors of x_t and of the output in x̂_0: two float64 [S].
 
-        They are infinite where the prediction says nothing of x_0, as the noise does where α = 0.
+        They are infinite where the output contains no information on x_0, as for eps at α = 0.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             inverse = 1.0 / (chain.alpha * self.of_eps - chain.sigma * self.of_x_0)
@@ -69,7 +69,7 @@ def mean(trained: Schedule, chain: Schedule) -> Prediction:
     """The mean of q(x_s | x_t, x_0) for a step of the trained chain.
 
     Raises:
-      ValueError: the chain has times that the trained one does not have.
+      ValueError: the chain has times that are not in the trained chain.
     """
     rows = np.searchsorted(trained.times, chain.times)
     if (trained.times[np.minimum(rows, len(trained) - 1)] != chain.times).any():
@@ -113,16 +113,16 @@ PREDICTIONS = {f.__name__: f for f in (eps, x_0, mean, v, velocity, edm)}
 
 
 def named(prediction: str | Callable) -> Callable:
-    """The function of a name of `PREDICTIONS`, of module:NAME, or the function itself.
+    """The function for a name of `PREDICTIONS` or module:NAME; a function is returned as it is.
 
     Raises:
-      ValueError: there is no such prediction.
+      ValueError: an unknown prediction.
     """
     return find(prediction, PREDICTIONS, "prediction")
 
 
 def check(schedule: Schedule, prediction: str | Callable) -> None:
-    """Refuses a schedule whose last steps leave too little in x_t to compute x_0 in float32.
+    """Checks that x_0 can be computed from x_t and the output in float32 at every step.
 
     Raises:
       ValueError: a factor of x̂_0 is beyond 1e30, as with "eps" where α is 0.

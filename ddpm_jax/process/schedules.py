@@ -34,7 +34,7 @@ class Schedule:
       times: [S], strictly increasing: the time that the network is given at each step. int32 where all are whole
         numbers, otherwise float32. None stands for 0 … S−1; a shortened chain keeps the times of the full one.
       step_variance: [S] float64 > 0, σ²_{t|s} of each step: β_t of a variance-preserving chain. None computes it as a
-        difference, which loses digits where a step is short; who knows it exactly gives it.
+        difference, which loses digits where a step is short; pass it where it is known exactly.
 
     Raises:
       ValueError: shapes that differ, values outside these ranges.
@@ -119,7 +119,7 @@ class Schedule:
 
     @property
     def beta(self) -> Float64[np.ndarray, " S"]:
-        """β_t of a variance-preserving chain, Ho et al. (2): there another name of `step_variance`."""
+        """β_t of a variance-preserving chain, Ho et al. (2), where it equals `step_variance`."""
         self._check_variance_preserving("beta")
         return self.step_variance
 
@@ -143,10 +143,10 @@ class Schedule:
 
     @functools.cached_property
     def noise_ids(self) -> UInt32[np.ndarray, " S"]:
-        """What is folded into the key of an example for the noise of each step.
+        """The number folded into an example's key for the noise of each step.
 
-        The time itself where it is a whole number from 0, so that a shortened chain draws the same noise at the same time;
-        the bits of the float32 time otherwise.
+        It is the time, if that is a whole number, so that a shortened chain draws the same noise at the same time;
+        otherwise the bits of the float32 time.
         """
         times = np.asarray(self.times, np.float32)
         whole = (times == np.round(times)) & (times >= 0)
@@ -155,8 +155,8 @@ class Schedule:
     def at(self, ratio: ArrayLike) -> Schedule:
         """The chain with the levels σ/α = `ratio`, which need not be rows of this one.
 
-        log α (of a variance-preserving chain α itself is known) and the time are interpolated linearly in log σ/α, so the
-        times are fractional.
+        The time and log α are interpolated linearly in log σ/α, so times are fractional; in a variance-preserving chain
+        α follows from σ/α.
 
         Args:
           ratio: [K], strictly increasing, within the range of this chain.
@@ -320,7 +320,7 @@ def straight(num_timesteps: int = 1000) -> Schedule:
 
 
 def betas(num_timesteps: int | None = None, *, betas: tuple[float, ...] = ()) -> Schedule:
-    """A list of one's own, see `from_betas`; num_timesteps may repeat its length."""
+    """A user's own list of β, see `from_betas`; num_timesteps, if given, must be its length."""
     if not len(betas):
         raise ValueError("schedule 'betas' needs the list betas=(…), T numbers in (0, 1]")
     if num_timesteps not in (None, len(betas)):
@@ -336,7 +336,7 @@ def table(
     times: tuple[float, ...] | None = None,
     step_variance: tuple[float, ...] | None = None,
 ) -> Schedule:
-    """A chain by its tables, see `Schedule`; the number of its steps is their length."""
+    """A chain given by its tables, see `Schedule`; T is their length."""
     del num_timesteps
     tables = (None if table is None else np.asarray(table) for table in (times, step_variance))
     return Schedule(np.asarray(alpha), np.asarray(sigma), *tables)  # type: ignore[arg-type]
@@ -404,9 +404,9 @@ class Health:
     Attributes:
       alpha_T: α at the end.
       prior_bits_per_dim: L_T = KL(q(x_T | x_0) ‖ prior) in bits per dimension.
-      sum_beta: Σβ_t of a variance-preserving chain, which for longer and longer chains must grow without end (Tang,
-        Proposition 1.1); None of others.
-      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds; None of others.
+      sum_beta: Σβ_t of a variance-preserving chain, which must diverge as chains get longer (Tang,
+        Proposition 1.1); None for other chains.
+      alpha_bar_bound: e^−Σβ, which ᾱ_T = ∏(1 − β_t) never exceeds; None for other chains.
       warning: empty, or one line that says why sampling from the prior begins in the wrong place.
     """
 
@@ -418,10 +418,10 @@ class Health:
 
 
 def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
-    """Measures the end of a chain: of a variance-preserving one Σβ_t must be so large that ∏(1 − β_t) is nearly 0.
+    """Measures whether a chain ends at its prior; a variance-preserving one does if ∏(1 − β_t) is nearly 0.
 
-    For an endless chain ∏(1 − β_t) = 0 exactly if Σβ_t diverges, and then x_t tends to N(0, I) from any x_0
-    (Tang, Propositions 1.1 and 1.2). Of a finite one −ln(1 − β) ≥ β leaves ᾱ_T ≤ e^−Σβ.
+    In an infinite chain, ∏(1 − β_t) = 0 exactly if Σβ_t diverges, and then x_t tends to N(0, I) from any x_0
+    (Tang, Propositions 1.1 and 1.2). In a finite chain, −ln(1 − β) ≥ β gives ᾱ_T ≤ e^−Σβ.
 
     Args:
       second_moment: E[x_0²] of the data scaled to [−1, 1]; the default is an upper bound.

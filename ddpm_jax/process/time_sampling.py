@@ -104,7 +104,7 @@ class Importance(TimeSampler):
     def probabilities(self, state: LossHistory) -> UInt32[Array, " T"]:
         """p_t as whole numbers of 2⁻³² that sum to 2³², the sum understood modulo 2³².
 
-        All are equal until every t has a full row, and while the rows say nothing: all zero, or one not finite. Whole
+        All are equal until every t has a full row, and while the losses are all zero or not all finite. Whole
         numbers, because a float32 distribution function has too few digits for the least likely t, and its sample would
         not follow p_t.
         """

@@ -27,15 +27,15 @@ def subsequence(
     Args:
       steps: one of
         50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4);
-        "10,15,20": so many from each of three equal parts of the chain, the first T mod 3 of which are longer by one;
-          `space_timesteps` of their code, and rounded as there;
+        "10,15,20": 10, 15 and 20 times from three equal parts of the chain, of which the first T mod 3 are longer by
+          one (`space_timesteps` in their code, with its rounding);
         "ddim50": every k-th time from 0 where some k gives exactly S of them, otherwise ⌊iT/S⌋ (Song et al. App. D.2,
           linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved up or down by the
           least that keeps them distinct;
-        "logsnr50": the times nearest to evenly spaced values of log SNR (Lu et al. 2022), kept distinct in the same way;
+        "logsnr50": the times nearest to evenly spaced values of log SNR (Lu et al. 2022), kept distinct likewise;
         a list of the times themselves, or such a list as text: "[0,20,41]".
-        A single step, with any spacing, is T−1: only there does noise have the level that the chain begins with.
+        A single step is T−1 with any spacing, the only time whose noise level is that of x_T.
       num_timesteps: T.
       snr: [T], the signal-to-noise ratio of the chain, for "logsnr50".
 
@@ -82,7 +82,7 @@ def subsequence(
 
 
 def as_text(steps: int | str | Sequence[int]) -> str:
-    """Steps as text, by which 5, "5" and NumPy's 5 are the same, and so are a list and a tuple."""
+    """Steps as text: the same for 5, "5" and NumPy's 5, and the same for a list and a tuple."""
     return (steps if isinstance(steps, str) else str(np.asarray(steps).tolist())).replace(" ", "")
 
 
@@ -115,7 +115,7 @@ def _distinct(tau: np.ndarray, T: int) -> np.ndarray:
 
 
 def _parts(counts: list[int], T: int, steps: str) -> np.ndarray:
-    """So many evenly rounded times from each of equal parts of the chain."""
+    """Evenly rounded times from equal parts of the chain, `counts` of them."""
     _checked(sum(counts), T, steps)
     tau: list[int] = []
     first = 0
@@ -151,14 +151,13 @@ def shorten(
     spacing: str | None = None,
     last: int | None = None,
 ) -> Schedule:
-    """The chain that a user asks for: `respace` of `subsequence`.
+    """The chain shortened to `steps`: `respace` of `subsequence`.
 
     Args:
       steps: as `subsequence`; None for all of them.
       spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50". The steps of parts,
         "10,15,20", are "uniform" in each part.
-      last: the row of `schedule` where a chain begins that does not come from pure noise: of the steps those below it
-        are kept, and it is the last.
+      last: the row of `schedule` at which the chain begins, if not at pure noise; steps above it are dropped.
 
     Raises:
       ValueError: as `subsequence`; a spacing without a plain number of steps; a row outside 0 … T−1.

@@ -1,4 +1,4 @@
-"""Whether a config continues a run: which of its fields may differ from those that it began with."""
+"""Checks whether a config continues a run: which fields may differ from the saved ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
 
 
 def readers_of(section: str, config) -> tuple:
-    """What takes a section of a config as keyword arguments; nothing if that is not known."""
+    """The functions or classes that take a section of a config as keyword arguments; empty if unknown."""
     name = config.get(section, {}).get("name") if section in ("model", "schedule") else None
     if section == "schedule":
         return find(name or "linear", schedules.SCHEDULES, "schedule"), schedules.make
@@ -45,14 +45,14 @@ def readers_of(section: str, config) -> tuple:
 
 
 def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
-    """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
+    """Refuses a config that differs from the saved one beyond `FREE_TO_CHANGE`.
 
     Args:
-      moved: the data may have another name or place: they are compared themselves, by `run_data.check_data`.
+      moved: the data may have another name or path; `run_data.check_data` compares the data themselves.
 
-    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does the
-    num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands for
-    its default.
+    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does
+    the num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands
+    for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
@@ -79,9 +79,9 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
 
 
 def as_saved(config, path: str) -> None:
-    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+    """Replaces the sections that recipes digest by the saved ones, without fields of a newer version.
 
-    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    They mean the same, by `refuse_another_config`, but results of the same weights must keep their digest.
     """
     saved = config_lib.load(path)
     for section in ("model", "schedule", "diffusion"):

@@ -19,14 +19,14 @@ STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
 
 
 class Metrics(NamedTuple):
-    """What one step says of itself, or several steps together: see `merge` and `means`."""
+    """Sums of the metrics of one or several steps: see `merge` and `means`."""
 
     sums: dict[str, jax.Array]  # float32 [2] each: weighted sum, sum of weights
     bad_step: jax.Array  # int32 [], first step with a loss or gradient that is not finite, or NEVER
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The only thing that changes, and the only thing that a checkpoint holds. No device axis, no key."""
+    """The whole state of training, and all that a checkpoint holds. No device axis, no key."""
 
     step: jax.Array  # int32 [], updates done so far
     params: Any
@@ -88,7 +88,7 @@ def optimizer_of(config) -> tuple[optax.GradientTransformation, optax.Schedule]:
 
 
 class Keys(NamedTuple):
-    """The random streams of a seed. Sampling has its own: image i of a seed is no training noise."""
+    """The random streams of a seed; sampling does not share any with training."""
 
     init: jax.Array
     train: jax.Array
@@ -101,7 +101,7 @@ def make_keys(seed: int) -> Keys:
     """The streams of a seed in 0 … 2³² − 1 (larger ones would repeat).
 
     Raises:
-      ValueError: the seed is outside.
+      ValueError: the seed is out of range.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {seed}")
@@ -156,10 +156,10 @@ def make_update(
       accumulate: parts that the shard is cut into, their gradients averaged before the one update; a
         loop in Python, since XLA:CPU runs gradient convolutions inside lax.scan ten times slower.
       clip: "global" scales the averaged gradient to a norm of at most `max_grad_norm`; "per_replica"
-        does so to each device's own before they are averaged, as Ho et al.'s code; "none".
+        scales each device's gradient before they are averaged, as Ho et al.'s code; "none".
       ema_decay: of the exponential moving average of the parameters, in [0, 1).
-      ema_warmup: use min(ema_decay, (1 + step)/(10 + step)), so that the average of a short run has
-        forgotten where it began; the paper does without.
+      ema_warmup: use min(ema_decay, (1 + step)/(10 + step)), so that the average of a short run does not
+        contain its initial values; the paper does not use it.
 
     Raises:
       ValueError: an unknown choice or a number out of range.

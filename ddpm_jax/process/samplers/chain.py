@@ -63,8 +63,8 @@ def scan(
 
     Args:
       rows: int [K] rows of the chain at which the network is evaluated; None for all, from the last to the first.
-      keep: rows to be remembered.
-      carry: what a step leaves to the next one beside x.
+      keep: rows of which x_t and x̂_0 are returned.
+      carry: what a step passes to the next one beside x.
 
     Returns:
       the last x; with `keep`, (x, Trajectory).

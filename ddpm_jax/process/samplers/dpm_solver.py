@@ -39,7 +39,7 @@ class DPMSolver:
     )
 
     def check(self, chain) -> None:
-        """Raises ValueError for an order that there is not."""
+        """Raises ValueError for an unknown order."""
         if self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3, got {self.order!r}")
         if self.singlestep and self.order != 2:

@@ -1,4 +1,4 @@
-"""Given images: DDIM's way back to their latents, and the great circle between two latents."""
+"""Images encoded by DDIM run backwards, and latents interpolated along a great circle."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def encode(
 ) -> Images:
     """x_T of images in [−1, 1]: DDIM's step backwards, S network calls; Song et al. 2021 §4.3.
 
-    ε̂ is that of x_s at the time t that the step goes to, as if it were there already; `DDIM` with η = 0 is the way back.
-    (Evaluating at the time the step comes from left twice the error for a mixture of two normal densities, at any S.)
-    x̂_0 is clipped where ε̂ is derived from it, as on the way back.
+    ε̂ is evaluated at x_s with the time t that the step goes to; `DDIM` with η = 0 decodes. (Evaluating at the time
+    that the step comes from gave twice the error for a mixture of two normal densities, at any S.) ε̂ is derived from
+    the clipped x̂_0, as in decoding.
 
     Returns:
       x_t of the last step of the chain.

@@ -1,4 +1,4 @@
-"""RePaint, Lugmayr et al. 2022: the missing part of given images."""
+"""RePaint, Lugmayr et al. 2022: fills in the missing part of images."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def inpaint(
 
     Args:
       denoiser: with a variance of p(x_s | x_t).
-      x_0: in [−1, 1]; what it has outside the mask is kept exactly.
-      mask: 1 where the image is known and 0 where it is to be made.
+      x_0: in [−1, 1]; kept exactly where the mask is 1.
+      mask: 1 where the image is known and 0 where it is filled in.
       resample: how often each part of the chain is walked, at least 1; 1 never goes back.
       jump: steps that it goes back, at least 1.
     """
