@@ -18,7 +18,7 @@ def test_the_example_of(name, monkeypatch):
         owner, method = printing.__qualname__.split(".")
         monkeypatch.setattr(getattr(writers, owner), method, lambda *args, **kwargs: None)
     thing = getattr(ddpm_jax, name)
-    namespace = {"np": np, **vars(importlib.import_module(thing.__module__))}
+    namespace = {"np": np, "dj": ddpm_jax, **vars(importlib.import_module(thing.__module__))}
     text = thing.__doc__
     test = doctest.DocTestParser().get_doctest(text, namespace, name, None, 0)
     assert test.examples, f"{name} has no example"

@@ -31,7 +31,7 @@ from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.names import check_choice
 from ddpm_jax.options import ConfigError
-from ddpm_jax.process import schedules
+from ddpm_jax.process import schedules, terminal
 from ddpm_jax.training import guards, parallel, preview, resume
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.signals import Signals
@@ -401,7 +401,7 @@ class Trainer:
 
 def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
     """One line on the health of a chain, and a warning if it has one."""
-    health = schedules.health(schedule, second_moment=second_moment)
+    health = terminal.health(schedule, second_moment=second_moment)
     line = f"schedule: {len(schedule)} steps, "
     if schedule.is_variance_preserving:
         line += (
