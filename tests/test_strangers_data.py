@@ -241,7 +241,7 @@ def test_pictures_may_move(workdir, folder, tmp_path):
     config.data.name = f"image_folder:{tmp_path / 'nowhere'}"
     config_lib.save(config, f"{place}/config.json")
     shutil.copytree(folder, there)
-    with pytest.raises(data.DataError, match="if it has moved, give the new place: --data_dir"):
+    with pytest.raises(data.DataError, match="if it has moved, give its new path: --data_dir"):
         total(place, num_images=4)
     moved = total(place, num_images=4, data_dir=str(there))
     np.testing.assert_array_equal(moved, here)
