@@ -20,7 +20,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "DDPM": "ddpm_jax.ddpm",
-    "Sampling": "ddpm_jax.ddpm",
+    "Sampling": "ddpm_jax.settings",
     "UNet": "ddpm_jax.networks",
     "Method": "ddpm_jax.method",
     "Schedule": "ddpm_jax.process.schedules",

@@ -1,8 +1,8 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020): the paper on a page.
 
-A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. What a trained one is asked follows from
-its `denoiser`: samplers, the bound and the uses of given images see nothing else. To change an idea, subclass it and
-replace a method, or write a module:NAME for a part.
+A `DDPM` combines a Schedule, a network, a prediction and a loss. Training uses `loss_fn`; samplers, the bound and image
+editing use only `denoiser`. To change an idea, subclass it and override a method, or name a part of your own as
+module:NAME.
 """
 
 from __future__ import annotations
@@ -22,85 +22,37 @@ from jaxtyping import Array, Float, Int32, Key
 from ddpm_jax import options
 from ddpm_jax.method import Method, fold_in_each, mirror_at_random
 from ddpm_jax.names import check_choice, check_takes, find
-from ddpm_jax.networks import NETWORKS, UNet, init_params
+from ddpm_jax.networks import init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
 from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
-from ddpm_jax.process.samplers import SAMPLERS, Ancestral, Sampler
 from ddpm_jax.process.samplers.chain import check_clip
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS, TimeSampler
+from ddpm_jax.settings import Bounding, Chain, Sampling
 
-SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those of every Method
-
-# Fields of a config's section model that older configs may lack, and what was the default then.
-ONCE_DEFAULT = {"num_groups": 32, "attention_resolutions": (16,)}
-
-STEPS_HELP = (
-    "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
-    " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
-)
-CLIP_HELP = (
-    "Clips predictions of x_0 to [-1, 1]; --noclip does not, and --clip=dynamic clips by percentile. Default: as"
-    " in the config."
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chain:
-    """Which steps of the chain are visited, and with which model."""
-
-    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
-    spacing: Literal["uniform", "linear", "quadratic", "log_snr"] | None = option(
-        None, "How a plain number of steps is spread over the chain. Default: uniform."
-    )
-    clip_x0: bool | Literal["dynamic"] | None = option(None, CLIP_HELP, flag="clip")
-    guidance: float = option(
-        1.0,
-        "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
-        " exaggerates the labels.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Chain):
-    """How images are drawn from a diffusion."""
-
-    sampler: Annotated[Sampler, Choice("sampler", SAMPLERS)] = option(
-        Ancestral(), "The sampler that draws the images: a built-in one or module:NAME."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounding:
-    """How the bound is measured."""
-
-    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
-    variance: str | None = option(
-        None,
-        "The variance of the reverse chain: fixed_small, fixed_large, analytic, or what was learned. Default:"
-        " as in the config.",
-    )
-    clip_x0: bool | None = option(None, CLIP_HELP, flag="clip")
-    cdf: Literal["normal", "tanh"] = option(
-        "normal",
-        "The distribution function of the decoder: normal, or tanh as in Ho et al.'s code.",
-    )
+SECTIONS = ("model", "schedule", "diffusion")  # read from a config, beside those of every Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DDPM(Method):
-    """A denoising diffusion model. The fields after the first three are the keys of config.diffusion.
+    """A denoising diffusion model. The fields after the first four are the keys of config.diffusion.
 
     Attributes:
-      schedule: the full chain of T steps that it is trained on.
-      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels]. Its
-        field out_channels is filled in here, and so is one class more for label_dropout.
+      schedule: the full chain of T steps, on which it is trained.
+      network: a flax Module, see `networks.Network`. The model sets its out_channels, and with label_dropout adds a class.
       image_shape: (H, W, C).
       flip: mirror training images left to right with probability ½ (config.data.flip).
 
     Raises:
-      ValueError: parts that do not go together; one line.
+      ValueError: one line: parts that are incompatible.
+
+    >>> network = dj.UNet(channels=8, channel_mults=(1, 2), num_res_blocks=1)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10, end=0.5), network=network, image_shape=(8, 8, 1))
+    >>> params = model.init(jax.random.key(0))
+    >>> denoise_fn = model.denoiser(params)(model.schedule)
+    >>> denoise_fn(jnp.zeros((2, 8, 8, 1)), 5).x_0.shape
+    (2, 8, 8, 1)
     """
 
     schedule: Schedule
@@ -150,12 +102,12 @@ class DDPM(Method):
 
     @functools.cached_property
     def num_classes(self) -> int:
-        """Number of classes of the data; a network with label_dropout has one more, for no label."""
+        """Number of classes of the data; with label_dropout the network has one more, for no label."""
         return getattr(self.network, "num_classes", 0)
 
     @functools.cached_property
     def sized_network(self) -> nn.Module:
-        """The network with the channels and classes that it needs here."""
+        """The network with the output channels and classes that this model needs."""
         channels = self.image_shape[-1] * (1 + (self.variance in LEARNED))
         sizes = {"out_channels": channels}
         if self.label_dropout:
@@ -169,7 +121,7 @@ class DDPM(Method):
         return self.network.clone(**sizes)
 
     def init(self, key: Key[Array, ""]) -> Any:
-        """The parameters before training, by the network's own initialisers."""
+        """Initialises the parameters, with the network's own initialisers."""
         return init_params(self.sized_network, key, self.image_shape)
 
     def denoiser(
@@ -181,14 +133,17 @@ class DDPM(Method):
         variance: str | np.ndarray | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Denoiser:
-        """The model as losses and samplers see it, see `diffusion.denoiser`.
+        """The function from a chain to denoise_fn(x_t, t) that losses and samplers use; see `diffusion.denoiser`.
 
-        With guidance g the output is that of no label plus g times what the label adds (Ho & Salimans 2021), from one
-        batch of both; of a learned variance the label's own is taken.
+        Args:
+          label: of each image; required for a model with classes.
+          guidance: g of classifier-free guidance, F(no label) + g (F(label) − F(no label)), Ho & Salimans 2021. A learned
+            variance is that of the label.
+          variance: of p(x_s | x_t), see `diffusion.model_log_variance`; by default it is not computed.
+          dropout_keys: one for each image; None for no dropout.
         """
         network, learned = self.sized_network, self.variance in LEARNED
         no_label = np.int32(self.num_classes)
-
         takes = inspect.signature(type(network).__call__).parameters
         drops = {"dropout_keys": dropout_keys} if "dropout_keys" in takes else {}
 
@@ -237,14 +192,11 @@ class DDPM(Method):
         return tuple(keys[:, n] for n in range(5))
 
     def shown(self, key, batch):
-        x_0, (*_, flip_keys, _) = (
-            diffusion.from_uint8(batch["image"]),
-            self.example_keys(key, batch),
-        )
-        return mirror_at_random(flip_keys, x_0) if self.flip else x_0
+        x_0 = diffusion.from_uint8(batch["image"])
+        return mirror_at_random(self.example_keys(key, batch)[3], x_0) if self.flip else x_0
 
     def loss_fn(self, params, loss_state, key, batch):
-        """One step of Ho et al. Algorithm 1: draws t and ε, and compares."""
+        """The loss of one step of Ho et al. 2020, Algorithm 1: draws t and ε, and evaluates `compare`."""
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -262,7 +214,7 @@ class DDPM(Method):
         return values * weight, metrics, (t, values)
 
     def compare(self, denoise_fn, x_0, t, eps):
-        """The loss [B] of what the network makes of x_t, and its parts {name: [B]} for the log."""
+        """The loss [B] of the network at x_t, and its parts {name: [B]} for the log."""
         args = (self.schedule, denoise_fn, x_0, t, eps)
         squared = functools.partial(
             losses.simple if self.loss == "simple" else losses.hybrid,
@@ -272,39 +224,36 @@ class DDPM(Method):
         if self.loss == "simple":
             return squared(*args), {}
         if self.loss == "hybrid":
-            of_mean, of_variance = squared(*args)
-            parts = {"simple": of_mean, "vlb": of_variance}
-            return of_mean + losses.HYBRID_WEIGHT * of_variance, parts
+            simple, vlb = squared(*args)
+            return simple + losses.HYBRID_WEIGHT * vlb, {"simple": simple, "vlb": vlb}
         loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
         return loss(*args), {}
 
-    # ---- what a trained model is asked
+    # ---- sampling and the bound
 
     def resolve(self, chosen):
-        """Options of sampling or of the bound with the model's own values where they leave a choice to it."""
+        """The settings `chosen` (Chain, Sampling or Bounding) with this model's defaults in place of None."""
         values = {"clip_x0": self.clip_x0 if chosen.clip_x0 is None else chosen.clip_x0}
         if chosen.steps is not None:
             values["steps"] = timesteps.as_text(chosen.steps)
-        for holder in (getattr(chosen, "sampler", None), chosen):
-            if hasattr(holder, "variance") and holder.variance is None:
-                holder = dataclasses.replace(holder, variance=self.variance)
-                if isinstance(holder, type(chosen)):
-                    values["variance"] = holder.variance
-                else:
-                    values["sampler"] = holder
+        sampler = getattr(chosen, "sampler", None)
+        if hasattr(sampler, "variance") and sampler.variance is None:
+            values["sampler"] = dataclasses.replace(sampler, variance=self.variance)
+        if hasattr(chosen, "variance") and chosen.variance is None:
+            values["variance"] = self.variance
         return dataclasses.replace(chosen, **values)
 
     def chain(
         self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
     ) -> Schedule:
-        """The chain of the options of sampling, after a check that this model can have them.
+        """The shortened chain of these settings, after a check that this model can use them.
 
         Args:
-          from_t: begin at this time of the full chain instead of T − 1.
+          from_t: begin at this step of the full chain instead of T − 1.
           x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
 
         Raises:
-          ValueError: one line.
+          ValueError: one line: settings that this model cannot use.
         """
         steps = timesteps.shorten(
             self.schedule, sampling.steps, spacing=sampling.spacing, last=from_t
@@ -314,14 +263,14 @@ class DDPM(Method):
             raise ValueError(f"guidance must be a finite number, got {sampling.guidance}")
         if sampling.guidance != 1.0 and not self.label_dropout:
             raise ValueError(
-                "guidance needs a model that has learned to do without labels: train with classes and"
+                "guidance needs a model that was also trained without labels: train with classes and"
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
-                    "variance 'analytic' is measured for whole chains, not from_t; use fixed_small or"
+                    "variance 'analytic' is measured for whole chains, not with from_t; use fixed_small or"
                     " fixed_large"
                 )
             self.reverse_variance(sampler.variance, steps, x_0_error)
@@ -329,24 +278,30 @@ class DDPM(Method):
             sampler.check(steps)
         return steps
 
-    def reverse_variance(self, asked: str | None, steps: Schedule, x_0_error=None):
-        """A variance as `diffusion.model_log_variance` takes it, if this model can have it on this chain."""
-        asked = asked or self.variance
-        if not isinstance(asked, str):
-            return asked
-        check_choice("variance", asked, VARIANCES)
-        if asked in LEARNED and asked != self.variance:
+    def reverse_variance(
+        self, variance: str | None, steps: Schedule, x_0_error=None
+    ) -> str | np.ndarray:
+        """A variance as an argument of `diffusion.model_log_variance`; None for that of the model.
+
+        Raises:
+          ValueError: one line: the model has no such variance on the chain `steps`.
+        """
+        variance = variance or self.variance
+        if not isinstance(variance, str):
+            return variance
+        check_choice("variance", variance, VARIANCES)
+        if variance in LEARNED and variance != self.variance:
             raise ValueError(
-                f"variance {asked!r} needs outputs that this network does not have: it was trained with"
+                f"variance {variance!r} needs outputs that this network does not have: it was trained with"
                 f" {self.variance!r}; use that, fixed_small, fixed_large or analytic"
             )
-        if asked == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
+        if variance == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
             raise ValueError(
                 "variance 'learned' is that of single steps of the full chain; in fewer steps use"
                 " fixed_small, fixed_large or analytic, or train with learned_range"
             )
-        if asked != "analytic":
-            return asked
+        if variance != "analytic":
+            return variance
         if x_0_error is None or len(x_0_error) != len(steps):
             raise ValueError(
                 "variance 'analytic' needs x_0_error, the mean squared error of x̂_0 measured at each"
@@ -367,12 +322,14 @@ class DDPM(Method):
         x_0_error=None,
         frames: int = 0,
     ):
-        """Images x_0, from x_T if that is given, otherwise from noise.
+        """Draws images x_0 [B, H, W, C], in [−1, 1] or beyond.
 
         Args:
-          x_T: [B, H, W, C] of the last step of the chain; needed with `from_t`.
+          index: [B], the numbers of the images, from which their noise follows.
+          label: [B]; not used by a model without classes.
+          x_T: [B, H, W, C], x_t at the last step of the chain; required with `from_t`. By default noise of the prior.
           from_t, x_0_error: see `chain`.
-          frames: return (x_0, `Trajectory`) with this many steps of the chain, evenly spaced.
+          frames: if positive, return (x_0, `Trajectory`) with this many evenly spaced steps.
         """
         steps = self.chain(sampling, from_t=from_t, x_0_error=x_0_error)
         keys, sampler, variance = fold_in_each(key, index), sampling.sampler, None
@@ -380,7 +337,7 @@ class DDPM(Method):
             variance = self.reverse_variance(sampler.variance, steps, x_0_error)
         if x_T is None:
             if from_t is not None:
-                raise ValueError(f"a chain from_t={from_t} begins with an x_T that is given")
+                raise ValueError(f"from_t={from_t} needs x_T, the images to begin with")
             x_T = diffusion.prior(steps, keys, self.image_shape)
         keep = None
         if frames:
@@ -390,20 +347,14 @@ class DDPM(Method):
         return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
-        """The chain of the options of the bound, after a check that this model can have them."""
+        """The shortened chain of these settings, after a check that this model can use them."""
         steps = timesteps.shorten(self.schedule, options.steps)
         check_choice("cdf", options.cdf, likelihood.CDFS)
         self.reverse_variance(options.variance, steps, x_0_error)
         return steps
 
     def bound(
-        self,
-        params,
-        key,
-        batch,
-        options: Bounding = Bounding(),
-        *,
-        x_0_error=None,
+        self, params, key, batch, options: Bounding = Bounding(), *, x_0_error=None
     ) -> dict[str, Float[Array, ...]]:
         """The bound on −log p(x_0) in bits/dim: total, L_T and L_0 [B]; terms, x_0_error and eps_error [B, S]."""
         steps = self.bound_chain(options, x_0_error=x_0_error)
@@ -413,48 +364,38 @@ class DDPM(Method):
         denoiser = self.denoiser(params, batch["label"], variance=variance)
         parts = likelihood.bound(steps, denoiser, x_0, keys, clip_x0=clip, cdf=options.cdf)
         total = parts.prior + jnp.sum(parts.terms, axis=1)
-        scalars = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
-        return scalars | {
-            "terms": parts.terms,
-            "x_0_error": parts.x_0_error,
-            "eps_error": parts.eps_error,
-        }
+        result = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
+        rows = {"x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
+        return result | {"terms": parts.terms} | rows
 
     # ---- from a config
 
     @classmethod
     def from_config(cls, config) -> DDPM:
-        """The model of a config's sections data, model, schedule and diffusion.
+        """The model of the config sections data, model, schedule and diffusion.
 
         Raises:
-          ConfigError: a field that is unknown, of a wrong type or impossible.
+          ConfigError: a field is unknown, of a wrong type or impossible.
         """
         if config.data.image_shape is None:
-            raise ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
+            raise ConfigError(
+                "config.data.image_shape is missing; set it, for example to (32, 32, 3)"
+            )
         image_shape = tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):
             schedule = schedules.make(**config.schedule)
         network = make_network(config.model, image_shape)
-        parts = {"schedule": schedule, "network": network, "image_shape": image_shape}
-        parts["flip"] = bool(config.data.get("flip", False))
-        return options.build(cls, config.diffusion, "config.diffusion", **parts)
-
-
-def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The network of a config's section model; its `name` is a key of NETWORKS (default: unet) or module:NAME."""
-    section = dict(section)
-    with options.errors_at("config.model"):
-        network = find(section.pop("name", "unet"), NETWORKS, "network")
-    if network is UNet:  # what a config without these fields has always meant
-        section = ONCE_DEFAULT | section
-        section["attention_resolutions"] = section["attention_resolutions"] or ()
-    network = options.build(network, section, "config.model", name=None, parent=None)
-    if hasattr(network, "check"):
-        with options.errors_at("config.model"):
-            network.check(image_shape)
-    return network
+        return options.build(
+            cls,
+            config.diffusion,
+            "config.diffusion",
+            schedule=schedule,
+            network=network,
+            image_shape=image_shape,
+            flip=bool(config.data.get("flip", False)),
+        )
 
 
 def make(config) -> DDPM:
-    """The Method of `config.method = "ddpm_jax.ddpm"`."""
+    """The Method of a config with `config.method = "ddpm_jax.ddpm"`."""
     return DDPM.from_config(config)

@@ -14,7 +14,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "data",
     "metrics",
     "networks",
-    "method",
+    "method settings",
     "ddpm",
     "files",
     "training",
