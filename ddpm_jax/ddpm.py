@@ -20,12 +20,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
 from ddpm_jax import options
-from ddpm_jax.method import Method, fold_in_each, mirror_at_random
-from ddpm_jax.names import check_choice, check_takes, find
+from ddpm_jax.method import Method, check_shape, fold_in_each, mirror_at_random
+from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
 from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
+from ddpm_jax.process.guidance import guided
 from ddpm_jax.process.samplers.chain import check_clip
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS, TimeSampler
@@ -87,16 +88,19 @@ class DDPM(Method):
         check_choice("variance", self.variance, VARIANCES)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
-            takes = ("schedule", "denoise_fn", "x_0", "t", "eps")
-            check_takes(loss, str(self.loss), takes, "loss")
+            check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
+        if not isinstance(self.network, nn.Module):
+            raise ValueError(f"{described(self.network, 'network')} is not a flax Module")
+        check_takes(self.network, ("x", "t", "labels"), "network")
         classes = getattr(self.network, "num_classes", 0)
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not classes):
             raise ValueError(
                 "label_dropout must lie in [0, 1), and be 0 for a model without classes; got"
                 f" {self.label_dropout}"
             )
+        _ = self.sized_network  # refuses a network without the fields that are filled in
 
     # ---- the network
 
@@ -108,15 +112,14 @@ class DDPM(Method):
     @functools.cached_property
     def sized_network(self) -> nn.Module:
         """The network with the output channels and classes that this model needs."""
-        channels = self.image_shape[-1] * (1 + (self.variance in LEARNED))
-        sizes = {"out_channels": channels}
+        sizes = {"out_channels": self.image_shape[-1] * (1 + (self.variance in LEARNED))}
         if self.label_dropout:
             sizes["num_classes"] = self.num_classes + 1
         fields = {field.name for field in dataclasses.fields(self.network)}
         if missing := sizes.keys() - fields:
             raise ValueError(
-                f"the network {type(self.network).__name__} has no field {', '.join(missing)}, which the"
-                " model fills in"
+                f"{described(self.network, 'network')} has no field {', '.join(missing)}, which the model"
+                " fills in"
             )
         return self.network.clone(**sizes)
 
@@ -137,36 +140,28 @@ class DDPM(Method):
 
         Args:
           label: of each image; required for a model with classes.
-          guidance: g of classifier-free guidance, F(no label) + g (F(label) − F(no label)), Ho & Salimans 2021. A learned
-            variance is that of the label.
+          guidance: scale of classifier-free guidance, see `guidance.guided`.
           variance: of p(x_s | x_t), see `diffusion.model_log_variance`; by default it is not computed.
           dropout_keys: one for each image; None for no dropout.
         """
         network, learned = self.sized_network, self.variance in LEARNED
-        no_label = np.int32(self.num_classes)
         takes = inspect.signature(type(network).__call__).parameters
         drops = {"dropout_keys": dropout_keys} if "dropout_keys" in takes else {}
 
         def apply(x, t, label):
             label = label if getattr(network, "num_classes", 0) else None
-            return network.apply({"params": params}, x, t, label, **drops)
+            result = network.apply({"params": params}, x, t, label, **drops)
+            check_shape(result, (*x.shape[:-1], network.out_channels), network, "network")
+            return result
 
-        def guided(x, t):
-            if guidance == 0:
-                return apply(x, t, jnp.full_like(label, no_label))
-            both = [jnp.concatenate([values, values]) for values in (x, t, label)]
-            both[2] = both[2].at[label.shape[0] :].set(no_label)
-            with_label, without = jnp.split(apply(*both), 2)
-            value = without + guidance * (with_label - without)
-            if learned:
-                mean, _ = jnp.split(value, 2, axis=-1)
-                _, values = jnp.split(with_label, 2, axis=-1)
-                value = jnp.concatenate([mean, values], axis=-1)
-            return value
-
+        if guidance == 1:
+            network_fn = functools.partial(apply, label=label)
+        else:
+            no_label = np.int32(self.num_classes)
+            network_fn = guided(apply, label, no_label, guidance, learned_variance=learned)
         return diffusion.denoiser(
             self.schedule,
-            guided if guidance != 1 else lambda x, t: apply(x, t, label),
+            network_fn,
             prediction=self.prediction,
             learned_variance=learned,
             variance=variance,
@@ -227,7 +222,9 @@ class DDPM(Method):
             simple, vlb = squared(*args)
             return simple + losses.HYBRID_WEIGHT * vlb, {"simple": simple, "vlb": vlb}
         loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
-        return loss(*args), {}
+        values = loss(*args)
+        check_shape(values, x_0.shape[:1], loss, "loss")
+        return values, {}
 
     # ---- sampling and the bound
 
@@ -267,6 +264,9 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
+        if sampler is not None:
+            arguments = ("chain", "denoiser", "x_T", "keys")
+            check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
@@ -344,7 +344,9 @@ class DDPM(Method):
             keep = timesteps.subsequence(min(frames, len(steps)), len(steps))[::-1]
         denoiser = self.denoiser(params, label, guidance=sampling.guidance, variance=variance)
         clip = self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0
-        return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        result = sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        check_shape(result[0] if frames else result, x_T.shape, sampler, "sampler")
+        return result
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
         """The shortened chain of these settings, after a check that this model can use them."""
@@ -364,9 +366,13 @@ class DDPM(Method):
         denoiser = self.denoiser(params, batch["label"], variance=variance)
         parts = likelihood.bound(steps, denoiser, x_0, keys, clip_x0=clip, cdf=options.cdf)
         total = parts.prior + jnp.sum(parts.terms, axis=1)
-        result = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
-        rows = {"x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
-        return result | {"terms": parts.terms} | rows
+        result = {
+            "total": total,
+            "L_T": parts.prior,
+            "L_0": parts.terms[:, 0],
+            "terms": parts.terms,
+        }
+        return result | {"x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
 
     # ---- from a config
 
@@ -378,9 +384,7 @@ class DDPM(Method):
           ConfigError: a field is unknown, of a wrong type or impossible.
         """
         if config.data.image_shape is None:
-            raise ConfigError(
-                "config.data.image_shape is missing; set it, for example to (32, 32, 3)"
-            )
+            raise ConfigError("config.data.image_shape is missing; set it, such as (32, 32, 3)")
         image_shape = tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):
             schedule = schedules.make(**config.schedule)

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "ddpm_jax"
 FLOORS = (  # from the ground up; a folder is one room
-    "names stats",
+    "hints names stats",
     "options",
     "process",
     "data",

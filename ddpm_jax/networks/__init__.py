@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, Num
 
 from ddpm_jax import options
-from ddpm_jax.names import find
+from ddpm_jax.names import described, find
 from ddpm_jax.networks.unet import UNet
 
 NETWORKS = {"unet": UNet}
@@ -63,6 +64,8 @@ def make_network(section: Any, image_shape: tuple[int, int, int]) -> nn.Module:
     section = dict(section)
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")
+        if not (inspect.isclass(network) and issubclass(network, nn.Module)):
+            raise ValueError(f"{described(network, 'network')} is not a flax Module")
     if network is UNet:
         section = ONCE_DEFAULT | section
         section["attention_resolutions"] = section["attention_resolutions"] or ()

@@ -380,7 +380,7 @@ def make(
         raise ValueError(
             f"schedule {name!r} takes {', '.join(sorted(takes))}, but not {key!r}{nearest(key, takes)}"
         )
-    schedule = function(**options.bind(function, keywords, ""))
+    schedule = function(**options.bind(function, keywords, f"schedule {name!r}"))
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule {name!r} must return a Schedule, got {type(schedule).__name__}")
     return zero_terminal_snr(schedule) if zero_snr else schedule

@@ -165,7 +165,7 @@ def shorten(
     >>> dj.shorten(schedule, 5).times.tolist()
     [0, 250, 500, 749, 999]
     >>> dj.shorten(schedule, 5, spacing="quadratic", last=600).times.tolist()
-    [0, 50, 199, 449, 600]
+    [0, 50, 200, 450, 600]
     """
     T = len(schedule)
     if spacing is not None:
