@@ -365,14 +365,9 @@ class DDPM(Method):
         clip = self.clip_x0 if options.clip_x0 is None else options.clip_x0
         denoiser = self.denoiser(params, batch["label"], variance=variance)
         parts = likelihood.bound(steps, denoiser, x_0, keys, clip_x0=clip, cdf=options.cdf)
-        total = parts.prior + jnp.sum(parts.terms, axis=1)
-        result = {
-            "total": total,
-            "L_T": parts.prior,
-            "L_0": parts.terms[:, 0],
-            "terms": parts.terms,
-        }
-        return result | {"x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
+        scalars = {"total": parts.prior + jnp.sum(parts.terms, axis=1), "L_T": parts.prior}
+        tables = {"terms": parts.terms, "x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
+        return scalars | {"L_0": parts.terms[:, 0]} | tables
 
     # ---- from a config
 

@@ -61,13 +61,13 @@ class Bits:
 class Run(runs.Run):
     """A loaded run directory; `params` are those of its last checkpoint."""
 
-    def sample(self, num_samples: int = 16, **asked) -> Images:
+    def sample(self, num_samples: int = 16, **settings) -> Images:
         """`sample` of this run."""
-        return sample(self.method, self.params, num_samples, **asked)
+        return sample(self.method, self.params, num_samples, **settings)
 
-    def bits_per_dim(self, images, **asked) -> Bits:
+    def bits_per_dim(self, images, **settings) -> Bits:
         """`bits_per_dim` of this run."""
-        return bits_per_dim(self.method, self.params, images, **asked)
+        return bits_per_dim(self.method, self.params, images, **settings)
 
 
 def load(
@@ -293,17 +293,17 @@ def to_config(model: DDPM) -> ConfigDict:
     if isinstance(network, UNet):
         fields["num_groups"] = network.groups
         fields["attention_resolutions"] = network.attended(model.image_shape)
-    given = ("schedule", "network", "image_shape", "flip")
+    parts = ("schedule", "network", "image_shape", "flip")
     diffusion = {}
-    for one in options.options_of(type(model)):
-        if one.name in given:
+    for option in options.options_of(type(model)):
+        if option.name in parts:
             continue
-        value = getattr(model, one.name)
-        if one.choice is not None:
+        value = getattr(model, option.name)
+        if option.choice is not None:
             value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
         elif callable(value):
             value = _full_name(value)
-        diffusion[one.name] = value
+        diffusion[option.name] = value
     cls = type(model)
     method = "ddpm_jax.ddpm" if cls is DDPM else _full_name(cls)
     name = options.name_of(network, Choice("network", NETWORKS))
