@@ -48,7 +48,7 @@ class DDPM(Method):
     Raises:
       ValueError: one line: parts that are incompatible.
 
-    >>> network = dj.UNet(channels=8, channel_mults=(1, 2), num_res_blocks=1)
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_res_blocks=1)
     >>> model = dj.DDPM(schedule=dj.linear_schedule(10, end=0.5), network=network, image_shape=(8, 8, 1))
     >>> params = model.init(jax.random.key(0))
     >>> denoise_fn = model.denoiser(params)(model.schedule)
