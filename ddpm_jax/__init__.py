@@ -8,6 +8,7 @@
     bits = dj.bits_per_dim(model, state.ema_params, images[:100])
     run = dj.load("runs/mine")
 
+Examples in docstrings use jax, jnp, np and a small `model`, `images`, `params` and `workdir` made in this way.
 Nothing heavy is imported before it is used.
 """
 
@@ -20,7 +21,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "DDPM": "ddpm_jax.ddpm",
-    "Sampling": "ddpm_jax.ddpm",
+    "Sampling": "ddpm_jax.settings",
     "UNet": "ddpm_jax.networks",
     "Method": "ddpm_jax.method",
     "Schedule": "ddpm_jax.process.schedules",

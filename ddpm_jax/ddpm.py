@@ -1,7 +1,8 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020): the paper on a page.
 
-A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. Samplers, the bound and the editing of
-images use only its `denoiser`. To change an idea, subclass it and replace a method, or name a part as module:NAME.
+A `DDPM` combines a Schedule, a network, a prediction and a loss. Training uses `loss_fn`; samplers, the bound and image
+editing use only `denoiser`. To change an idea, subclass it and override a method, or name a part of your own as
+module:NAME.
 """
 
 from __future__ import annotations
@@ -19,99 +20,40 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
 from ddpm_jax import options
-from ddpm_jax.method import Method, fold_in_each, mirror_at_random
+from ddpm_jax.method import Method, check_shape, fold_in_each, mirror_at_random
 from ddpm_jax.names import check_choice, check_takes, described, find
-from ddpm_jax.networks import NETWORKS, UNet, init_params
+from ddpm_jax.networks import init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
 from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
-from ddpm_jax.process.samplers import SAMPLERS, Ancestral, Sampler
+from ddpm_jax.process.guidance import guided
 from ddpm_jax.process.samplers.chain import check_clip
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS, TimeSampler
+from ddpm_jax.settings import Bounding, Chain, Sampling
 
-SECTIONS = ("model", "schedule", "diffusion")  # of a config, beside those of every Method
-
-# Fields of a config's section model that older configs may lack, and what was the default then.
-ONCE_DEFAULT = {"num_groups": 32, "attention_resolutions": (16,)}
-
-STEPS_HELP = (
-    "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
-    " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
-)
-CLIP_HELP = (
-    "Clips predictions of x_0 to [-1, 1]; --noclip does not, and --clip=dynamic clips by percentile. Default: as"
-    " in the config."
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chain:
-    """Which steps of the chain are visited, and with which model."""
-
-    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
-    spacing: Literal["uniform", "linear", "quadratic", "log_snr"] | None = option(
-        None, "How a plain number of steps is spread over the chain. Default: uniform."
-    )
-    clip_x0: bool | Literal["dynamic"] | None = option(None, CLIP_HELP, flag="clip")
-    guidance: float = option(
-        1.0,
-        "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
-        " exaggerates the labels.",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Chain):
-    """How images are drawn from a diffusion.
-
-    >>> from ddpm_jax.process.samplers import DDIM
-    >>> sampling = Sampling(sampler=DDIM(), steps=50, clip_x0=False)
-    """
-
-    sampler: Annotated[Sampler, Choice("sampler", SAMPLERS)] = option(
-        Ancestral(), "The sampler that draws the images: a built-in one or module:NAME."
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounding:
-    """How the bound is measured."""
-
-    steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
-    variance: str | None = option(
-        None,
-        "The variance of the reverse chain: fixed_small, fixed_large, analytic, or what was learned. Default:"
-        " as in the config.",
-    )
-    clip_x0: bool | None = option(None, CLIP_HELP, flag="clip")
-    cdf: Literal["normal", "tanh"] = option(
-        "normal",
-        "The distribution function of the decoder: normal, or tanh as in Ho et al.'s code.",
-    )
+SECTIONS = ("model", "schedule", "diffusion")  # read from a config, beside those of every Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DDPM(Method):
-    """A denoising diffusion model. The fields after the first three are the keys of config.diffusion.
+    """A denoising diffusion model. The fields after the first four are the keys of config.diffusion.
 
     Attributes:
-      schedule: the full chain of T steps that it is trained on.
-      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels].
-        Its field out_channels is filled in here, and label_dropout adds one class to num_classes.
+      schedule: the full chain of T steps, on which it is trained.
+      network: a flax Module, see `networks.Network`. The model sets its out_channels, and with label_dropout adds a class.
       image_shape: (H, W, C).
       flip: mirror training images left to right with probability ½ (config.data.flip).
 
     Raises:
-      ValueError: parts that do not fit together; one line.
+      ValueError: one line: parts that are incompatible.
 
-    >>> import ddpm_jax as dj
-    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2)
-    >>> model = dj.DDPM(schedule=dj.linear_schedule(1000), network=network, image_shape=(8, 8, 1))
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_res_blocks=1)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10, end=0.5), network=network, image_shape=(8, 8, 1))
     >>> params = model.init(jax.random.key(0))
-    >>> dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1), loss="vbl")
-    Traceback (most recent call last):
-    ValueError: unknown loss 'vbl'; did you mean 'vlb'? (choose from simple, vlb, hybrid, or module:NAME)
+    >>> denoise_fn = model.denoiser(params)(model.schedule)
+    >>> denoise_fn(jnp.zeros((2, 8, 8, 1)), 5).x_0.shape
+    (2, 8, 8, 1)
     """
 
     schedule: Schedule
@@ -164,14 +106,13 @@ class DDPM(Method):
 
     @functools.cached_property
     def num_classes(self) -> int:
-        """Number of classes of the data; a network with label_dropout has one more, for no label."""
+        """Number of classes of the data; with label_dropout the network has one more, for no label."""
         return getattr(self.network, "num_classes", 0)
 
     @functools.cached_property
     def sized_network(self) -> nn.Module:
-        """The network with the channels and classes that it needs here."""
-        channels = self.image_shape[-1] * (1 + (self.variance in LEARNED))
-        sizes = {"out_channels": channels}
+        """The network with the output channels and classes that this model needs."""
+        sizes = {"out_channels": self.image_shape[-1] * (1 + (self.variance in LEARNED))}
         if self.label_dropout:
             sizes["num_classes"] = self.num_classes + 1
         fields = {field.name for field in dataclasses.fields(self.network)}
@@ -183,7 +124,7 @@ class DDPM(Method):
         return self.network.clone(**sizes)
 
     def init(self, key: Key[Array, ""]) -> Any:
-        """The parameters before training, by the network's own initialisers."""
+        """Initialises the parameters, with the network's own initialisers."""
         return init_params(self.sized_network, key, self.image_shape)
 
     def denoiser(
@@ -195,14 +136,15 @@ class DDPM(Method):
         variance: str | np.ndarray | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Denoiser:
-        """The model as losses and samplers see it, see `diffusion.denoiser`.
+        """The function from a chain to denoise_fn(x_t, t) that losses and samplers use; see `diffusion.denoiser`.
 
-        With guidance g the output is the unconditional one plus g times its difference to the conditional one (Ho &
-        Salimans 2021), both evaluated in one batch; a learned variance is the conditional one.
+        Args:
+          label: of each image; required for a model with classes.
+          guidance: scale of classifier-free guidance, see `guidance.guided`.
+          variance: of p(x_s | x_t), see `diffusion.model_log_variance`; by default it is not computed.
+          dropout_keys: one for each image; None for no dropout.
         """
         network, learned = self.sized_network, self.variance in LEARNED
-        no_label = np.int32(self.num_classes)
-
         takes = inspect.signature(type(network).__call__).parameters
         drops = {"dropout_keys": dropout_keys} if "dropout_keys" in takes else {}
 
@@ -212,22 +154,14 @@ class DDPM(Method):
             check_shape(result, (*x.shape[:-1], network.out_channels), network, "network")
             return result
 
-        def guided(x, t):
-            if guidance == 0:
-                return apply(x, t, jnp.full_like(label, no_label))
-            both = [jnp.concatenate([values, values]) for values in (x, t, label)]
-            both[2] = both[2].at[label.shape[0] :].set(no_label)
-            with_label, without = jnp.split(apply(*both), 2)
-            value = without + guidance * (with_label - without)
-            if learned:
-                mean, _ = jnp.split(value, 2, axis=-1)
-                _, values = jnp.split(with_label, 2, axis=-1)
-                value = jnp.concatenate([mean, values], axis=-1)
-            return value
-
+        if guidance == 1:
+            network_fn = functools.partial(apply, label=label)
+        else:
+            no_label = np.int32(self.num_classes)
+            network_fn = guided(apply, label, no_label, guidance, learned_variance=learned)
         return diffusion.denoiser(
             self.schedule,
-            guided if guidance != 1 else lambda x, t: apply(x, t, label),
+            network_fn,
             prediction=self.prediction,
             learned_variance=learned,
             variance=variance,
@@ -253,14 +187,11 @@ class DDPM(Method):
         return tuple(keys[:, n] for n in range(5))
 
     def shown(self, key, batch):
-        x_0, (*_, flip_keys, _) = (
-            diffusion.from_uint8(batch["image"]),
-            self.example_keys(key, batch),
-        )
-        return mirror_at_random(flip_keys, x_0) if self.flip else x_0
+        x_0 = diffusion.from_uint8(batch["image"])
+        return mirror_at_random(self.example_keys(key, batch)[3], x_0) if self.flip else x_0
 
     def loss_fn(self, params, loss_state, key, batch):
-        """The loss of Ho et al. Algorithm 1, for one draw of t and ε per example."""
+        """The loss of one step of Ho et al. 2020, Algorithm 1: draws t and ε, and evaluates `compare`."""
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -278,7 +209,7 @@ class DDPM(Method):
         return values * weight, metrics, (t, values)
 
     def compare(self, denoise_fn, x_0, t, eps):
-        """The loss [B] at x_t, and its parts {name: [B]} for the log."""
+        """The loss [B] of the network at x_t, and its parts {name: [B]} for the log."""
         args = (self.schedule, denoise_fn, x_0, t, eps)
         squared = functools.partial(
             losses.simple if self.loss == "simple" else losses.hybrid,
@@ -288,9 +219,8 @@ class DDPM(Method):
         if self.loss == "simple":
             return squared(*args), {}
         if self.loss == "hybrid":
-            of_mean, of_variance = squared(*args)
-            parts = {"simple": of_mean, "vlb": of_variance}
-            return of_mean + losses.HYBRID_WEIGHT * of_variance, parts
+            simple, vlb = squared(*args)
+            return simple + losses.HYBRID_WEIGHT * vlb, {"simple": simple, "vlb": vlb}
         loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
         values = loss(*args)
         check_shape(values, x_0.shape[:1], loss, "loss")
@@ -299,30 +229,28 @@ class DDPM(Method):
     # ---- sampling and the bound
 
     def resolve(self, chosen):
-        """Options of sampling or of the bound, with None replaced by the model's own values."""
+        """The settings `chosen` (Chain, Sampling or Bounding) with this model's defaults in place of None."""
         values = {"clip_x0": self.clip_x0 if chosen.clip_x0 is None else chosen.clip_x0}
         if chosen.steps is not None:
             values["steps"] = timesteps.as_text(chosen.steps)
-        for holder in (getattr(chosen, "sampler", None), chosen):
-            if hasattr(holder, "variance") and holder.variance is None:
-                holder = dataclasses.replace(holder, variance=self.variance)
-                if isinstance(holder, type(chosen)):
-                    values["variance"] = holder.variance
-                else:
-                    values["sampler"] = holder
+        sampler = getattr(chosen, "sampler", None)
+        if hasattr(sampler, "variance") and sampler.variance is None:
+            values["sampler"] = dataclasses.replace(sampler, variance=self.variance)
+        if hasattr(chosen, "variance") and chosen.variance is None:
+            values["variance"] = self.variance
         return dataclasses.replace(chosen, **values)
 
     def chain(
         self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
     ) -> Schedule:
-        """The chain that the options of sampling describe, after a check that they fit this model.
+        """The shortened chain of these settings, after a check that this model can use them.
 
         Args:
-          from_t: begin at this time of the full chain instead of T − 1.
+          from_t: begin at this step of the full chain instead of T − 1.
           x_0_error: [S], for variance "analytic"; see `diffusion.analytic_log_variance`.
 
         Raises:
-          ValueError: one line.
+          ValueError: one line: settings that this model cannot use.
         """
         steps = timesteps.shorten(
             self.schedule, sampling.steps, spacing=sampling.spacing, last=from_t
@@ -332,7 +260,7 @@ class DDPM(Method):
             raise ValueError(f"guidance must be a finite number, got {sampling.guidance}")
         if sampling.guidance != 1.0 and not self.label_dropout:
             raise ValueError(
-                "guidance needs a model that has learned to do without labels: train with classes and"
+                "guidance needs a model that was also trained without labels: train with classes and"
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
@@ -342,7 +270,7 @@ class DDPM(Method):
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
-                    "variance 'analytic' is measured for whole chains, not from_t; use fixed_small or"
+                    "variance 'analytic' is measured for whole chains, not with from_t; use fixed_small or"
                     " fixed_large"
                 )
             self.reverse_variance(sampler.variance, steps, x_0_error)
@@ -350,24 +278,30 @@ class DDPM(Method):
             sampler.check(steps)
         return steps
 
-    def reverse_variance(self, asked: str | None, steps: Schedule, x_0_error=None):
-        """A variance for `diffusion.model_log_variance`, after a check that it fits this model and chain."""
-        asked = asked or self.variance
-        if not isinstance(asked, str):
-            return asked
-        check_choice("variance", asked, VARIANCES)
-        if asked in LEARNED and asked != self.variance:
+    def reverse_variance(
+        self, variance: str | None, steps: Schedule, x_0_error=None
+    ) -> str | np.ndarray:
+        """A variance as an argument of `diffusion.model_log_variance`; None for that of the model.
+
+        Raises:
+          ValueError: one line: the model has no such variance on the chain `steps`.
+        """
+        variance = variance or self.variance
+        if not isinstance(variance, str):
+            return variance
+        check_choice("variance", variance, VARIANCES)
+        if variance in LEARNED and variance != self.variance:
             raise ValueError(
-                f"variance {asked!r} needs outputs that this network does not have: it was trained with"
+                f"variance {variance!r} needs outputs that this network does not have: it was trained with"
                 f" {self.variance!r}; use that, fixed_small, fixed_large or analytic"
             )
-        if asked == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
+        if variance == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
             raise ValueError(
                 "variance 'learned' is that of single steps of the full chain; in fewer steps use"
                 " fixed_small, fixed_large or analytic, or train with learned_range"
             )
-        if asked != "analytic":
-            return asked
+        if variance != "analytic":
+            return variance
         if x_0_error is None or len(x_0_error) != len(steps):
             raise ValueError(
                 "variance 'analytic' needs x_0_error, the mean squared error of x̂_0 measured at each"
@@ -388,12 +322,14 @@ class DDPM(Method):
         x_0_error=None,
         frames: int = 0,
     ):
-        """Images x_0, from x_T if that is given, otherwise from noise.
+        """Draws images x_0 [B, H, W, C], in [−1, 1] or beyond.
 
         Args:
-          x_T: [B, H, W, C] of the last step of the chain; needed with `from_t`.
+          index: [B], the numbers of the images, from which their noise follows.
+          label: [B]; not used by a model without classes.
+          x_T: [B, H, W, C], x_t at the last step of the chain; required with `from_t`. By default noise of the prior.
           from_t, x_0_error: see `chain`.
-          frames: return (x_0, `Trajectory`) with this many steps of the chain, evenly spaced.
+          frames: if positive, return (x_0, `Trajectory`) with this many evenly spaced steps.
         """
         steps = self.chain(sampling, from_t=from_t, x_0_error=x_0_error)
         keys, sampler, variance = fold_in_each(key, index), sampling.sampler, None
@@ -401,7 +337,7 @@ class DDPM(Method):
             variance = self.reverse_variance(sampler.variance, steps, x_0_error)
         if x_T is None:
             if from_t is not None:
-                raise ValueError(f"a chain from_t={from_t} begins with an x_T that is given")
+                raise ValueError(f"from_t={from_t} needs x_T, the images to begin with")
             x_T = diffusion.prior(steps, keys, self.image_shape)
         keep = None
         if frames:
@@ -413,20 +349,14 @@ class DDPM(Method):
         return result
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
-        """The chain that the options of the bound describe, after a check that they fit this model."""
+        """The shortened chain of these settings, after a check that this model can use them."""
         steps = timesteps.shorten(self.schedule, options.steps)
         check_choice("cdf", options.cdf, likelihood.CDFS)
         self.reverse_variance(options.variance, steps, x_0_error)
         return steps
 
     def bound(
-        self,
-        params,
-        key,
-        batch,
-        options: Bounding = Bounding(),
-        *,
-        x_0_error=None,
+        self, params, key, batch, options: Bounding = Bounding(), *, x_0_error=None
     ) -> dict[str, Float[Array, ...]]:
         """The bound on −log p(x_0) in bits/dim: total, L_T and L_0 [B]; terms, x_0_error and eps_error [B, S]."""
         steps = self.bound_chain(options, x_0_error=x_0_error)
@@ -435,63 +365,36 @@ class DDPM(Method):
         clip = self.clip_x0 if options.clip_x0 is None else options.clip_x0
         denoiser = self.denoiser(params, batch["label"], variance=variance)
         parts = likelihood.bound(steps, denoiser, x_0, keys, clip_x0=clip, cdf=options.cdf)
-        total = parts.prior + jnp.sum(parts.terms, axis=1)
-        scalars = {"total": total, "L_T": parts.prior, "L_0": parts.terms[:, 0]}
-        return scalars | {
-            "terms": parts.terms,
-            "x_0_error": parts.x_0_error,
-            "eps_error": parts.eps_error,
-        }
+        scalars = {"total": parts.prior + jnp.sum(parts.terms, axis=1), "L_T": parts.prior}
+        tables = {"terms": parts.terms, "x_0_error": parts.x_0_error, "eps_error": parts.eps_error}
+        return scalars | {"L_0": parts.terms[:, 0]} | tables
 
     # ---- from a config
 
     @classmethod
     def from_config(cls, config) -> DDPM:
-        """The model described by the sections data, model, schedule and diffusion of a config.
+        """The model of the config sections data, model, schedule and diffusion.
 
         Raises:
-          ConfigError: a field that is unknown, of a wrong type or impossible.
+          ConfigError: a field is unknown, of a wrong type or impossible.
         """
         if config.data.image_shape is None:
-            raise ConfigError("config.data.image_shape must be given, such as (32, 32, 3)")
+            raise ConfigError("config.data.image_shape is missing; set it, such as (32, 32, 3)")
         image_shape = tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):
             schedule = schedules.make(**config.schedule)
         network = make_network(config.model, image_shape)
-        parts = {"schedule": schedule, "network": network, "image_shape": image_shape}
-        parts["flip"] = bool(config.data.get("flip", False))
-        return options.build(cls, config.diffusion, "config.diffusion", **parts)
-
-
-def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> None:
-    """Checks the shape that a network, loss or sampler returns.
-
-    Raises:
-      ConfigError: the shape is wrong; names the file of the network, loss or sampler.
-    """
-    found = getattr(value, "shape", None)
-    if found != tuple(shape):
-        found = type(value).__name__ if found is None else found
-        raise ConfigError(f"{described(source, kind)} returns {found}, and must return {shape}")
-
-
-def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The network described by a config's section model, whose `name` is a key of NETWORKS (default: unet) or module:NAME."""
-    section = dict(section)
-    with options.errors_at("config.model"):
-        network = find(section.pop("name", "unet"), NETWORKS, "network")
-        if not (inspect.isclass(network) and issubclass(network, nn.Module)):
-            raise ValueError(f"{described(network, 'network')} is not a flax Module")
-    if network is UNet:  # what a config without these fields has always meant
-        section = ONCE_DEFAULT | section
-        section["attention_resolutions"] = section["attention_resolutions"] or ()
-    network = options.build(network, section, "config.model", name=None, parent=None)
-    if hasattr(network, "check"):
-        with options.errors_at("config.model"):
-            network.check(image_shape)
-    return network
+        return options.build(
+            cls,
+            config.diffusion,
+            "config.diffusion",
+            schedule=schedule,
+            network=network,
+            image_shape=image_shape,
+            flip=bool(config.data.get("flip", False)),
+        )
 
 
 def make(config) -> DDPM:
-    """The Method of `config.method = "ddpm_jax.ddpm"`."""
+    """The Method of a config with `config.method = "ddpm_jax.ddpm"`."""
     return DDPM.from_config(config)

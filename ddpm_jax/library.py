@@ -61,13 +61,13 @@ class Bits:
 class Run(runs.Run):
     """A loaded run directory; `params` are those of its last checkpoint."""
 
-    def sample(self, num_samples: int = 16, **asked) -> Images:
+    def sample(self, num_samples: int = 16, **settings) -> Images:
         """`sample` of this run."""
-        return sample(self.method, self.params, num_samples, **asked)
+        return sample(self.method, self.params, num_samples, **settings)
 
-    def bits_per_dim(self, images, **asked) -> Bits:
+    def bits_per_dim(self, images, **settings) -> Bits:
         """`bits_per_dim` of this run."""
-        return bits_per_dim(self.method, self.params, images, **asked)
+        return bits_per_dim(self.method, self.params, images, **settings)
 
 
 def load(
@@ -83,14 +83,7 @@ def load(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
 
-    >>> import tempfile
-    >>> import ddpm_jax as dj
-    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
-    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
-    >>> folder = tempfile.mkdtemp()
-    >>> images = np.zeros((20, 8, 8, 1), np.uint8)
-    >>> state = dj.fit(model, images, num_steps=2, batch_size=4, workdir=folder)
-    >>> run = dj.load(folder)
+    >>> run = dj.load(workdir)
     >>> run.step, run.sample(3).shape
     (2, (3, 8, 8, 1))
     """
@@ -126,10 +119,6 @@ def fit(
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
 
-    >>> import ddpm_jax as dj
-    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
-    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
-    >>> images = np.zeros((20, 8, 8, 1), np.uint8)
     >>> state = dj.fit(model, images, num_steps=2, batch_size=4)
     >>> int(state.step)
     2
@@ -211,10 +200,6 @@ def sample(
     Raises:
       ConfigError: options that the model cannot have; one line.
 
-    >>> import ddpm_jax as dj
-    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
-    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
-    >>> params = model.init(jax.random.key(0))
     >>> x = dj.sample(model, params, 4, sampler=dj.DDIM(), steps=5, seed=0)
     >>> x.shape, x.dtype
     ((4, 8, 8, 1), dtype('uint8'))
@@ -251,11 +236,7 @@ def bits_per_dim(
     Raises:
       ConfigError, DataError: one line that says what to do.
 
-    >>> import ddpm_jax as dj
-    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
-    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
-    >>> params = model.init(jax.random.key(0))
-    >>> bits = dj.bits_per_dim(model, params, np.zeros((4, 8, 8, 1), np.uint8), steps=5)
+    >>> bits = dj.bits_per_dim(model, params, images[:4], steps=5)
     >>> bits.mean > 0, bits.total.shape, bits.terms.shape
     (True, (4,), (5,))
     """
@@ -312,17 +293,17 @@ def to_config(model: DDPM) -> ConfigDict:
     if isinstance(network, UNet):
         fields["num_groups"] = network.groups
         fields["attention_resolutions"] = network.attended(model.image_shape)
-    given = ("schedule", "network", "image_shape", "flip")
+    parts = ("schedule", "network", "image_shape", "flip")
     diffusion = {}
-    for one in options.options_of(type(model)):
-        if one.name in given:
+    for option in options.options_of(type(model)):
+        if option.name in parts:
             continue
-        value = getattr(model, one.name)
-        if one.choice is not None:
+        value = getattr(model, option.name)
+        if option.choice is not None:
             value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
         elif callable(value):
             value = _full_name(value)
-        diffusion[one.name] = value
+        diffusion[option.name] = value
     cls = type(model)
     method = "ddpm_jax.ddpm" if cls is DDPM else _full_name(cls)
     name = options.name_of(network, Choice("network", NETWORKS))

@@ -23,7 +23,7 @@ import jax
 from absl import logging
 
 import ddpm_jax
-from ddpm_jax import data, options
+from ddpm_jax import data, hints, options
 from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
 from ddpm_jax.commands.report import report
@@ -405,7 +405,7 @@ def help_line(one: Option) -> str:
         text += " It must be given."
     elif default not in (None, ()) and "Default:" not in text:
         text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
-    words = options.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
+    words = hints.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
     is_switch = one.is_boolean
     word = f"--[no]{one.flag}" if is_switch else f"--{one.flag}={'|'.join(words) or 'VALUE'}"
     return f"  {word}\n" + textwrap.indent(textwrap.fill(text, 92), " " * 6) + "\n"

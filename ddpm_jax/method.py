@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from ddpm_jax.names import find, import_module, nearest
+from ddpm_jax.names import described, find, import_module, nearest
 from ddpm_jax.options import ConfigError, errors_at
 from ddpm_jax.process.schedules import PRIOR_STREAM
 
@@ -37,7 +37,6 @@ class Method(Protocol):
 
     A diffusion also has a `schedule` and a `denoiser`, see `ddpm.DDPM`; commands that add noise to images need them.
 
-    >>> import ddpm_jax as dj
     >>> class Mean(dj.Method):
     ...     "Draws the mean image of the data, which it learns by gradient steps."
     ...     image_shape, metric_names = (8, 8, 1), ()
@@ -112,6 +111,18 @@ def mirror_at_random(keys: Key[Array, " B"], images: Array) -> Array:
     """Mirrors each image [B, H, W, C] left to right with probability ½."""
     mirror = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+
+
+def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> None:
+    """Checks the shape of what a network, loss or sampler returns.
+
+    Raises:
+      ConfigError: it is another one; the line names the file of `source`.
+    """
+    found = getattr(value, "shape", None)
+    if found != tuple(shape):
+        found = type(value).__name__ if found is None else found
+        raise ConfigError(f"{described(source, kind)} returns {found}, and must return {shape}")
 
 
 def from_config(config: Any) -> Method:

@@ -1,21 +1,21 @@
-"""Metrics of samples, as pure functions of features: Fréchet and kernel distance, Inception Score, precision, recall.
+"""Metrics of samples, as functions of features: Fréchet and kernel distance, Inception Score, precision and recall.
 
-Statistics are float64 NumPy. What the features are of is the Extractor's business, and a number means something
-only beside its name: what the literature calls FID, KID and so on are these functions of Inception-v3's features.
+They are computed in float64 NumPy, from features of any Extractor. A value is only comparable for the same Extractor:
+FID, KID and so on of the literature are these functions of Inception-v3's features.
 
-Every function refuses what it cannot measure with a ValueError of one line: too few images for what is asked,
-features of different lengths, features that are not finite.
+Every function raises a ValueError of one line for too few images, features of different lengths, and features that
+are not finite.
 
-Measured on one core of an AMD EPYC server beside other work, with normal float32 features of 2,048 numbers;
-the peak of memory includes the features of both sets, 0.76 GiB where they are 50,000 and 50,000:
+Time and peak memory on one core of an AMD EPYC server with other jobs, for normal float32 features of length 2,048.
+The memory includes the features of both sets, which are 0.76 GiB for 50,000 and 50,000:
 
     moments of 50,000; then frechet_distance    9 s; 10 s    1.09 GiB
     kid of 50,000 and 50,000                    36 s         0.85 GiB
-    prdc of 10,000 and 10,000                   53 s         0.42 GiB, and quadratic in time alone
-    prdc of 10,000 and 10,000, 64 numbers       9 s          0.23 GiB
+    prdc of 10,000 and 10,000                   53 s         0.42 GiB; time is quadratic in the number of images
+    prdc of 10,000 and 10,000, length 64        9 s          0.23 GiB
 
-torch-fidelity 0.4.0, in float64, gives the same for 2,000 and 1,500 features of 64 numbers: Fréchet distance,
-Inception Score without shuffling and kernel distance over all images to 12 digits, precision and recall too.
+For 2,000 and 1,500 features of length 64, torch-fidelity 0.4.0 in float64 computes the same Fréchet distance, Inception
+Score (without shuffling) and kernel distance (over all images) to 12 digits, and the same precision and recall.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ import numpy as np
 
 from ddpm_jax import data
 
-KID_SUBSET = 1000  # images in a subset of the kernel distance
-BLOCK = 2048  # rows at a time: 32 MiB of float64 for a block of features of 2,048 numbers, or of distances
+KID_SUBSET = 1000  # images in each subset of the kernel distance
+BLOCK = (
+    2048  # rows computed at a time: 32 MiB of float64 for features of length 2,048, or distances
+)
 
 
 class Extractor(NamedTuple):
-    """A network whose features metrics are made of.
+    """A network that extracts features of images for metrics.
 
-    A module that is named in `--features=MODULE:PATH` has a function `load(path) -> Extractor`, which raises a
-    ValueError or RunError of one line for a file that it cannot use.
+    A module named in `--features=MODULE:PATH` has a function `load(path) -> Extractor`, which raises a ValueError or
+    RunError of one line for a file that it cannot use.
     """
 
-    name: str  # such as "fashion_mnist_classifier"; no result goes without it
+    name: str  # such as "fashion_mnist_classifier", saved with every result
     sha256: str  # of the weights
-    resize: str  # how images come to the network's size, in one line; "none" if they have it
+    resize: (
+        str  # how images are resized to the network's input, in one line; "none" if they are not
+    )
     features: Callable  # uint8 [B, H, W, C] -> features float32 [B, D], logits float32 [B, K]
 
 
 class Features(NamedTuple):
-    """What an Extractor makes of N images."""
+    """The outputs of an Extractor for N images."""
 
     features: np.ndarray  # float32 [N, D]
     logits: np.ndarray  # float32 [N, K]
@@ -56,7 +60,7 @@ class Features(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of N feature vectors of D numbers; float64."""
+    """Mean and scatter matrix of `count` feature vectors of length D; float64."""
 
     count: int
     mean: np.ndarray  # [D]
@@ -64,18 +68,14 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self) -> np.ndarray:
-        """[D, D], unbiased: divided by N − 1.
-
-        Raises:
-          ValueError: of a single image there is none.
-        """
+        """The unbiased covariance [D, D]. Raises ValueError for a single image."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Moments of features [N, D], N ≥ 1."""
+    """Computes the moments of features [N, D], N ≥ 1."""
     _check("a mean", 1, features)
     total = None
     for rows in _blocks(len(features)):
@@ -88,9 +88,9 @@ def moments(features: np.ndarray) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of two sets together, from those of each (Chan et al. 1979); the order moves rounding alone.
+    """The moments of the union of two sets; Chan et al. 1979. The order changes only rounding.
 
-    So those of many batches are `functools.reduce(merge, map(moments, batches))`, in the memory of two.
+    Those of many batches are `functools.reduce(merge, map(moments, batches))`, in the memory of two.
     """
     _check_same_length(a.mean, b.mean)
     count = a.count + b.count
@@ -103,11 +103,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
     """‖μ_1 − μ_2‖² + tr(C_1 + C_2 − 2 (C_1 C_2)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    Heusel et al. 2017 (6), whose FID it is if the features are Inception's.
+    With Inception's features it is FID, Heusel et al. 2017 (6).
 
-    With C = A Aᵀ from an eigendecomposition, the last trace is the sum of the singular values of A_1ᵀ A_2. That
-    is real for any covariances, also those of fewer images than features, and singular values that should be
-    0 are 0 up to 1e-16 of the largest, where the square roots of eigenvalues would be up to 1e-8 of it.
+    With C = A Aᵀ from an eigendecomposition, tr (C_1 C_2)^½ is the sum of the singular values of A_1ᵀ A_2. It is real
+    also for fewer images than features, and singular values that should be 0 are at most 1e-16 of the largest; square
+    roots of eigenvalues of C_1 C_2 would be up to 1e-8 of it.
 
     Args:
       mean_1, mean_2: [D].
@@ -141,14 +141,14 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2) -> float:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """A [D, rank] with A Aᵀ = covariance [D, D]."""
     values, vectors = np.linalg.eigh(covariance)
-    # What is smaller is the rounding of a 0; its root is not: with 100 and 60 images of 2,048 features it
-    # would make the distance wrong by 3e-9 of itself.
+    # Smaller eigenvalues are rounding errors of 0, but their roots are not negligible: for 100 and 60 images
+    # and 2,048 features they change the distance by 3e-9 of itself.
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def warning(num_images: int, num_features: int) -> str | None:
-    """One line for a person who asks for a Fréchet distance of too few images; None if they are enough."""
+    """A warning of one line if there are too few images for a Fréchet distance; otherwise None."""
     if num_images > num_features:
         return None
     return (
@@ -158,9 +158,9 @@ def warning(num_images: int, num_features: int) -> str | None:
 
 
 def short_name(metric: str, num_images: int) -> str:
-    """What a Fréchet distance may be called: "fid" of 10,000 images or more, "fid_2k" or "fid_500" of fewer.
+    """The name of a Fréchet distance: "fid" for 10,000 images or more, "fid_2k" or "fid_500" for fewer.
 
-    Its bias is positive and falls as 1/N, so that numbers of different N do not compare.
+    Its bias is positive and falls as 1/N, so distances of different N are not comparable.
     """
     if num_images >= 10_000:
         return metric
@@ -176,8 +176,8 @@ def inception_score(logits: np.ndarray, *, splits: int = 10) -> tuple[float, flo
 
     Args:
       logits: [N, K] of a classifier.
-      splits: the images are cut into so many parts, each with a p(y) of its own, after one fixed
-        permutation, since neighbours in a folder are often of one class.
+      splits: number of parts, each with its own p(y). The images are first permuted (always in the same way), since
+        neighbours in a folder are often of one class.
     """
     _check_at_least(1, splits=splits)
     _check(f"an Inception Score of {splits} splits", 2 * splits, logits, less="splits")
@@ -206,11 +206,12 @@ def kid(
 ) -> tuple[float, float]:
     """Kernel distance, Bińkowski et al. 2018: mean and standard deviation of `mmd2` over random subsets.
 
-    It is unbiased, so that numbers of different N do compare, and may be below 0.
+    It is unbiased, so values of different N are comparable, and it may be negative.
 
     Args:
       features_1, features_2: [N, D] and [M, D].
-      subsets, subset_size: how many, and how many images of each set are in one, without repetition.
+      subsets: number of subsets.
+      subset_size: number of images of each set in a subset, without repetition.
       seed: of the choice.
     """
     _check_at_least(1, subsets=subsets)
@@ -219,7 +220,7 @@ def kid(
     _check(asked, subset_size, features_1, features_2, less="subset_size")
     values = []
     for subset in range(subsets):
-        # Sorted raw bits, as in `data`: NumPy keeps their stream for ever, that of Generator.choice not.
+        # Sorted raw bits, whose stream NumPy guarantees in all versions, as in `data.batching.permutation`.
         bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(subset,)))
         chosen = (
             np.asarray(
@@ -252,24 +253,27 @@ def prdc(
 ) -> dict[str, float]:
     """Precision and recall, Kynkäänniemi et al. 2019; density and coverage, Naeem et al. 2020.
 
-    Around each image is a ball that reaches to its k-th neighbour in its own set:
+    The ball of an image extends to its k-th nearest neighbour in its own set.
 
-        precision   of the generated images, those in the ball of a real one
-        recall      of the real images, those in the ball of a generated one
-        density     in how many balls of real images a generated one lies, on average, over k
-        coverage    of the real images, those with a generated one in their ball
+        precision   share of generated images in the ball of a real one
+        recall      share of real images in the ball of a generated one
+        density     mean number of balls of real images that contain a generated image, divided by k
+        coverage    share of real images with a generated one in their ball
 
-    As in the authors' programs, an image on the rim is in the ball for the first two and not for the others.
-    With float32 features, distances that differ by less than 1e-7 are taken as equal.
+    As in the authors' code, the surface belongs to the ball for precision and recall, not for density and coverage.
+    Distances that differ by less than 1e-7 of themselves are equal, since features are float32.
 
     Args:
       real, generated: [N, D] and [M, D].
-      k, k_density: of the first two, of the other two.
+      k: for precision and recall.
+      k_density: for density and coverage.
     """
     _check_at_least(1, k=k, k_density=k_density)
     largest = max(k, k_density)
     _check(f"neighbour {largest} of an image", largest + 1, real, generated, less="k")
-    centre = np.mean(real, axis=0, dtype=np.float64)  # distances keep more digits about it
+    centre = np.mean(
+        real, axis=0, dtype=np.float64
+    )  # subtracted, so that distances lose fewer digits
     real_radius, dense_radius = _squared_radii(real, (k, k_density), centre)
     (generated_radius,) = _squared_radii(generated, (k,), centre)
 
@@ -292,14 +296,14 @@ def prdc(
 
 
 def _squared_radii(features, ks: tuple[int, ...], centre) -> list[np.ndarray]:
-    """Squared distance of each image to its k-th neighbour in the set: [N] for each k."""
+    """Squared distance of each image to its k-th nearest neighbour in the set: [N] for each k."""
     radii = np.empty((len(ks), len(features)))
     for rows in _blocks(len(features)):
         nearest = np.empty((rows.stop - rows.start, 0))  # [B, max k] of the columns seen so far
         for columns in _blocks(len(features)):
             squared = _squared_distances(features[rows], features[columns], centre)
             if rows == columns:
-                np.fill_diagonal(squared, np.inf)  # nobody is their own neighbour
+                np.fill_diagonal(squared, np.inf)  # an image is not its own neighbour
             nearest = np.concatenate([nearest, squared], axis=1)
             last = min(max(ks), nearest.shape[1]) - 1
             nearest = np.partition(nearest, last, axis=1)[:, : last + 1]
@@ -318,7 +322,7 @@ def _squared_distances(x, y, centre) -> np.ndarray:
     return squared
 
 
-# ---- what all have in common -----------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------
 
 
 def _blocks(n: int) -> Iterator[slice]:
@@ -326,7 +330,7 @@ def _blocks(n: int) -> Iterator[slice]:
 
 
 def _check(asked: str, least: int, *sets: np.ndarray, less: str | None = None) -> None:
-    """Refuses what is no [N, D] of finite numbers, fewer than `least` rows, and sets of different D."""
+    """Raises ValueError unless all sets are finite [N, D] with N ≥ least and the same D."""
     for features in sets:
         if np.ndim(features) != 2:
             raise ValueError(f"{asked}: features are [N, D], got {list(np.shape(features))}")
@@ -368,7 +372,7 @@ def _check_at_least(least: int, **numbers: int) -> None:
 
 def fid_of(generated: Features, reference: Features) -> dict[str, float]:
     """fid, or fid_2k and so on for fewer than 10,000 images."""
-    first, second = (moments(one.features) for one in (generated, reference))
+    first, second = moments(generated.features), moments(reference.features)
     distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
     return {short_name("fid", len(generated.features)): distance}
 
@@ -392,5 +396,5 @@ def prdc_of(generated: Features, reference: Features) -> dict[str, float]:
     return prdc(reference.features, generated.features)
 
 
-# A metric of one's own, named module:NAME, has the same signature: (generated, reference) -> {name: number}.
+# A metric of your own, named module:NAME, has the same signature: (generated, reference) -> {name: number}.
 METRICS = {"fid": fid_of, "is": inception_score_of, "kid": kid_of, "prdc": prdc_of}

@@ -51,9 +51,9 @@ def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
         )
     module = import_module(module_name, kind)
     if not hasattr(module, name):
-        there = [word for word in vars(module) if not word.startswith("_")]
+        words = [word for word in vars(module) if not word.startswith("_")]
         raise ValueError(
-            f"{kind} {spec!r}: {module.__file__} has no {name!r}{nearest(name, there)}"
+            f"{kind} {spec!r}: {module.__file__} has no {name!r}{nearest(name, words)}"
         )
     return getattr(module, name)
 

@@ -19,11 +19,11 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+from ddpm_jax import hints
 from ddpm_jax.names import find, nearest, short_name
 
 EMPTY = inspect.Parameter.empty
@@ -64,7 +64,7 @@ class Option(NamedTuple):
 
     @property
     def is_boolean(self) -> bool:
-        return bool in _alternatives(self.hint)
+        return bool in hints.alternatives(self.hint)
 
 
 def option(default: Any, help: str, *, flag: str | None = None, least: int | None = None) -> Any:
@@ -76,9 +76,9 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Euler:
-    ...     churn: float = option(0.0, "Noise added in each step; 0 is deterministic.")
-    >>> [(one.flag, one.default, one.help) for one in options_of(Euler)]
-    [('churn', 0.0, 'Noise added in each step; 0 is deterministic.')]
+    ...     churn: float = dj.option(0.0, "Noise added in each step; 0 is deterministic.")
+    >>> Euler(churn=0.3)  # also --sampler=my_file:Euler --churn=0.3
+    Euler(churn=0.3)
     """
     metadata = {"help": help, "flag": flag, "least": least}
     if dataclasses.is_dataclass(default):
@@ -90,9 +90,9 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
 def options_of(target: Callable) -> tuple[Option, ...]:
     """The options of a function or class, in the order of its signature; positional parameters are not options."""
     is_class = inspect.isclass(target)
-    hints = typing.get_type_hints(target, include_extras=True)
+    annotations = typing.get_type_hints(target, include_extras=True)
     if is_class and not dataclasses.is_dataclass(target):
-        hints = typing.get_type_hints(target.__init__, include_extras=True)
+        annotations = typing.get_type_hints(target.__init__, include_extras=True)
     fields = (
         {f.name: f for f in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
     )
@@ -100,7 +100,7 @@ def options_of(target: Callable) -> tuple[Option, ...]:
     for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        hint, notes = hints.get(name, Any), ()
+        hint, notes = annotations.get(name, Any), ()
         if typing.get_origin(hint) is typing.Annotated:
             hint, *notes = typing.get_args(hint)
         metadata = fields[name].metadata if name in fields else {}
@@ -300,117 +300,22 @@ def convert(one: Option, value: Any, where: str) -> Any:
         value = tuple(value)
     if isinstance(value, Text):
         try:
-            value = read(str(value), one.hint)
+            value = hints.read(str(value), one.hint)
         except ValueError:
             raise ConfigError(
-                f"{_called(one, where)} must be {expected(one.hint)}, got"
-                f" {str(value)!r}{nearest(str(value), literals(one.hint))}"
+                f"{_called(one, where)} must be {hints.expected(one.hint)}, got"
+                f" {str(value)!r}{nearest(str(value), hints.literals(one.hint))}"
             ) from None
-    if value is None and _is_sequence(one.hint):
+    if value is None and hints.is_sequence(one.hint):
         value = ()
-    if not fits(value, one.hint):
-        hint = nearest(value, literals(one.hint)) if isinstance(value, str) else ""
+    if not hints.fits(value, one.hint):
+        hint = nearest(value, hints.literals(one.hint)) if isinstance(value, str) else ""
         raise ConfigError(
-            f"{_called(one, where)} must be {expected(one.hint)}, got {value!r}{hint}"
+            f"{_called(one, where)} must be {hints.expected(one.hint)}, got {value!r}{hint}"
         )
     if one.least is not None and isinstance(value, int) and value < one.least:
         raise ConfigError(f"{_called(one, where)} must be at least {one.least}, got {value}")
     return value
-
-
-def _alternatives(hint: Any) -> tuple:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)
-
-
-def _is_sequence(hint: Any) -> bool:
-    """Whether a type is tuple[…] or Sequence[…], for which None means empty."""
-    origin = typing.get_origin(hint)
-    return inspect.isclass(origin) and issubclass(origin, Sequence)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; lists pass for tuples, ints for floats."""
-    alternatives = _alternatives(hint)
-    if len(alternatives) > 1:
-        return any(fits(value, one) for one in alternatives)
-    if hint in (None, type(None)):
-        return value is None
-    if typing.get_origin(hint) is Literal:
-        return any(value == one and type(value) is type(one) for one in typing.get_args(hint))
-    if _is_sequence(hint):
-        return isinstance(value, (tuple, list)) and all(
-            fits(inner, typing.get_args(hint)[0]) for inner in value
-        )
-    if hint is Any or not inspect.isclass(hint):
-        return True
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def read(text: str, hint: Any) -> Any:
-    """The value that a text stands for; raises ValueError. 1e3 is a whole number, an empty text an empty tuple."""
-    for one in _alternatives(hint):
-        with contextlib.suppress(ValueError):
-            return _read(text, one)
-    raise ValueError(text)
-
-
-def _read(text: str, hint: Any) -> Any:
-    if hint is type(None):
-        if text in ("None", "none"):
-            return None
-        raise ValueError(text)
-    if typing.get_origin(hint) is Literal:
-        for value in typing.get_args(hint):
-            if str(value) == text:
-                return value
-        _refuse(text)
-    if hint is bool:
-        words = {"true": True, "1": True, "false": False, "0": False}
-        return words[text.lower()] if text.lower() in words else _refuse(text)
-    if hint is int:
-        with contextlib.suppress(ValueError):
-            return int(text)
-        number = float(text)  # as 1e5
-        return int(number) if number.is_integer() else _refuse(text)
-    if hint is float:
-        return float(text)
-    if _is_sequence(hint):
-        words = [word.strip() for word in text.strip().strip("()[]").split(",")]
-        return tuple(read(word, typing.get_args(hint)[0]) for word in words if word)
-    return text
-
-
-def _refuse(text: str):
-    raise ValueError(text)
-
-
-def literals(hint: Any) -> list[str]:
-    """The values of a Literal type, as text; empty for other types."""
-    found = []
-    for one in _alternatives(hint):
-        if typing.get_origin(one) is Literal:
-            found += [str(value) for value in typing.get_args(one)]
-        elif one is not type(None):
-            return []
-    return found
-
-
-def expected(hint: Any) -> str:
-    """A type in words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    parts = []
-    for one in _alternatives(hint):
-        if typing.get_origin(one) is Literal:
-            parts += [str(value) for value in typing.get_args(one)]
-        elif _is_sequence(one):
-            parts.append(f"several of {expected(typing.get_args(one)[0])} with commas")
-        elif one is not type(None):
-            parts.append(words.get(one, getattr(one, "__name__", str(one))))
-    return " or ".join(parts) or "None"
 
 
 # ---- from things to flat values --------------------------------------------------------------------

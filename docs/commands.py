@@ -5,7 +5,7 @@ python docs/commands.py > docs/commands.md
 
 from __future__ import annotations
 
-from ddpm_jax import main, options
+from ddpm_jax import hints, main, options
 from ddpm_jax.options import Option
 
 HEAD = f"""# Commands
@@ -20,8 +20,8 @@ def type_of(one: Option) -> str:
     """The values that an option takes."""
     if one.choice is not None:
         return " ".join(f"`{name}`" for name in one.choice.built_in) + " `module:NAME`"
-    words = options.literals(one.hint)
-    return " ".join(f"`{word}`" for word in words) or options.expected(one.hint)
+    words = hints.literals(one.hint)
+    return " ".join(f"`{word}`" for word in words) or hints.expected(one.hint)
 
 
 def default_of(one: Option) -> str:

@@ -8,13 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "ddpm_jax"
 FLOORS = (  # from the ground up; a folder is one room
-    "names stats",
+    "hints names stats",
     "options",
     "process",
     "data",
     "metrics",
     "networks",
-    "method",
+    "method settings",
     "ddpm",
     "files",
     "training",

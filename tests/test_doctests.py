@@ -1,27 +1,50 @@
 """Every public name has an example in its docstring, and the example is right."""
 
+import dataclasses
 import doctest
-import importlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ddpm_jax
+import ddpm_jax as dj
 from ddpm_jax.files import writers
 
-NAMES = [name for name in ddpm_jax.__all__ if name != "__version__"]
+NAMES = [name for name in dj.__all__ if name not in ("__version__", "train")]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_example_of(name, monkeypatch):
-    for printing in (writers.Progress.show, writers.Log.__call__):  # rates and times differ
-        owner, method = printing.__qualname__.split(".")
-        monkeypatch.setattr(getattr(writers, owner), method, lambda *args, **kwargs: None)
-    thing = getattr(ddpm_jax, name)
-    namespace = {"np": np, "dj": ddpm_jax, **vars(importlib.import_module(thing.__module__))}
-    text = thing.__doc__
-    test = doctest.DocTestParser().get_doctest(text, namespace, name, None, 0)
-    assert test.examples, f"{name} has no example"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The names that examples may use: a model of 10 steps, trained on images for two steps, in a run directory."""
+    network = dj.UNet(channels=8, channel_mults=(1,), num_res_blocks=1, dropout=0.0)
+    schedule = dj.linear_schedule(10, end=0.5)
+    model = dj.DDPM(schedule=schedule, network=network, image_shape=(8, 8, 1))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8)
+    workdir = str(tmp_path_factory.mktemp("run"))
+    state = dj.fit(model, images, num_steps=2, batch_size=4, workdir=workdir)
+    values = {"model": model, "images": images, "params": state.ema_params, "workdir": workdir}
+    return values | {"dj": dj, "jax": jax, "jnp": jnp, "np": np, "dataclasses": dataclasses}
+
+
+def run(docstring, name, namespace):
+    """The number of examples, and a report on those that fail."""
+    example = doctest.DocTestParser().get_doctest(docstring, dict(namespace), name, None, 0)
     report = []
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert runner.run(test, out=report.append).failed == 0, "".join(report)
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+    return len(example.examples), "".join(report)
+
+
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("train", marks=pytest.mark.slow)])
+def test_the_example_of(name, shared, monkeypatch):
+    monkeypatch.setattr(writers.Progress, "show", lambda *args, **kwargs: None)  # rates differ
+    monkeypatch.setattr(writers.Log, "__call__", lambda *args, **kwargs: None)
+    count, report = run(getattr(dj, name).__doc__, name, shared)
+    assert count, f"{name} has no example"
+    assert not report, report
+
+
+def test_a_wrong_output_is_reported():
+    assert run(">>> 1 + 1\n2\n", "right", {}) == (1, "")
+    assert "Expected:" in run(">>> 1 + 1\n3\n", "wrong", {})[1]
+    assert "ZeroDivisionError" in run(">>> 1 / 0\n", "raises", {})[1]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, Num
 
+from ddpm_jax import options
+from ddpm_jax.names import described, find
 from ddpm_jax.networks.unet import UNet
 
 NETWORKS = {"unet": UNet}
+
+# Earlier defaults of fields of config.model, for configs without these fields.
+ONCE_DEFAULT = {"num_groups": 32, "attention_resolutions": (16,)}
 
 
 class Network(Protocol):
@@ -50,3 +57,20 @@ def init_params(network: Any, key: Key[Array, ""], image_shape: tuple[int, int, 
     x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
     labels = t if getattr(network, "num_classes", 0) else None
     return jax.jit(network.init)(key, x, t, labels)["params"]
+
+
+def make_network(section: Any, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The network of config.model, whose `name` is a key of NETWORKS (by default "unet") or module:NAME."""
+    section = dict(section)
+    with options.errors_at("config.model"):
+        network = find(section.pop("name", "unet"), NETWORKS, "network")
+        if not (inspect.isclass(network) and issubclass(network, nn.Module)):
+            raise ValueError(f"{described(network, 'network')} is not a flax Module")
+    if network is UNet:
+        section = ONCE_DEFAULT | section
+        section["attention_resolutions"] = section["attention_resolutions"] or ()
+    network = options.build(network, section, "config.model", name=None, parent=None)
+    if hasattr(network, "check"):
+        with options.errors_at("config.model"):
+            network.check(image_shape)
+    return network

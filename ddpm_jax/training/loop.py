@@ -106,7 +106,7 @@ def train(
     >>> config = digits.get_config("smoke")
     >>> config.model.update(channels=8, num_groups=2)
     >>> config.training.num_steps = 2
-    >>> state = train(config, tempfile.mkdtemp())
+    >>> state = dj.train(config, tempfile.mkdtemp())
     >>> int(state.step)
     2
     """

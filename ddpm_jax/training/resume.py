@@ -8,11 +8,11 @@ import os
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
-from ddpm_jax.ddpm import DDPM, ONCE_DEFAULT, Sampling
+from ddpm_jax.ddpm import DDPM, Sampling
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data
 from ddpm_jax.names import find
-from ddpm_jax.networks import NETWORKS
+from ddpm_jax.networks import NETWORKS, ONCE_DEFAULT
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
 from ddpm_jax.training import step
