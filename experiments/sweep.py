@@ -81,12 +81,7 @@ class Sweep:
     """
 
     def __init__(
-        self,
-        path: str,
-        size: str,
-        root: str = "runs",
-        data_dir: str | None = None,
-        seeds: int = 1,
+        self, path: str, size: str, root: str = "runs", data_dir: str | None = None, seeds: int = 1
     ):
         self.path, self.variant = os.path.normpath(config_lib.path(path)), SIZES[size]
         self.data_dir, root = data_dir, config_lib.path(root)

@@ -105,11 +105,7 @@ def make_encoder(model, chosen: Chain, where: str):
 
 
 def reconstruct(
-    run: Run,
-    *,
-    chain: Chain = Chain(),
-    images: Images = Images(),
-    output: Output = Output(),
+    run: Run, *, chain: Chain = Chain(), images: Images = Images(), output: Output = Output()
 ) -> dict[int | str, tuple[float, float]]:
     """Encodes and decodes images, and prints what is lost for several numbers of steps; Song et al. 2021, Table 2.
 
