@@ -2,7 +2,7 @@
 
 from setuptools import find_namespace_packages, setup
 
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 

@@ -10,7 +10,8 @@ images in 64 minutes, 34 images/s in the median of the log lines and 50 in the b
 43 minutes); compiled in 31 s; L_simple 0.041 over the last 500 steps, by quarters of t 0.131, 0.025, 0.005,
 0.001. Most of the images drawn by DDIM in 50 steps are plain shirts, trousers, dresses, shoes and bags; about
 one in four breaks up into a mottled texture.
-Measured, the full config: not run (no accelerator at hand).
+Measured, the full config: 2,919 steps of 128 in bfloat16 on one H100 beside another training, two minutes, learning
+rate 6e-4 with a cosine; samples in docs/images. Not run at full length.
 """
 
 from ddpm_jax.configs import cifar10, variants

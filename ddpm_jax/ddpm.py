@@ -1,8 +1,7 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020): the paper on a page.
 
-A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. What a trained one is asked follows from
-its `denoiser`: samplers, the bound and the uses of given images see nothing else. To change an idea, subclass it and
-replace a method, or write a module:NAME for a part.
+A `DDPM` puts the parts together: a Schedule, a network, a prediction, a loss. Samplers, the bound and the editing of
+images use only its `denoiser`. To change an idea, subclass it and replace a method, or name a part as module:NAME.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from ddpm_jax import options
 from ddpm_jax.method import Method, fold_in_each, mirror_at_random
-from ddpm_jax.names import check_choice, check_takes, find
+from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import NETWORKS, UNet, init_params
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
@@ -64,7 +63,11 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Chain):
-    """How images are drawn from a diffusion."""
+    """How images are drawn from a diffusion.
+
+    >>> from ddpm_jax.process.samplers import DDIM
+    >>> sampling = Sampling(sampler=DDIM(), steps=50, clip_x0=False)
+    """
 
     sampler: Annotated[Sampler, Choice("sampler", SAMPLERS)] = option(
         Ancestral(), "The sampler that draws the images: a built-in one or module:NAME."
@@ -94,13 +97,21 @@ class DDPM(Method):
 
     Attributes:
       schedule: the full chain of T steps that it is trained on.
-      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels]. Its
-        field out_channels is filled in here, and so is one class more for label_dropout.
+      network: a flax Module, (x [B, H, W, C], t [B], labels [B] or None, *, dropout_keys) -> [B, H, W, out_channels].
+        Its field out_channels is filled in here, and label_dropout adds one class to num_classes.
       image_shape: (H, W, C).
       flip: mirror training images left to right with probability ½ (config.data.flip).
 
     Raises:
-      ValueError: parts that do not go together; one line.
+      ValueError: parts that do not fit together; one line.
+
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(1000), network=network, image_shape=(8, 8, 1))
+    >>> params = model.init(jax.random.key(0))
+    >>> dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1), loss="vbl")
+    Traceback (most recent call last):
+    ValueError: unknown loss 'vbl'; did you mean 'vlb'? (choose from simple, vlb, hybrid, or module:NAME)
     """
 
     schedule: Schedule
@@ -135,16 +146,19 @@ class DDPM(Method):
         check_choice("variance", self.variance, VARIANCES)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
-            takes = ("schedule", "denoise_fn", "x_0", "t", "eps")
-            check_takes(loss, str(self.loss), takes, "loss")
+            check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
+        if not isinstance(self.network, nn.Module):
+            raise ValueError(f"{described(self.network, 'network')} is not a flax Module")
+        check_takes(self.network, ("x", "t", "labels"), "network")
         classes = getattr(self.network, "num_classes", 0)
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not classes):
             raise ValueError(
                 "label_dropout must lie in [0, 1), and be 0 for a model without classes; got"
                 f" {self.label_dropout}"
             )
+        _ = self.sized_network  # refuses a network without the fields that are filled in
 
     # ---- the network
 
@@ -163,8 +177,8 @@ class DDPM(Method):
         fields = {field.name for field in dataclasses.fields(self.network)}
         if missing := sizes.keys() - fields:
             raise ValueError(
-                f"the network {type(self.network).__name__} has no field {', '.join(missing)}, which the"
-                " model fills in"
+                f"{described(self.network, 'network')} has no field {', '.join(missing)}, which the model"
+                " fills in"
             )
         return self.network.clone(**sizes)
 
@@ -183,8 +197,8 @@ class DDPM(Method):
     ) -> Denoiser:
         """The model as losses and samplers see it, see `diffusion.denoiser`.
 
-        With guidance g the output is that of no label plus g times what the label adds (Ho & Salimans 2021), from one
-        batch of both; of a learned variance the label's own is taken.
+        With guidance g the output is the unconditional one plus g times its difference to the conditional one (Ho &
+        Salimans 2021), both evaluated in one batch; a learned variance is the conditional one.
         """
         network, learned = self.sized_network, self.variance in LEARNED
         no_label = np.int32(self.num_classes)
@@ -194,7 +208,9 @@ class DDPM(Method):
 
         def apply(x, t, label):
             label = label if getattr(network, "num_classes", 0) else None
-            return network.apply({"params": params}, x, t, label, **drops)
+            result = network.apply({"params": params}, x, t, label, **drops)
+            check_shape(result, (*x.shape[:-1], network.out_channels), network, "network")
+            return result
 
         def guided(x, t):
             if guidance == 0:
@@ -244,7 +260,7 @@ class DDPM(Method):
         return mirror_at_random(flip_keys, x_0) if self.flip else x_0
 
     def loss_fn(self, params, loss_state, key, batch):
-        """One step of Ho et al. Algorithm 1: draws t and ε, and compares."""
+        """The loss of Ho et al. Algorithm 1, for one draw of t and ε per example."""
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -262,7 +278,7 @@ class DDPM(Method):
         return values * weight, metrics, (t, values)
 
     def compare(self, denoise_fn, x_0, t, eps):
-        """The loss [B] of what the network makes of x_t, and its parts {name: [B]} for the log."""
+        """The loss [B] at x_t, and its parts {name: [B]} for the log."""
         args = (self.schedule, denoise_fn, x_0, t, eps)
         squared = functools.partial(
             losses.simple if self.loss == "simple" else losses.hybrid,
@@ -276,12 +292,14 @@ class DDPM(Method):
             parts = {"simple": of_mean, "vlb": of_variance}
             return of_mean + losses.HYBRID_WEIGHT * of_variance, parts
         loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
-        return loss(*args), {}
+        values = loss(*args)
+        check_shape(values, x_0.shape[:1], loss, "loss")
+        return values, {}
 
-    # ---- what a trained model is asked
+    # ---- sampling and the bound
 
     def resolve(self, chosen):
-        """Options of sampling or of the bound with the model's own values where they leave a choice to it."""
+        """Options of sampling or of the bound, with None replaced by the model's own values."""
         values = {"clip_x0": self.clip_x0 if chosen.clip_x0 is None else chosen.clip_x0}
         if chosen.steps is not None:
             values["steps"] = timesteps.as_text(chosen.steps)
@@ -297,7 +315,7 @@ class DDPM(Method):
     def chain(
         self, sampling: Chain = Sampling(), *, from_t: int | None = None, x_0_error=None
     ) -> Schedule:
-        """The chain of the options of sampling, after a check that this model can have them.
+        """The chain that the options of sampling describe, after a check that they fit this model.
 
         Args:
           from_t: begin at this time of the full chain instead of T − 1.
@@ -318,6 +336,9 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
+        if sampler is not None:
+            arguments = ("chain", "denoiser", "x_T", "keys")
+            check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
@@ -330,7 +351,7 @@ class DDPM(Method):
         return steps
 
     def reverse_variance(self, asked: str | None, steps: Schedule, x_0_error=None):
-        """A variance as `diffusion.model_log_variance` takes it, if this model can have it on this chain."""
+        """A variance for `diffusion.model_log_variance`, after a check that it fits this model and chain."""
         asked = asked or self.variance
         if not isinstance(asked, str):
             return asked
@@ -387,10 +408,12 @@ class DDPM(Method):
             keep = timesteps.subsequence(min(frames, len(steps)), len(steps))[::-1]
         denoiser = self.denoiser(params, label, guidance=sampling.guidance, variance=variance)
         clip = self.clip_x0 if sampling.clip_x0 is None else sampling.clip_x0
-        return sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        result = sampler(steps, denoiser, x_T, keys, clip_x0=clip, keep=keep)
+        check_shape(result[0] if frames else result, x_T.shape, sampler, "sampler")
+        return result
 
     def bound_chain(self, options: Bounding = Bounding(), *, x_0_error=None) -> Schedule:
-        """The chain of the options of the bound, after a check that this model can have them."""
+        """The chain that the options of the bound describe, after a check that they fit this model."""
         steps = timesteps.shorten(self.schedule, options.steps)
         check_choice("cdf", options.cdf, likelihood.CDFS)
         self.reverse_variance(options.variance, steps, x_0_error)
@@ -424,7 +447,7 @@ class DDPM(Method):
 
     @classmethod
     def from_config(cls, config) -> DDPM:
-        """The model of a config's sections data, model, schedule and diffusion.
+        """The model described by the sections data, model, schedule and diffusion of a config.
 
         Raises:
           ConfigError: a field that is unknown, of a wrong type or impossible.
@@ -440,11 +463,25 @@ class DDPM(Method):
         return options.build(cls, config.diffusion, "config.diffusion", **parts)
 
 
+def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> None:
+    """Checks the shape that a network, loss or sampler returns.
+
+    Raises:
+      ConfigError: the shape is wrong; names the file of the network, loss or sampler.
+    """
+    found = getattr(value, "shape", None)
+    if found != tuple(shape):
+        found = type(value).__name__ if found is None else found
+        raise ConfigError(f"{described(source, kind)} returns {found}, and must return {shape}")
+
+
 def make_network(section, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The network of a config's section model; its `name` is a key of NETWORKS (default: unet) or module:NAME."""
+    """The network described by a config's section model, whose `name` is a key of NETWORKS (default: unet) or module:NAME."""
     section = dict(section)
     with options.errors_at("config.model"):
         network = find(section.pop("name", "unet"), NETWORKS, "network")
+        if not (inspect.isclass(network) and issubclass(network, nn.Module)):
+            raise ValueError(f"{described(network, 'network')} is not a flax Module")
     if network is UNet:  # what a config without these fields has always meant
         section = ONCE_DEFAULT | section
         section["attention_resolutions"] = section["attention_resolutions"] or ()

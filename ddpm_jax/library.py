@@ -1,4 +1,4 @@
-"""The library: a model from its parts, trained, sampled and measured on arrays; no flags, and no files unless asked."""
+"""The library: models made from parts, trained, sampled and measured on arrays, without flags, and without files by default."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run(runs.Run):
-    """A run directory with what can be done with its model; `params` are those of its last checkpoint."""
+    """A loaded run directory; `params` are those of its last checkpoint."""
 
     def sample(self, num_samples: int = 16, **asked) -> Images:
         """`sample` of this run."""
@@ -73,22 +73,33 @@ class Run(runs.Run):
 def load(
     workdir: str, *, weights: str = "ema", model: Method | None = None, allow_code: bool = False
 ) -> Run:
-    """The last checkpoint of a run directory, made by the command line or by `fit`.
+    """Loads the last checkpoint of a run directory, made by the command line or by `fit`.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
-      model: the model itself, where its parts have names that cannot be imported, such as classes of a notebook.
-      allow_code: import modules outside ddpm_jax and experiments that the run names.
+      model: the model itself, if its parts cannot be imported by name, such as classes of a notebook.
+      allow_code: import modules outside ddpm_jax and experiments that the run names; only for runs that you trust.
 
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
+
+    >>> import tempfile
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
+    >>> folder = tempfile.mkdtemp()
+    >>> images = np.zeros((20, 8, 8, 1), np.uint8)
+    >>> state = dj.fit(model, images, num_steps=2, batch_size=4, workdir=folder)
+    >>> run = dj.load(folder)
+    >>> run.step, run.sample(3).shape
+    (2, (3, 8, 8, 1))
     """
     run = runs.load(workdir, weights=weights, allow_code=allow_code, method=model)
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
 
 
 def fit(
-    model: DDPM,
+    model: Method,
     images,
     *,
     num_steps: int,
@@ -114,6 +125,14 @@ def fit(
 
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
+
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
+    >>> images = np.zeros((20, 8, 8, 1), np.uint8)
+    >>> state = dj.fit(model, images, num_steps=2, batch_size=4)
+    >>> int(state.step)
+    2
     """
     dataset = images
     if not isinstance(images, data.Dataset):
@@ -126,17 +145,19 @@ def fit(
         raise data.DataError(
             f"the model has {model.num_classes} classes and the labels have {dataset.num_classes}"
         )
-    config = to_config(model)
+    is_ddpm = isinstance(model, DDPM)
+    config = to_config(model) if is_ddpm else ConfigDict({"method": _full_name(type(model))})
     config.seed = seed
     config.data = {"name": "arrays", "data_dir": "data", "image_shape": tuple(model.image_shape)}
-    config.data.flip = model.flip
+    config.data.flip = getattr(model, "flip", False)
     warmup = min(5000, num_steps // 20) if warmup_steps is None else warmup_steps
     config.optimizer = {"learning_rate": learning_rate, "warmup_steps": warmup, "decay": "none"}
     decay = min(0.9999, 1.0 - 10.0 / max(num_steps, 20)) if ema_decay is None else ema_decay
     config.step = {"ema_decay": decay, "ema_warmup": True, "accumulate": 1}
     config.training = {"num_steps": num_steps, "batch_size": batch_size}
     config.preview = {"every": max(1, num_steps // 4), "num_images": 16}
-    config.preview.update(sampler="ddim", steps=str(min(50, len(model.schedule))))
+    if is_ddpm:
+        config.preview.update(sampler="ddim", steps=str(min(50, len(model.schedule))))
     if workdir is not None:
         return train(config, workdir, method=model, dataset=dataset)
     return _fit(model, dataset, config)
@@ -183,12 +204,20 @@ def sample(
     """Draws images 0 … num_samples − 1 of a seed: uint8 [N, H, W, C]; image i depends on the seed and i alone.
 
     Args:
-      labels: of a model with classes, see `labels_of`.
-      batch_size: images at a time; None for what suits the device.
+      labels: for a model with classes, see `labels_of`.
+      batch_size: images at a time; None for a default that suits the device.
       sampling: the options of sampling, such as sampler=DDIM(eta=0.5), steps=50, guidance=3.0.
 
     Raises:
       ConfigError: options that the model cannot have; one line.
+
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
+    >>> params = model.init(jax.random.key(0))
+    >>> x = dj.sample(model, params, 4, sampler=dj.DDIM(), steps=5, seed=0)
+    >>> x.shape, x.dtype
+    ((4, 8, 8, 1), dtype('uint8'))
     """
     chosen = options.build(model.Sampling, sampling, "")
     check_sampling(model, chosen, "sampling")
@@ -221,6 +250,14 @@ def bits_per_dim(
 
     Raises:
       ConfigError, DataError: one line that says what to do.
+
+    >>> import ddpm_jax as dj
+    >>> network = dj.UNet(channels=8, channel_mults=(1,), num_groups=2, dropout=0.0)
+    >>> model = dj.DDPM(schedule=dj.linear_schedule(10), network=network, image_shape=(8, 8, 1))
+    >>> params = model.init(jax.random.key(0))
+    >>> bits = dj.bits_per_dim(model, params, np.zeros((4, 8, 8, 1), np.uint8), steps=5)
+    >>> bits.mean > 0, bits.total.shape, bits.terms.shape
+    (True, (4,), (5,))
     """
     dataset = data.Dataset.from_arrays(images, labels)
     chosen = options.build(Bounding, bounding, "")
@@ -240,7 +277,7 @@ def bits_per_dim(
 
 
 def _map(function, params, key, examples, batch_size: int | None):
-    """function(params, key, *examples) over all examples, some at a time."""
+    """function(params, key, *examples) over all examples, in batches."""
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
     params, mapped, parts = parallel.place(params), parallel.map_examples(function), []
@@ -284,10 +321,15 @@ def to_config(model: DDPM) -> ConfigDict:
         if one.choice is not None:
             value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
         elif callable(value):
-            value = f"{short_name(value.__module__)}:{value.__qualname__}"
+            value = _full_name(value)
         diffusion[one.name] = value
     cls = type(model)
-    method = "ddpm_jax.ddpm" if cls is DDPM else f"{short_name(cls.__module__)}:{cls.__qualname__}"
+    method = "ddpm_jax.ddpm" if cls is DDPM else _full_name(cls)
     name = options.name_of(network, Choice("network", NETWORKS))
     sections = {"schedule": {"name": "table", **tables}, "model": {"name": name, **fields}}
     return ConfigDict({"method": method, **sections, "diffusion": diffusion})
+
+
+def _full_name(thing: Any) -> str:
+    """module:NAME of a class or function."""
+    return f"{short_name(thing.__module__)}:{thing.__qualname__}"

@@ -106,7 +106,7 @@ def run_flags(
 
 
 def flags_of(mode: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Option]:
-    """{flag: option} of a mode, those of what is chosen included."""
+    """{flag: option} of a mode, including those of its choices."""
     command = COMMANDS[mode]
     found = list(options.flat(shared_flags))
     if "run" in inspect.signature(command).parameters:
@@ -129,7 +129,7 @@ USER_ERRORS = (
 
 
 class Request:
-    """A command line, read.
+    """A parsed command line.
 
     Attributes:
       mode: a key of COMMANDS.
@@ -248,7 +248,7 @@ class Request:
         for field, text in sorted(
             self.fields.items(), key=lambda item: not item[0].endswith(".name")
         ):
-            config_lib.override(result, field, text, resume.reader_of)
+            config_lib.override(result, field, text, resume.readers_of)
         after = config_lib.fields(result).get("data.name")
         own_data = after != before and after not in data.BUILT_IN
         if own_data and "data.image_shape" not in self.fields:
@@ -305,7 +305,7 @@ def execute(request: Request) -> None:
 
 
 def check(argv: list[str]) -> None:
-    """Checks a command line as far as that needs no run, and the config of a training.
+    """Checks a command line without a run, and the config if it trains.
 
     Raises:
       one of USER_ERRORS.
@@ -320,7 +320,7 @@ def check(argv: list[str]) -> None:
 def arguments(
     command: Callable, run: runs.Run, values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """The keyword arguments of a command on a run, whose Method has its own options of sampling.
+    """The keyword arguments of a command on a run, whose Method may have its own options of sampling.
 
     Raises:
       ConfigError: an option that the command, or the Method, does not have.
@@ -343,7 +343,7 @@ def arguments(
 
 @contextlib.contextmanager
 def _advice_on_writing(workdir: str):
-    """Says what to do about a run directory that may be read and not written."""
+    """Adds advice to the error of a run directory that is read-only."""
     try:
         yield
     except OSError as error:
@@ -415,7 +415,7 @@ def help_line(one: Option) -> str:
 
 
 def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
-    """Runs a command line; a user's mistake ends as one line, and the rest as a traceback.
+    """Runs a command line. User errors are printed as one line, program errors as a traceback.
 
     Exit status 2: the command or its config is wrong; 1: the data, files or the run are; 130: Ctrl-C.
 

@@ -1,4 +1,4 @@
-"""What a generative model offers to the trainer and the commands, and how one is found by its name."""
+"""The protocol of generative models, which the trainer and the commands use, and how a model is found by name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ class NoOptions:
 
 
 class Method(Protocol):
-    """A generative model as pure functions. Subclass it, or imitate it; what has a body here is optional.
+    """A generative model as pure functions. Subclass it or match it; methods with a body here are optional.
 
     A batch is a dict of image uint8 [B, H, W, C], label int32 [B], index int32 [B]. All randomness of an example comes
-    from the key that is passed and from its index, and from nothing else, so results do not depend on how a batch is
-    split over devices.
+    from the key that is passed and from its index alone, so results do not depend on how a batch is split over devices.
 
     Attributes:
       image_shape: (H, W, C) of what it models.
@@ -36,8 +35,20 @@ class Method(Protocol):
       metric_names: names of the metrics that `loss_fn` returns.
       Sampling: a frozen dataclass whose fields are the options of `sample`.
 
-    A diffusion has a `schedule` and a `denoiser` too, see `ddpm.DDPM`: whatever adds noise to given images asks for
-    these.
+    A diffusion also has a `schedule` and a `denoiser`, see `ddpm.DDPM`; commands that add noise to images need them.
+
+    >>> import ddpm_jax as dj
+    >>> class Mean(dj.Method):
+    ...     "Draws the mean image of the data, which it learns by gradient steps."
+    ...     image_shape, metric_names = (8, 8, 1), ()
+    ...     def init(self, key):
+    ...         return jnp.zeros(self.image_shape)
+    ...     def loss_fn(self, params, loss_state, key, batch):
+    ...         x_0 = batch["image"] / 127.5 - 1.0
+    ...         return jnp.mean((x_0 - params[None]) ** 2, axis=(1, 2, 3)), {}, ()
+    ...     def sample(self, params, key, index, label, sampling):
+    ...         return jnp.broadcast_to(params, (len(index), *self.image_shape))
+    >>> state = dj.fit(Mean(), np.zeros((4, 8, 8, 1), np.uint8), num_steps=2, batch_size=4)
     """
 
     image_shape: tuple[int, int, int]
@@ -54,11 +65,11 @@ class Method(Protocol):
         """The loss of each example in training.
 
         Args:
-          batch: with position float32 [B] in [0, 1) too, where an example stands in the batch of all devices.
+          batch: also has position float32 [B] in [0, 1), of each example in the batch of all devices.
 
         Returns:
-          loss [B]; metrics {name: (values [B], weights [B])}, where a weight of 0 leaves an example out of that mean; and
-          a record, a tree of [B, …], for `update_loss_state`.
+          loss [B]; metrics {name: (values [B], weights [B])}, where a weight of 0 leaves an example out of that mean;
+          and a record, a tree of [B, …], for `update_loss_state`.
         """
 
     def sample(
@@ -72,15 +83,15 @@ class Method(Protocol):
         """Images in [−1, 1] or beyond. Raises ValueError for options that it cannot use."""
 
     def init_loss_state(self) -> Any:
-        """What the loss carries from step to step, before the first: a tree of arrays, often ()."""
+        """The loss's own state before the first step: a tree of arrays, often ()."""
         return ()
 
     def update_loss_state(self, loss_state: Any, record: Any) -> Any:
-        """The same after a step, from the records of the whole batch over all devices."""
+        """The loss's state after a step, from the records of the whole batch over all devices."""
         return loss_state
 
     def shown(self, key: Key[Array, ""], batch: dict[str, Array]) -> Float[Array, "B H W C"] | None:
-        """The images that `loss_fn` shows the network for this key, such as mirrored ones; None if those of the batch."""
+        """The images that `loss_fn` uses for this key, such as mirrored ones; None if they are those of the batch."""
         return None
 
 
@@ -88,7 +99,7 @@ REQUIRED = ("init", "loss_fn", "sample")
 
 
 def is_diffusion(method: Any) -> bool:
-    """Whether a Method can add noise to given images and take it away."""
+    """Whether a Method is a diffusion: has a schedule and a denoiser."""
     return hasattr(method, "schedule") and hasattr(method, "denoiser")
 
 
@@ -107,11 +118,11 @@ def from_config(config: Any) -> Method:
     """The Method of a config.
 
     config.method is a module with a function `make(config)`, or module:NAME: a class with a classmethod
-    `from_config(config)`, or a function of the config. A module or class that lists the sections it reads as SECTIONS
-    has the config's other names checked.
+    `from_config(config)`, or a function of the config. If the module or class lists the sections that it reads as
+    SECTIONS, any other name in the config is refused.
 
     Raises:
-      ConfigError: there is no such thing, what it makes is not a Method, or nobody reads a name of the config.
+      ConfigError: the name does not exist, it does not make a Method, or the config has a name that nothing reads.
     """
     spec = config.method
     if not isinstance(spec, str):
@@ -152,11 +163,11 @@ def labels_of(
     Args:
       index: int [N] of the images.
       labels: "cycle" for the classes in turn; "random" for a class that depends on the key and the index
-        alone; or one class or several, which are then taken in turn. As text also: "3" or "3,5,7".
+        alone; or one class or several, taken in turn, also as text: "3" or "3,5,7".
       key: for "random".
 
     Raises:
-      ValueError: what cannot be read, a class that there is not, a choice where there are no classes.
+      ValueError: unreadable text, an unknown class, or labels for a model without classes.
     """
     count = method.num_classes
     labels = labels if isinstance(labels, str) else np.ravel(labels).tolist()

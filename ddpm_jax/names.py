@@ -1,4 +1,4 @@
-"""Things by name: a built-in name or `module:NAME`, and the nearest name to a misspelt one."""
+"""Objects found by name: a built-in name or `module:NAME`, with the nearest name for a misspelt one."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def check_choice(kind: str, value: str, choices: Sequence[str]) -> None:
 
 
 def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
-    """What a name stands for: an entry of `built_in`, or NAME in a module, written `module:NAME`.
+    """The object that a name stands for: an entry of `built_in`, or NAME in a module, written `module:NAME`.
 
-    A spec that is not text is returned as it is, so that Python may hand over the thing itself.
+    A spec that is not text is returned as it is, so that Python code may pass the object itself.
 
     Args:
       kind: what is looked for, for the message, such as "sampler".
 
     Raises:
-      ValueError: one line: an unknown name with the nearest, no such module, or no such NAME in it.
+      ValueError: one line: an unknown name, with the nearest one, an unknown module, or no such NAME in it.
     """
     if not isinstance(spec, str):
         return spec
@@ -104,7 +104,7 @@ def import_module(name: str, kind: str):
 
 
 def place_of(error: BaseException) -> str:
-    """The file and line where an error was raised, of code outside the libraries if any was there."""
+    """The file and line where an error was raised, in the user's own files if any took part."""
     frames = traceback.extract_tb(error.__traceback__)
     own = foreign_frames(error)
     if isinstance(error, SyntaxError) and error.filename:
@@ -113,26 +113,45 @@ def place_of(error: BaseException) -> str:
     return f"{frame.filename}, line {frame.lineno}"
 
 
-def check_takes(thing: Any, spec: str, arguments: Sequence[str], kind: str) -> None:
-    """Raises ValueError, with its file, if a function cannot be called with these positional arguments."""
-    try:
-        inspect.signature(thing).bind(*arguments)
-    except TypeError:
-        there = inspect.signature(thing)
+def check_takes(
+    thing: Any, arguments: Sequence[str], kind: str, keywords: Sequence[str] = ()
+) -> None:
+    """Checks that a function, or an object with __call__, can be called with these arguments.
+
+    Raises:
+      ValueError: it cannot; names its file, and what it takes.
+    """
+    if not callable(thing):
         raise ValueError(
-            f"{kind} {spec!r}: {inspect.getsourcefile(thing)}: it takes {there}, and must take"
-            f" ({', '.join(arguments)})"
+            f"{described(thing, kind)} has no __call__({', '.join([*arguments, *keywords])})"
+        )
+    signature = inspect.signature(thing)
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError:
+        raise ValueError(
+            f"{described(thing, kind)} takes {signature}, and must take"
+            f" ({', '.join([*arguments, *keywords])})"
         ) from None
 
 
+def described(thing: Any, kind: str) -> str:
+    """The kind, name and file of an object, for an error message."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    try:
+        return f"{kind} {named.__qualname__} ({inspect.getsourcefile(named)})"
+    except TypeError:  # of Python itself
+        return f"{kind} {thing!r}"
+
+
 def foreign_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """The frames of an error that are in a user's own files."""
+    """The frames of an error in the user's own files."""
     frames = traceback.extract_tb(error.__traceback__)
     return [one for one in frames if is_foreign(one.filename) and one.filename != sys.argv[0]]
 
 
 def is_foreign(path: str) -> bool:
-    """Whether a source file is neither ours, nor Python's, nor of an installed library."""
+    """Whether a source file belongs neither to this package, nor to Python, nor to an installed library."""
     ours = os.path.dirname(os.path.abspath(__file__))
     return (
         os.path.isabs(path)

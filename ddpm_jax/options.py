@@ -73,6 +73,12 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
     Args:
       flag: its name on the command line, where that differs.
       least: the smallest number that it takes.
+
+    >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+    ... class Euler:
+    ...     churn: float = option(0.0, "Noise added in each step; 0 is deterministic.")
+    >>> [(one.flag, one.default, one.help) for one in options_of(Euler)]
+    [('churn', 0.0, 'Noise added in each step; 0 is deterministic.')]
     """
     metadata = {"help": help, "flag": flag, "least": least}
     if dataclasses.is_dataclass(default):
@@ -136,7 +142,8 @@ def flat(target: Callable, chosen: Mapping[str, Any] | None = None, skip=()) -> 
             continue
         yield one
         if one.choice is not None:
-            cls, default = _chosen(one, (chosen or {}).get(one.name))
+            with _at(""):
+                cls, default = _chosen(one, (chosen or {}).get(one.name))
             for inner in flat(cls) if cls else ():
                 if inner.name in {other.name for other in options_of(target)}:
                     raise ConfigError(_clash(cls, one.choice, [inner.name]))
@@ -155,9 +162,8 @@ def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
     default = None if one.default is EMPTY else one.default
     if name is None:
         return (None if default is None else type(default)), default
-    found = find(
-        str(name) if isinstance(name, Text) else name, one.choice.built_in, one.choice.kind
-    )
+    name = str(name) if isinstance(name, Text) else name
+    found = find(name, one.choice.built_in, one.choice.kind)
     if inspect.isclass(found):
         return found, (default if type(default) is found else None)
     return type(found), found
@@ -265,7 +271,7 @@ def _unknown(target, name: str, values, where: str, given) -> str:
 
 @contextlib.contextmanager
 def _at(where: str):
-    """Turns a ValueError inside into an ConfigError that begins with the name of a section."""
+    """Turns a ValueError inside into a ConfigError that begins with the name of a section."""
     try:
         yield
     except ConfigError:
@@ -277,7 +283,7 @@ def _at(where: str):
 
 
 def errors_at(where: str):
-    """A context that turns a plain ValueError into an ConfigError that begins with `where`."""
+    """A context that turns a plain ValueError into a ConfigError that begins with `where`."""
     return _at(where)
 
 
@@ -285,10 +291,10 @@ def errors_at(where: str):
 
 
 def convert(one: Option, value: Any, where: str) -> Any:
-    """A value as its option takes it.
+    """A value converted to the type of its option.
 
     Raises:
-      ConfigError: it is of another type, or too small.
+      ConfigError: the type is wrong, or the number too small.
     """
     if isinstance(value, list):
         value = tuple(value)
@@ -319,7 +325,7 @@ def _alternatives(hint: Any) -> tuple:
 
 
 def _is_sequence(hint: Any) -> bool:
-    """Whether a type is tuple[…] or Sequence[…], for which None stands for no element."""
+    """Whether a type is tuple[…] or Sequence[…], for which None means empty."""
     origin = typing.get_origin(hint)
     return inspect.isclass(origin) and issubclass(origin, Sequence)
 
@@ -383,7 +389,7 @@ def _refuse(text: str):
 
 
 def literals(hint: Any) -> list[str]:
-    """The values of a type that lists them all, as text; empty for any other."""
+    """The values of a Literal type, as text; empty for other types."""
     found = []
     for one in _alternatives(hint):
         if typing.get_origin(one) is Literal:

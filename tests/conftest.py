@@ -13,9 +13,12 @@ import tempfile
 import jaxlib
 
 flags = ["--xla_force_host_platform_device_count=4"]
-if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):  # an unknown flag is fatal
-        flags.append("--xla_cpu_use_fusion_emitters=false")  # compiles three times as fast
+fast = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+if fast and tuple(map(int, jaxlib.__version__.split(".")[:2])) < (
+    0,
+    11,
+):  # an unknown flag is fatal
+    flags.append("--xla_cpu_use_fusion_emitters=false")  # compiles three times as fast
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -12,11 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
-from ddpm_jax.files.config import find_file
+from ddpm_jax.files.config import find_file, override
 from ddpm_jax.files.runs import foreign_modules
 from ddpm_jax.method import from_config
 from ddpm_jax.names import find
 from ddpm_jax.process.samplers import SAMPLERS
+from ddpm_jax.training import resume
 from ddpm_jax.training import step as training
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -139,3 +140,15 @@ def test_experiments_are_those_of_the_installation(tmp_path, monkeypatch):
     )
     foreign = ConfigDict({"method": "experiments.edm:X", "a": "experiments.other:Y"})
     assert foreign_modules(foreign) == ["experiments.other:Y"]
+
+
+def test_fields_of_a_chosen_network_and_of_every_schedule_can_be_given():
+    config = get_config("digits", "smoke")
+    override(config, "model.name", "experiments.my_network:DiT", resume.readers_of)
+    assert set(config.model) <= {"name", "num_classes", "num_heads"}  # the U-Net's fields are gone
+    override(config, "model.depth", "1", resume.readers_of)
+    override(config, "diffusion.prediction", "v")
+    override(config, "schedule.zero_snr", "true", resume.readers_of)
+    assert config.model.depth == 1 and from_config(config).schedule.alpha[-1] == 0
+    with pytest.raises(options.ConfigError, match=r"did you mean --config\.schedule\.zero_snr"):
+        override(config, "schedule.zero_sn", "true", resume.readers_of)

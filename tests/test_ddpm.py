@@ -681,7 +681,7 @@ def test_a_misspelt_variance_is_refused():
         ("diffusion__prediction", "epsilon", "did you mean 'eps'"),
         ("diffusion__loss", "simpel", "did you mean 'simple'"),
         ("diffusion__variance", "fixed", "fixed_small or fixed_large"),
-        ("diffusion__variance", "analytic", "--variance=analytic afterwards"),
+        ("diffusion__variance", "analytic", "evaluate with --variance=analytic"),
         ("diffusion__variance", "learned_range", "'hybrid' or 'vlb'"),
         ("diffusion__t_sampling", "importence", "did you mean 'importance'"),
         ("schedule__name", "jsd", "where alpha² falls to 0; use prediction 'x_0'"),

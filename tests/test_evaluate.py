@@ -12,7 +12,7 @@ from running import call
 from test_train import make_config as affine_config
 
 from ddpm_jax import data
-from ddpm_jax.commands import likelihood as likelihood_commands
+from ddpm_jax.commands import bound
 from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data, runs, writers
@@ -93,7 +93,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
         return call("nll", workdir, num_images=num_images, batch_size=4, steps=5, out=out)
 
     whole, calls = measure("whole", 12), []
-    add = likelihood_commands._Tally.add
+    add = bound._Tally.add
 
     def killed_at_the_third(*args):
         if len(calls) == 2:
@@ -101,7 +101,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
         calls.append(args)
         return add(*args)
 
-    monkeypatch.setattr(likelihood_commands._Tally, "add", killed_at_the_third)
+    monkeypatch.setattr(bound._Tally, "add", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         measure("killed", 12)
     assert not (tmp_path / "killed.json").exists()
@@ -110,7 +110,7 @@ def test_an_interruption_loses_nothing_and_more_images_go_on(workdir, tmp_path, 
     assert len(calls) == 1  # only what was missing
     calls.clear()
     measure("grown", 8)
-    monkeypatch.setattr(likelihood_commands._Tally, "add", add)
+    monkeypatch.setattr(bound._Tally, "add", add)
     for other in (again, measure("grown", 12)):
         for name in whole.scalars:
             np.testing.assert_array_equal(other.scalars[name], whole.scalars[name])
@@ -137,7 +137,7 @@ def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir,
     assert workdir in str(error.value)
     analytic = call("nll", workdir, num_images=8, steps="5", variance="analytic")
     origin = analytic.recipe["x_0_error"]
-    assert origin["split"] == "train" and origin["num_images"] == likelihood_commands.ERROR_IMAGES
+    assert origin["split"] == "train" and origin["num_images"] == bound.ERROR_IMAGES
     assert "(errors of 64 training images)" in capsys.readouterr().out
     there = {"num_images": 64, "steps": 5, "split": "train"}  # the images that it was measured on
     others = [call("nll", workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]

@@ -1,5 +1,7 @@
 """The page without the library has its losses and its samples, on the same keys."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -25,3 +27,9 @@ def test_losses_and_samples_are_those_of_the_library():
     x = jax.jit(one_page.sample, static_argnums=2)(params, key, 2)
     known = jax.jit(model.sample)(params, key, np.arange(2), np.zeros(2, np.int32))
     np.testing.assert_allclose(x, known, atol=1e-4)
+
+
+def test_it_is_one_page_without_the_library():
+    text = pathlib.Path(one_page.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 100 and "import ddpm_jax" not in text
+    assert "from ddpm_jax" not in text

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from ml_collections import ConfigDict
 from test_edit import make_config
 
-from ddpm_jax import main
+from ddpm_jax import main, options
+from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.experiments import edm, flow_matching, my_network
 from ddpm_jax.files import results, runs
@@ -207,3 +209,83 @@ def test_a_mistake_in_a_file_of_ones_own_is_one_line(loss, words, mine):
     assert words in line and "Traceback" not in done.stderr and not (folder / "bad").exists()
     if "broken" in loss and "my_loss" in loss:
         assert "Traceback" in command("--config=my_loss.py", "--workdir=bad", "--debug").stderr
+
+
+WRONG = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+class NoCall:
+    share: float = 1.0
+
+class Narrow:
+    def __call__(self, chain, x_T): return x_T
+
+class Halved:
+    def __call__(self, chain, denoiser, x_T, keys, **loop): return x_T[:, ::2]
+
+class Plain:
+    out_channels: int = 1
+
+class Fixed(nn.Module):
+    def __call__(self, x, t, labels): return x
+
+class Short(nn.Module):
+    out_channels: int = 1
+    def __call__(self, x): return x
+
+class Wide(nn.Module):
+    out_channels: int = 1
+    @nn.compact
+    def __call__(self, x, t, labels): return nn.Dense(3)(x)
+
+def scalar(schedule, denoise_fn, x_0, t, eps): return jnp.mean(denoise_fn(x_0, t).eps)
+
+def cold(num_timesteps, *, temperature): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "field, name, words",
+    [
+        ("preview.sampler", "Nothing", "wrong_{}.py has no 'Nothing'"),
+        ("preview.sampler", "NoCall", "has no __call__(chain, denoiser, x_T, keys, clip_x0, keep)"),
+        ("preview.sampler", "Narrow", "wrong_{}.py) takes (chain, x_T), and must take (chain, d"),
+        ("preview.sampler", "Halved", "returns (1, 4, 8, 1), and must return (1, 8, 8, 1)"),
+        ("model.name", "Plain", "wrong_{}.py) is not a flax Module"),
+        ("model.name", "Fixed", "has no field out_channels, which the model fills in"),
+        ("model.name", "Short", "wrong_{}.py) takes (x), and must take (x, t, labels)"),
+        ("model.name", "Wide", "wrong_{}.py) returns (1, 8, 8, 3), and must return (1, 8, 8, 1)"),
+        ("diffusion.loss", "scalar", "wrong_{}.py) returns (), and must return (1,)"),
+        ("schedule.name", "cold", "cold' lacks the field 'temperature'"),
+    ],
+    ids=lambda word: None if " " in word else word,
+)
+def test_what_a_file_offers_is_checked(field, name, words, tmp_path, monkeypatch):
+    module = f"wrong_{name.lower()}"
+    (tmp_path / f"{module}.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = digits.get_config("smoke")
+    config.data.image_shape, config.schedule.num_timesteps = (8, 8, 1), 10
+    config.model.update(
+        {
+            "channels": 8,
+            "channel_mults": (1,),
+            "num_groups": 2,
+            "dropout": 0.0,
+            "attention_resolutions": (),
+        }
+    )
+    config.training.num_steps = config.preview.every = 1
+    section, key = field.split(".")
+    if section == "model":
+        config.model = ConfigDict()
+    if section == "schedule":
+        config.schedule = ConfigDict({"num_timesteps": 10})
+    config.training.batch_size, config.preview.num_images = 4, 3
+    with config.unlocked():
+        config[section][key] = f"{module}:{name}"
+    with pytest.raises(options.ConfigError) as error:
+        loop.train(config, tmp_path / "run")
+    assert words.format(name.lower()) in str(error.value), error.value
+    assert "\n" not in str(error.value)

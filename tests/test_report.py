@@ -19,7 +19,7 @@ from ddpm_jax.commands.report import report as write_report
 from ddpm_jax.commands.report.find import find
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
-from ddpm_jax.process import schedules
+from ddpm_jax.process import terminal
 from ddpm_jax.training import loop
 
 pytestmark = pytest.mark.slow
@@ -275,7 +275,7 @@ def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     reader = read(report(workdirs))
     for name in ("linear", "cosine"):
         run = find(str(tmp_path / name), allow_code=True)
-        health = schedules.health(run.chain)
+        health = terminal.health(run.chain)
         assert f"{name}: T = 40; α² at the end {health.alpha_T**2:.3g}" in reader.text
     assert reader.row("cosine")[0] == "1.250" != reader.row("linear")[0]
     labels = [svg["aria-label"] for svg in reader.all("svg")]

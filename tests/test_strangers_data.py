@@ -13,8 +13,7 @@ from PIL import Image
 from running import call
 
 from ddpm_jax import data
-from ddpm_jax.commands import analytic, shared
-from ddpm_jax.commands import likelihood as likelihood_commands
+from ddpm_jax.commands import analytic, bound, shared
 from ddpm_jax.commands.report import report
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding
@@ -118,7 +117,7 @@ def test_errors_of_the_analytic_variance_are_of_all_classes(workdir):
     path = analytic.path(runs.load(workdir, allow_code=True), Bounding(steps="5"))
     index = results.read_npz(path)["index"]
     labels = data.load(f"{config_lib.load(f'{workdir}/config.json').data.name}").labels
-    assert set(labels[index].tolist()) == {0, 1} and len(index) == likelihood_commands.ERROR_IMAGES
+    assert set(labels[index].tolist()) == {0, 1} and len(index) == bound.ERROR_IMAGES
 
 
 def test_given_images_are_of_all_classes(workdir, tmp_path):
@@ -242,7 +241,7 @@ def test_pictures_may_move(workdir, folder, tmp_path):
     config.data.name = f"image_folder:{tmp_path / 'nowhere'}"
     config_lib.save(config, f"{place}/config.json")
     shutil.copytree(folder, there)
-    with pytest.raises(data.DataError, match="if it has moved, give the new place: --data_dir"):
+    with pytest.raises(data.DataError, match="if it has moved, give its new path: --data_dir"):
         total(place, num_images=4)
     moved = total(place, num_images=4, data_dir=str(there))
     np.testing.assert_array_equal(moved, here)

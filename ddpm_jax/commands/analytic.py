@@ -1,4 +1,4 @@
-"""The measured errors of a run, which the analytic variance rests on."""
+"""The measured errors of x̂_0 of a run, from which the analytic variance is computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_jax.process.timesteps import SPACINGS, as_text
 
 
 def measured(chosen) -> Bounding:
-    """The options with which the errors are measured that options of sampling or of the bound need."""
+    """The options under which errors are measured for given options of sampling or of the bound."""
     steps = chosen.steps
     if steps is not None:
         steps = f"{SPACINGS.get(getattr(chosen, 'spacing', None), '')}{as_text(steps)}"
@@ -24,7 +24,7 @@ def measured(chosen) -> Bounding:
 
 
 def path(run: Run, kept: Bounding) -> str:
-    """Where `likelihood` keeps the errors."""
+    """The path of the measured errors."""
     name = run.name("x_0_error", **options.changed(kept))
     return os.path.join(run.workdir, "eval", f"{name}.npz")
 

@@ -1,4 +1,4 @@
-"""How fast a diffusion config is on this machine, and how much of that its network needs by itself.
+"""Measures how fast a config trains and samples on this machine, relative to its network alone.
 
     python -m ddpm_jax.benchmark --config=configs/cifar10.py --batch_size=8
 
@@ -45,14 +45,14 @@ def benchmark(
     plain: Annotated[bool, "Also times the textbook form of the network."] = True,
     sampling: Sampling = Sampling(),
 ) -> dict[str, Any]:
-    """Measures how fast a config trains and samples, beside what its network needs by itself.
+    """Measures how fast a config trains and samples, relative to its network alone.
 
     Args:
       batch_size: over all local devices.
       sampling: a sampler to be timed beside the built-in ones.
 
     Returns:
-      numbers by name; their units end the names.
+      numbers by name; the names end in their units.
     """
     print(parallel.banner(), flush=True)
     bench = Benchmark.of(config, batch_size)
@@ -67,7 +67,7 @@ def _shown(value: float) -> str:
 
 
 def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[str, float]:
-    """Median seconds of each call, run one after the other, again and again, after one warm-up each."""
+    """Median seconds of each call, timed in turns after one warm-up each."""
     for call in calls.values():
         jax.block_until_ready(call())
     times = {name: [] for name in calls}
@@ -83,7 +83,7 @@ def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[s
 
 @dataclasses.dataclass
 class Benchmark:
-    """A config made ready to be timed."""
+    """A config prepared for timing."""
 
     method: Any
     steps: int  # of the chains that are timed
@@ -137,7 +137,7 @@ class Benchmark:
         return loss, self.state.params
 
     def inputs(self):
-        """Noise at times over the whole chain: as much work as a step cannot do without."""
+        """Noise at times over the whole chain, as input of the network."""
         count, T = self.batch_size, len(self.method.schedule)
         x = np.random.default_rng(1).normal(size=(count, *self.method.image_shape))
         t = np.arange(count, dtype=np.int32) * T // count

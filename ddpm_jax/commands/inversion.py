@@ -1,4 +1,4 @@
-"""What a model encodes images to, and what lies between two of them.
+"""Encoding, reconstruction and interpolation of images.
 
     python -m ddpm_jax.main --mode=reconstruct --workdir=runs/digits --steps=10,20,50
     python -m ddpm_jax.main --mode=encode --workdir=runs/digits --images=/path/to/pictures
@@ -40,9 +40,9 @@ def encode(
     images: Images = Images(),
     output: Output = Output(),
 ) -> str:
-    """Writes the latents x_T that DDIM leads back to images.
+    """Encodes images to latents x_T, from which DDIM reconstructs them.
 
-    The .npz has them as `latents`, float32 [N, H, W, C]; `sample` with latents=PATH is the way back.
+    The .npz holds `latents`, float32 [N, H, W, C]; `sample` with latents=PATH decodes them.
 
     Returns:
       the path of the .npz.
@@ -85,7 +85,7 @@ def encode(
 
 
 def few_steps(model, chosen):
-    """The same with no more steps than there are, where the number is the default."""
+    """The options with the default number of steps limited to those of the chain."""
     if chosen.steps == str(FEW):
         return dataclasses.replace(chosen, steps=str(min(FEW, len(model.schedule))))
     return chosen
@@ -107,7 +107,7 @@ def make_encoder(model, chosen: Chain, where: str):
 def reconstruct(
     run: Run, *, chain: Chain = Chain(), images: Images = Images(), output: Output = Output()
 ) -> dict[int | str, tuple[float, float]]:
-    """Encodes and decodes images, and prints what is lost for several numbers of steps; Song et al. 2021, Table 2.
+    """Encodes and decodes images, and prints the error for several numbers of steps; Song et al. 2021, Table 2.
 
     Args:
       chain: its steps are the numbers S, with commas; 10, 20, 50 and 100 by default. With semicolons between them,
@@ -197,15 +197,15 @@ def interpolate(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Draws what lies between the images 2k and 2k + 1, or between two latents.
+    """Interpolates between the images 2k and 2k + 1, or between two random latents.
 
     Without `from_t` along the great circle between their latents, decoded by a deterministic sampler (Song et al. 2021,
-    App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from there
-    (Ho et al. 2020 §4.4); of a row all noise is the same.
+    App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from
+    there (Ho et al. 2020 §4.4); all images of a row share their noise.
 
     Args:
       sampling: by default DDIM in 50 steps without from_t, and the whole ancestral chain with it.
-      images: None for latents out of noise, or "data" if from_t is given; num_images is an even number.
+      images: None for random latents, or for "data" if from_t is given; num_images is an even number.
       from_t: times of the chain; a row for each and pair.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Metrics of samples: drawn, turned into features, compared with the data, and never without the settings that affect them.
+"""Metrics of samples, computed from features of samples and data, and saved with all settings that affect them.
 
     python -m ddpm_jax.main --mode=eval --workdir=runs/cifar10 --metrics=fid,is --num_samples=50000
     python -m ddpm_jax.main --mode=eval --workdir=runs/fashion_mnist --metrics=fid,prdc --num_samples=10000 \\
@@ -13,6 +13,7 @@ only the numbers. Images are rounded to uint8 before anything looks at them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from ddpm_jax import data, options
 from ddpm_jax import metrics as metrics_lib
 from ddpm_jax.commands import analytic, likelihood, shared
 from ddpm_jax.commands import sampling as sampling_lib
+from ddpm_jax.commands.bound import Measured, check_out
 from ddpm_jax.commands.shared import DataDir, Labels, Output, Seed
 from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.files import config as config_lib
@@ -94,11 +96,11 @@ def evaluate(
     """Measures samples by FID and other metrics, against the run's data.
 
     Args:
-      metrics: "prdc" is precision, recall, density and coverage; "nll" the variational bound of the test split, with the
-        variance and clip_x0 that are given, on the whole chain. One of your own has the signature of those in
+      metrics: "prdc" is precision, recall, density and coverage; "nll" the variational bound of the test split, with
+        the variance and clip_x0 that are given, on the whole chain. A metric of your own has the signature of those in
         `metrics.METRICS`.
-      features: numbers of other features than Inception's carry their name, and Fréchet distances of fewer than 10,000
-        images their count.
+      features: metrics of features other than Inception's are prefixed by their name, and Fréchet distances of fewer
+        than 10,000 images say their number.
 
     Returns:
       {name: {"mean", "std", "values", "manifest"}} for each number.
@@ -109,64 +111,38 @@ def evaluate(
     names = [name.strip() for name in metrics.split(",")]
     with options.errors_at("--metrics"):
         functions = {name: find(name, METRICS, "metric") for name in names if name != "nll"}
-    out = likelihood.check_out(output.out, run.workdir)
+    out = check_out(output.out, run.workdir)
     chosen = options.changed(sampling)
     for_nll = {name: chosen[name] for name in ("variance", "clip_x0") if name in chosen}
     if images is not None or not functions:
-        kept = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
-        kept |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
-        kept |= {"labels": labels if labels != "cycle" else None}
-        kept |= {} if functions else {"images": images}
-        if unused := sorted(name for name, value in kept.items() if value is not None):
-            raise RunError(
-                f"--{unused[0]} is for samples, and nothing is drawn for"
-                f" --metrics={metrics}{f' of --images={images}' if images else ''}"
-            )
-    shared_output = dataclasses.replace(output, out=None)
+        unused = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
+        unused |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
+        unused |= {"labels": labels if labels != "cycle" else None}
+        unused |= {} if functions else {"images": images}
+        refuse_unused(unused, metrics, images)
+    output = dataclasses.replace(output, out=None)
     results = {}
     if functions:
-        check_request(run, sampling if images is None else None)
-        extractor = load_extractor(features)
-        reference, origin = None, None
-        if set(functions) != {"is"}:
-            dataset = run_data.data_of(run, split, data_dir)
-            reference = features_of(run, extractor, dataset)
-            origin = {"data": dataset.name, "split": dataset.split}
-            origin |= {"num_images": len(dataset), "images_sha256": reference.images_sha256}
-        seeds = range(seed, seed + num_seeds) if images is None else [None]
-        for one in seeds:
-            if images is not None:
-                dataset, recipe = run_data.load_images(run, images), None
-            else:
-                count = num_samples or NUM_SAMPLES
-                path = sampling_lib.sample(
-                    run,
-                    sampling=sampling,
-                    num_samples=count,
-                    labels=labels,
-                    seed=one,
-                    output=shared_output,
-                )
-                dataset, recipe = _samples(path, count)
-            _judge(results, run, functions, extractor, features, dataset, recipe, reference, origin)
+        if images is None:
+            check_sampler(run, sampling)
+        judge = Judge(run, functions, features, split, data_dir)
+        if images is not None:
+            judge.add(results, run_data.load_images(run, images), None)
+        count = num_samples or NUM_SAMPLES
+        draw = functools.partial(sampling_lib.sample, run, sampling=sampling, labels=labels)
+        for one in range(seed, seed + num_seeds) if images is None else ():
+            path = draw(num_samples=count, seed=one, output=output)
+            judge.add(results, *_samples(path, count))
     if "nll" in names:
-        bound = likelihood.nll(
-            run,
-            bounding=Bounding(**for_nll),
-            num_images=num_images,
-            data_dir=data_dir,
-            seed=seed,
-            output=shared_output,
-        )
+        measured = Measured(num_images=num_images, data_dir=data_dir, seed=seed)
+        bounding = dataclasses.replace(Bounding(), **for_nll)
+        bound = likelihood.nll(run, bounding=bounding, measured=measured, output=output)
         results["nll_bits_per_dim"] = {
             "values": [float(np.mean(bound.scalars["total"]))],
             "manifest": bound.recipe | {"num_images": bound.count},
             "seeds": [seed],
         }
-    for entry in results.values():
-        spread = np.std(entry["values"], ddof=1) if len(entry["values"]) > 1 else None
-        entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
-        entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
+    summarise(results)
     if out is None:
         settings = {"images": images, "split": split, "num_samples": num_samples, **chosen}
         settings |= {"num_images": num_images, "metrics": metrics, "features": features}
@@ -179,10 +155,30 @@ def evaluate(
     return results
 
 
-def check_request(run: Run, sampling: Sampling | None) -> None:
-    """Refuses what can be refused, before anything is computed."""
-    if sampling is None:
-        return
+def summarise(results: dict) -> None:
+    """Adds mean and standard deviation over seeds, and the software, to each number."""
+    for entry in results.values():
+        spread = np.std(entry["values"], ddof=1) if len(entry["values"]) > 1 else None
+        entry |= {"mean": float(np.mean(entry["values"])), "std": spread and float(spread)}
+        entry["manifest"] = entry["manifest"] | {"software": parallel.banner()}
+
+
+def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) -> None:
+    """Refuses options of sampling where no samples are drawn.
+
+    Raises:
+      RunError: one of them is not None.
+    """
+    unused = sorted(name for name, value in options_of_samples.items() if value is not None)
+    if unused:
+        raise RunError(
+            f"--{unused[0]} is for samples, and nothing is drawn for"
+            f" --metrics={metrics}{f' of --images={images}' if images else ''}"
+        )
+
+
+def check_sampler(run: Run, sampling: Sampling) -> None:
+    """Checks that options of sampling fit the run, before anything is computed."""
     chosen = shared.resolved(run, sampling)
     variance = getattr(getattr(chosen, "sampler", None), "variance", None)
     if variance == "analytic":
@@ -191,30 +187,49 @@ def check_request(run: Run, sampling: Sampling | None) -> None:
         check_sampling(run.method, chosen, "sampling")
 
 
-def _judge(results, run, functions, extractor, spec, dataset, recipe, reference, origin) -> None:
-    """Adds the numbers of one set of images to the results."""
-    generated = features_of(run, extractor, dataset)
-    recipe = recipe or {"images": dataset.name}
-    features = {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize}
-    made = {"images_sha256": generated.images_sha256, "rounded": "uint8"}
-    manifest = {
-        "features": features | {"from": spec},
-        "num_generated": len(dataset),
-        "reference": origin,
-        "generated": recipe | made,
-    }
-    with options.errors_at("--metrics"):
-        values = numbers(functions, extractor.name, generated, reference)
-    for name, value in values.items():
-        entry = results.setdefault(name, {"values": [], "manifest": manifest, "seeds": []})
-        entry["values"].append(value)
-        entry["seeds"].append(recipe.get("seed"))
+class Judge:
+    """Computes metrics of sets of images: holds the metrics, the feature network and the reference images."""
+
+    def __init__(self, run: Run, functions: dict, spec: str, split: str, data_dir: str | None):
+        self.run, self.functions, self.spec = run, functions, spec
+        self.extractor = load_extractor(spec)
+        self.reference, self.origin = None, None
+        if set(functions) != {"is"}:
+            dataset = run_data.data_of(run, split, data_dir)
+            self.reference = features_of(run, self.extractor, dataset)
+            self.origin = {"data": dataset.name, "split": dataset.split}
+            self.origin |= {"num_images": len(dataset)}
+            self.origin |= {"images_sha256": self.reference.images_sha256}
+
+    def add(self, results: dict, dataset: data.Dataset, recipe: dict | None) -> None:
+        """Adds the numbers of one set of images to the results.
+
+        Args:
+          recipe: of samples; None for other images.
+        """
+        extractor = self.extractor
+        generated = features_of(self.run, extractor, dataset)
+        recipe = recipe or {"images": dataset.name}
+        features = {"name": extractor.name, "sha256": extractor.sha256, "resize": extractor.resize}
+        made = {"images_sha256": generated.images_sha256, "rounded": "uint8"}
+        manifest = {
+            "features": features | {"from": self.spec},
+            "num_generated": len(dataset),
+            "reference": self.origin,
+            "generated": recipe | made,
+        }
+        with options.errors_at("--metrics"):
+            values = numbers(self.functions, extractor.name, generated, self.reference)
+        for name, value in values.items():
+            entry = results.setdefault(name, {"values": [], "manifest": manifest, "seeds": []})
+            entry["values"].append(value)
+            entry["seeds"].append(recipe.get("seed"))
 
 
 def numbers(
     functions: dict[str, Any], extractor: str, generated: Features, reference: Features | None
 ) -> dict[str, float]:
-    """The metrics of one set of images, by names that say of which features, and of how many images.
+    """The metrics of one set of images; the names state the features and the number of images.
 
     Raises:
       ValueError: one line, as those of `metrics`.
@@ -251,7 +266,7 @@ def report(results: dict) -> str:
 
 
 def settings_of(entry: dict) -> str:
-    """What a number was measured with, for people."""
+    """The settings of a metric, in words."""
     manifest, parts = dict(entry["manifest"]), []
     features, origin = manifest.get("features"), manifest.get("reference")
     if features:
@@ -287,7 +302,7 @@ def _samples(path: str, count: int) -> tuple[data.Dataset, dict]:
 
 
 def features_of(run: Run, extractor: Extractor, dataset: data.Dataset) -> Features:
-    """Features of all images of a data set, from eval/ if they are there, or from where they were left."""
+    """Features of all images of a data set, loaded from eval/ if they exist; an interrupted extraction continues."""
     digest = dataset.digest()
     name = f"features_{extractor.name}_{extractor.sha256[:8]}_{digest[:16]}.npz"
     path = os.path.join(run.workdir, "eval", name)

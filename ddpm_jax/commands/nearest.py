@@ -1,4 +1,4 @@
-"""Samples beside the training images nearest to them: has the model memorised them?
+"""Samples beside the training images nearest to them, to see whether the model has memorised.
 
 python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
 """
@@ -6,6 +6,7 @@ python -m ddpm_jax.main --mode=nearest --workdir=runs/digits --num_samples=8
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Annotated
@@ -44,12 +45,12 @@ def nearest(
 ) -> str:
     """Shows samples beside the training images nearest to them.
 
-    Near is a small root mean square difference of pixels. (Ho et al. 2020, App., show the same, for faces within a crop.)
-    As a scale, the same is asked of as many test images, which the model has never seen.
+    The distance is the root mean square difference of pixels. (Ho et al. 2020, App., show the same, for crops of
+    faces.) For comparison, it is also measured for the same number of test images, which the model has never seen.
 
     Returns:
-      the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the training
-      split, distance float32 [N, K] on the scale 0 … 255.
+      the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the
+      training split, distance float32 [N, K] on the scale 0 … 255.
 
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
@@ -65,26 +66,17 @@ def nearest(
     if neighbours > len(train):
         raise RunError(f"{neighbours} neighbours asked of {len(train)} training images")
     if images is None:
-        num_samples = num_samples or 8
-        drawing = dataclasses.replace(output, out=None)
-        path = sampling_lib.sample(
-            run,
-            sampling=sampling,
-            num_samples=num_samples,
-            labels=labels,
-            seed=seed,
-            output=drawing,
-        )
-        with np.load(path) as file:
+        num_samples, drawing = num_samples or 8, dataclasses.replace(output, out=None)
+        draw = functools.partial(sampling_lib.sample, run, sampling=sampling, labels=labels)
+        with np.load(draw(num_samples=num_samples, seed=seed, output=drawing)) as file:
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
             origin["workdir"] = ""  # a run may be moved
     else:
-        which = Images(images=images, num_images=num_samples)
-        if run.method.num_classes:  # which does not matter here
-            which = dataclasses.replace(which, labels="cycle")
+        labels = "cycle" if run.method.num_classes else None  # which does not matter here
+        which = Images(images=images, num_images=num_samples, labels=labels)
         loaded = shared.load_images(run, which, default=8)
         queries, origin = loaded.images, loaded.recipe
-        num_samples = len(queries)
+    num_samples = len(queries)
     unseen = _test_images(run, data_dir, len(queries))
 
     def make():
@@ -107,9 +99,8 @@ def nearest(
     title = f"first column: each {what}; then the {neighbours} training images nearest to it"
     rows = [(title, strip.reshape(-1, *queries.shape[1:]))]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=1 + neighbours)
-    text = (
-        f"distance to the nearest training image {np.mean(arrays['distance'][:, 0]):.2f} on average"
-    )
+    mean = np.mean(arrays["distance"][:, 0])
+    text = f"distance to the nearest training image {mean:.2f} on average"
     if "distance_of_test" in arrays:
         text += f", of test images {np.mean(arrays['distance_of_test']):.2f}"
     print(f"{text} (root mean square, 0 … 255)\n{out}, a picture in the .png beside it", flush=True)

@@ -1,4 +1,4 @@
-"""Repairs of given images: noise that is added and taken away again, and parts that are filled in.
+"""Image editing: denoising from an intermediate time, and inpainting.
 
 python -m ddpm_jax.main --mode=denoise --workdir=runs/digits --from_t=250,500
 python -m ddpm_jax.main --mode=inpaint --workdir=runs/digits --mask=left
@@ -42,10 +42,10 @@ def denoise(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Adds noise to images up to a time, and takes it away again: what is lost there is made anew.
+    """Adds noise to images up to a time t, and denoises them again; details lost at t are generated anew.
 
     Args:
-      from_t: times of the chain; each is tried, with the same noise.
+      from_t: times of the chain; the noise is the same for each.
 
     Returns:
       the path of the .npz: images uint8 [N, R, H, W, C] for R times, the noisy ones as x_t.
@@ -114,7 +114,7 @@ def inpaint(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Fills in a part of images, the rest of which is kept to the bit; see `repaint.inpaint`.
+    """Fills in a part of images and keeps the rest bit for bit; see `repaint.inpaint`.
 
     Returns:
       the path of the .npz: images uint8 [N, H, W, C], originals, and the mask uint8 [H, W], 255 where the image was
@@ -136,26 +136,23 @@ def inpaint(
 
     def function(params, key, index, label, image, known):
         denoiser = model.denoiser(params, label, guidance=chosen.guidance, variance=reverse)
-        x = repaint.inpaint(
-            steps,
-            denoiser,
-            from_uint8(image),
-            known.astype(np.float32),
-            fold_in_each(key, index),
-            resample=resample,
-            jump=jump,
-            clip_x0=chosen.clip_x0,
+        images, keys = (from_uint8(image), known.astype(np.float32)), fold_in_each(key, index)
+        clip = chosen.clip_x0
+        return shared.as_saved(
+            repaint.inpaint(
+                steps, denoiser, *images, keys, resample=resample, jump=jump, clip_x0=clip
+            )
         )
-        return shared.as_saved(x)
 
     walk = {"resample": resample, "jump": jump, "variance": variance or model.variance}
 
     def make():
+        examples = (np.arange(len(given.images)), given.labels, given.images, known)
         made = shared.map_images(
             run,
             function,
             key,
-            *(np.arange(len(given.images)), given.labels, given.images, known),
+            *examples,
             batch_size=output.batch_size,
             settings=options.describe(chosen),
         )
@@ -165,13 +162,9 @@ def inpaint(
     recipe = given.recipe | {"seed": seed} | options.describe(chosen) | walk | {"x_0_error": origin}
     recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
     settings = {"mask": os.path.basename(mask), "variance": variance}
-    settings |= {
-        "resample": None if resample == 10 else resample,
-        "jump": None if jump == 10 else jump,
-    }
-    name = run.name(
-        "inpaint", f"seed{seed}", **images.named(), **options.changed(chain), **settings
-    )
+    settings |= {key: n for key, n in (("resample", resample), ("jump", jump)) if n != 10}
+    settings |= images.named() | options.changed(chain)
+    name = run.name("inpaint", f"seed{seed}", **settings)
     out, arrays = shared.write(run, "inpaint", recipe, make, output, name)
     hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
     shown = shared.shown(len(given.images))

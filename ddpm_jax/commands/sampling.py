@@ -1,4 +1,4 @@
-"""Sampling from a run directory: as many images as one likes, restartable, image i always the same.
+"""Sampling from a run directory: restartable, and image i is always the same.
 
     python -m ddpm_jax.main --mode=sample --workdir=runs/digits --num_samples=64
     python -m ddpm_jax.main --mode=sample --workdir=runs/digits --sampler=dpm_solver --steps=20 --trajectory
@@ -67,8 +67,8 @@ def sample(
     """Draws images from the last checkpoint of a run.
 
     Args:
-      latents: decoded by DDIM with the steps and guidance that they were encoded with, by default, and their labels.
-      output: the .npz; images that it already has by the same recipe are kept, and only further ones are drawn.
+      latents: decoded by default by DDIM with the steps, guidance and labels that they were encoded with.
+      output: the .npz; images already drawn with the same recipe are kept, and only further ones are drawn.
 
     Returns:
       the path of the .npz.
@@ -163,10 +163,10 @@ class Plan:
 
 
 def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: str) -> Plan:
-    """Checks a request for samples before anything is computed, and says where they go.
+    """Checks a request for samples before anything is computed, and chooses the output path.
 
     Args:
-      parts: what the file name says beside the options.
+      parts: further parts of the file name.
     """
     key, chosen = shared.sample_key(seed), shared.resolved(run, sampling)
     labels = run_data.class_numbers(run, labels)
@@ -273,8 +273,8 @@ def progressive(
 ) -> str:
     """Draws samples together with the x_0 that the model predicts on the way; Ho et al. 2020, Figure 6.
 
-    The images are 0 … num_samples − 1 that `sample` draws with the same arguments. The .npz holds t [K], x_t float32 and
-    x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
+    The images are 0 … num_samples − 1 that `sample` draws with the same arguments. The .npz holds t [K], x_t float32
+    and x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
 
     Returns:
       the path of the .npz.

@@ -1,4 +1,4 @@
-"""What commands share: groups of options, given images, and results that are made image by image."""
+"""Shared parts of the commands: groups of options, input images, and results computed image by image."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
-Seed = Annotated[
-    int, "The seed of all noise; image i depends on the seed and on i alone.", AtLeast(0)
-]
+SEED_HELP = "The seed of all noise; image i depends on the seed and on i alone."
+DATA_DIR_HELP = "The folder where the data are. Default: as in the config."
+Seed = Annotated[int, SEED_HELP, AtLeast(0)]
 Times = str | int | float | tuple[float, ...]  # as text with commas, from a command line
 Labels = Annotated[
     str,
     "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7; classes that have"
     " names also by them, as cat,dog.",
 ]
-DataDir = Annotated[str | None, "The folder where the data are. Default: as in the config."]
+DataDir = Annotated[str | None, DATA_DIR_HELP]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +50,20 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Images:
-    """Images to begin with."""
+    """Input images."""
 
     images: str | None = option(
         "data", "The images: data for the run's own, a folder of pictures or an .npz."
     )
     num_images: int | None = option(None, "How many images to use.", least=1)
     split: str | None = option(None, "The split of the data, such as train or test. Default: test.")
-    data_dir: str | None = option(None, "The folder where the data are. Default: as in the config.")
+    data_dir: str | None = option(None, DATA_DIR_HELP)
     labels: str | None = option(
         None, "The classes of the images, as for sample. Default: those of the images."
     )
 
     def named(self) -> dict[str, Any]:
-        """What a file name says of them."""
+        """The settings that appear in file names."""
         values = options.describe(self)
         del values["data_dir"]
         return values
@@ -78,7 +78,7 @@ class Given(NamedTuple):
     recipe: dict  # where they come from, and a digest
 
     def origin(self) -> dict[str, np.ndarray]:
-        """What an .npz says of the images that its results are made of."""
+        """Arrays that identify the input images, for the .npz."""
         return {"labels": self.labels, "index": self.index}
 
 
@@ -86,7 +86,7 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
     """Images of "data" (the run's own), of a folder of pictures or of an .npz, chosen by `data.choose`.
 
     Args:
-      default: how many where num_images is None, or all if there are fewer.
+      default: the number if num_images is None, at most all.
       key: for labels="random".
 
     Raises:
@@ -197,11 +197,11 @@ def as_saved(x) -> Drawn:
 
 
 def check_finite(finite: np.ndarray, settings: dict) -> None:
-    """Refuses images that are not finite: rounded, they would be saved as black ones.
+    """Refuses images that are not finite, which rounding would turn black.
 
     Args:
       finite: bool [N].
-      settings: that they were made with, for the advice.
+      settings: the settings that they were made with, for the advice.
 
     Raises:
       RunError: with how many they are, and the options that are likely at fault.
@@ -223,7 +223,7 @@ def check_finite(finite: np.ndarray, settings: dict) -> None:
 
 
 def compiled(function: Callable, progress: writers.Progress, params, key, *examples) -> Callable:
-    """`parallel.map_examples` of a function, compiled for examples of these shapes before the clock runs."""
+    """`parallel.map_examples` of a function, compiled for examples of these shapes outside the measured time."""
     mapped = parallel.map_examples(function)
     with progress.pause():
         print("compiling", flush=True)
@@ -234,7 +234,7 @@ def compiled(function: Callable, progress: writers.Progress, params, key, *examp
 def map_images(
     run: Run, function: Callable, key, *examples, batch_size: int | None, settings: dict
 ):
-    """function(params, key, *examples) over all examples, some at a time, with lines of progress.
+    """function(params, key, *examples) over all examples, in batches, with progress lines.
 
     Args:
       function: what it returns as `Drawn` is refused if it is not finite.
@@ -270,7 +270,7 @@ def map_images(
 def write(
     run: Run, mode: str, recipe: dict, make: Callable, output: Output, name: str
 ) -> tuple[str, dict]:
-    """The .npz of a command, made now unless it is there with the same recipe.
+    """The .npz of a command, computed unless it exists with the same recipe.
 
     Args:
       make: () -> its arrays.

@@ -1,11 +1,8 @@
-"""Data sets: from files, the network or a function of one's own to uint8 batches.
+"""Data sets: `load` makes a `Dataset` from a name, `Dataset.from_arrays` from arrays, and `batches` makes batches of it.
 
-Everything here is NumPy: no TensorFlow, no JAX, no worker processes. An image stays uint8 in
-0..255 with shape [H, W, C] until the training step scales it, and the order of the examples is a
-pure function of (seed, step), so a run resumes without any iterator state.
-
-`load` turns a name into a `Dataset`, `Dataset.from_arrays` turns arrays into one, and `batches`
-turns a `Dataset` into batches.
+Everything here is NumPy, without TensorFlow, JAX or worker processes. Images are uint8 [H, W, C] in 0..255 until the
+training step scales them. The order of the examples is a pure function of (seed, step), so a run resumes without any
+iterator state.
 """
 
 from ddpm_jax.data.archives import damage, download

@@ -1,4 +1,4 @@
-"""The official archives of MNIST, Fashion-MNIST and CIFAR-10; checked downloads of any file."""
+"""The official archives of MNIST, Fashion-MNIST and CIFAR-10, and downloads with a check of the file."""
 
 import gzip
 import hashlib
@@ -18,9 +18,9 @@ from ddpm_jax.data.progress import Progress
 
 BACKOFF = 1.0  # seconds before the second try of a download, doubled for the third
 
-# Mirrors, then file, bytes and SHA-256 sum as tensorflow-datasets registers them
-# (tensorflow_datasets/url_checksums/<name>.txt). The sums make any mirror safe, http included.
-# CIFAR-10's second is the one of MindSpore's tutorials.
+# Mirrors, then files with their bytes and SHA-256 sums from tensorflow-datasets
+# (tensorflow_datasets/url_checksums/<name>.txt). The sums make any mirror safe, also over http.
+# The second mirror of CIFAR-10 is that of MindSpore's tutorials.
 _ARCHIVES = {
     "mnist": """
 https://storage.googleapis.com/cvdf-datasets/mnist/
@@ -62,12 +62,12 @@ SUMS = {  # {data set: {file: (bytes, SHA-256)}}
 
 
 def are_here(name: str, split: str, root: Path) -> bool:
-    """Whether all files of a split are in `root/name` or `root`."""
+    """Whether all files of a split exist in `root/name` or `root`."""
     return all(_local(name, file, root) for file in _files(name, split))
 
 
 def official(name: str, split: str, root: Path) -> Dataset:
-    """A split of mnist, fashion_mnist or cifar10 from its archives, downloaded if they are not here."""
+    """Reads a split of mnist, fashion_mnist or cifar10 from its archives, which are downloaded if missing."""
     paths = []
     for file in _files(name, split):
         path, sums = _local(name, file, root), SUMS[name][file]
@@ -98,18 +98,18 @@ def _local(name, file, root):
 
 
 def _idx(path):
-    """IDX: bytes 0, 0, 8 (uint8), the rank, then big-endian int32 sizes, then the values."""
+    """Reads IDX: bytes 0, 0, 8 (for uint8) and the rank, then big-endian int32 sizes, then the values."""
     data = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def _cifar10(path, split):
-    """Records of 3,073 bytes: the class, then the red, green and blue planes, 32×32 each."""
+    """Reads records of 3,073 bytes: the class, then the red, green and blue planes, 32×32 each."""
     wanted = "data_batch_" if split == "train" else "test_batch"
     found = {}
     with tarfile.open(path) as tar:
-        for member in tar:  # in the order of the archive: gzip cannot go back
+        for member in tar:  # in the order of the archive, since gzip cannot seek back
             if os.path.basename(member.name).startswith(wanted):
                 found[member.name] = tar.extractfile(member).read()
     records = np.frombuffer(b"".join(found[file] for file in sorted(found)), np.uint8)
@@ -122,7 +122,7 @@ def _cifar10(path, split):
 
 
 def damage(path: Path, size: int, sha256: str) -> str | None:
-    """None, or how the file differs from the expected size in bytes and SHA-256 sum."""
+    """How a file differs from the expected size in bytes and SHA-256 sum; None if it does not."""
     found = path.stat().st_size
     if found != size:
         return f"expected {size} bytes, found {found}"
@@ -132,18 +132,18 @@ def damage(path: Path, size: int, sha256: str) -> str | None:
 
 
 def download(urls: Sequence[str], path: Path, size: int, sha256: str) -> Path:
-    """Fetches a file to `path`, where it appears only when it is complete.
+    """Downloads a file to `path`, where it appears only when it is complete and correct.
 
     Args:
         urls: addresses of the same file; each is tried three times.
-        size, sha256: the expected bytes and sum, which make any address safe.
+        size, sha256: its expected bytes and SHA-256 sum.
 
     Raises:
-        DataError: no address gave the right file.
+        DataError: no address has the right file.
         OSError: the folder of `path` cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes may download at once
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may download it
     failures = {}
     try:
         for wait in (0, BACKOFF, 2 * BACKOFF):

@@ -17,10 +17,10 @@ from ddpm_jax.data.dataset import (
 
 
 def digits(split: str) -> Dataset:
-    """The 8×8 digits of scikit-learn: 1,500 for training and 297 for the test."""
+    """The 8×8 digits of scikit-learn: 1,500 in train and 297 in test."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()  # images [1797, 8, 8] with the grey levels 0..16
+    bunch = load_digits()  # images [1797, 8, 8] with grey levels 0..16
     part = slice(0, 1500) if split == "train" else slice(1500, None)
     order = permutation(len(bunch.images), 0, 0)[part]
     images = np.rint(bunch.images[order] * (255 / 16)).astype(np.uint8)
@@ -29,15 +29,15 @@ def digits(split: str) -> Dataset:
 
 
 def synthetic(split: str, image_shape: tuple[int, int, int]) -> Dataset:
-    """Gradients, whose direction shows the class, under blobs of any position, size and colour."""
+    """Gradients in one of ten directions, the class, with a blob of random position, size and colour."""
     height, width, channels = image_shape
     indices = range(1024) if split == "train" else range(1024, 1280)
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     images = np.empty((len(indices), *image_shape), np.uint8)
     for image, i in zip(images, indices, strict=True):
         bits = np.random.PCG64(np.random.SeedSequence(0, spawn_key=(i,))).random_raw(4 + channels)
-        turn, centre_y, centre_x, radius, *colour = bits / 2.0**64  # each in [0, 1)
-        angle = 2 * np.pi * (i % 10 + 0.5 * turn) / 10
+        direction, centre_y, centre_x, radius, *colour = bits / 2.0**64  # each in [0, 1)
+        angle = 2 * np.pi * (i % 10 + 0.5 * direction) / 10
         ramp = (np.cos(angle) * x + np.sin(angle) * y) / np.sqrt(2)  # in [-1, 1]
         distance = (x - 2 * centre_x + 1) ** 2 + (y - 2 * centre_y + 1) ** 2
         blob = np.exp(-distance / (0.1 + 0.4 * radius) ** 2)
@@ -51,7 +51,7 @@ def npz(path: Path, name: str, split: str) -> Dataset:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile, zlib, pickle and NumPy each have their own
+    except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}") from error
     splits = {key[2:]: (key, f"y_{key[2:]}") for key in arrays if key.startswith("x_")}
     for pair in (("images", "labels"), ("arr_0", "arr_1")):
@@ -70,8 +70,8 @@ def npz(path: Path, name: str, split: str) -> Dataset:
         where, of = f"{path}: {label_key}", f" of {image_key}"
         labels = check_labels(arrays[label_key], where, len(images), of)
     names = tuple(map(str, arrays["class_names"].reshape(-1))) if "class_names" in arrays else ()
-    of_train = arrays.get(splits.get("train", splits[split])[1], np.zeros(0, int)).reshape(-1)
-    num_classes = count_classes(of_train, names, path)  # another split does not add a class
+    train_labels = arrays.get(splits.get("train", splits[split])[1], np.zeros(0, int)).reshape(-1)
+    num_classes = count_classes(train_labels, names, path)  # other splits do not add classes
     return Dataset.from_arrays(
         images, labels, name=name, split=split, class_names=names, num_classes=num_classes
     )

@@ -1,4 +1,4 @@
-"""Batches: which examples are in each, a function of (seed, step), and threads that decode them ahead."""
+"""Batches: the examples of each, as a function of (seed, step), and threads that decode them in advance."""
 
 import collections
 import contextlib
@@ -11,37 +11,36 @@ import numpy as np
 
 from ddpm_jax.data.dataset import Dataset
 
-THREADS = min(32, os.cpu_count() or 1)  # decoding releases the GIL, so threads are enough
-CHOICE = 2**32 - 1  # stream of the permutation in `choose`; epochs of training have 0, 1, …
+THREADS = min(32, os.cpu_count() or 1)  # decoding releases the GIL
+CHOICE = 2**32 - 1  # "epoch" of the permutation in `choose`; epochs of training are 0, 1, …
 
 
-@functools.lru_cache(maxsize=4)  # one epoch is used in every step: 5 ms at n = 60,000
+@functools.lru_cache(maxsize=4)  # every step of an epoch needs it: 5 ms at n = 60,000
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..n-1, int64 [n], of one stream for each seed and epoch; not to be written to.
+    """A random permutation of 0..n-1, int64 [n], for each seed and epoch; it is cached, so do not write to it.
 
-    Sorted raw bits rather than Generator.permutation: NumPy promises to keep the stream of a bit
-    generator for ever, the algorithms of Generator only until the next version.
+    It sorts raw bits, since NumPy guarantees the stream of a bit generator in all versions, but not the
+    algorithm of Generator.permutation.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(n)
     return np.argsort(bits, kind="stable")
 
 
 def choose(total: int, count: int | None = None) -> np.ndarray:
-    """Positions of `count` of `total` images, int64 [count]: the first ones of one fixed permutation.
+    """Positions of `count` of `total` images, int64 [count]: the first of a fixed random permutation.
 
-    Wherever some of the images of a split stand for all of them, they are chosen here: the first in
-    the order of the files may all be of one class. A larger count begins with the same images. The
-    permutation depends on the total, but all totals rank the same random numbers: the choices from
-    splits of similar sizes are correlated, not independent.
+    Every subset of a split is chosen here, because the first images in the order of the files may all be of
+    one class. A larger count begins with the same images. The choices for different totals are not
+    independent: they rank the same random numbers.
     """
     return permutation(total, 0, CHOICE)[:count].copy()
 
 
 def batch_indices(n: int, *, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """The examples of one batch: int64 [batch_size] in 0..n-1, a function of its arguments alone.
+    """The examples of one batch: int64 [batch_size] in 0..n-1, a pure function of the arguments.
 
-    Every epoch is an independent permutation of the n examples and the batches run across its
-    end, so each example is seen exactly once per epoch even where n < batch_size.
+    Batches are consecutive parts of the epochs' permutations and may cross the end of an epoch, so each
+    example occurs exactly once per epoch, also if n < batch_size.
     """
     first = step * batch_size  # Python integers: exact at any step
     stop = first + batch_size
@@ -66,14 +65,14 @@ def batches(
     Args:
         batch_size: the size of the global batch, over all processes.
         rows: the b rows of the global batch that this process needs.
-        prefetch: how many batches threads decode ahead, where the images are not in memory.
+        prefetch: number of batches that threads decode in advance, if images are not in memory.
 
     Yields:
-        `image` uint8 [b, H, W, C], `label` int32 [b], `index` int32 [b] (the position in the
-        global batch). Closing the generator ends its threads.
+        {"image": uint8 [b, H, W, C], "label": int32 [b], "index": int32 [b]}, where index is the position in
+        the global batch. Closing the generator ends its threads.
 
     Raises:
-        DataError: a picture could not be decoded; the line names it.
+        DataError: a picture cannot be decoded; the message names it.
     """
     index = np.arange(batch_size, dtype=np.int32)[rows]
     chosen = (

@@ -1,4 +1,4 @@
-"""The data set: images, labels and names of classes, with the checks of its arrays and its one-line errors."""
+"""The `Dataset`: images, labels and class names, with checks of arrays and one-line errors."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ NO_LABEL = -1
 
 
 class DataError(RuntimeError):
-    """One line: what is wrong with the data, what was expected, and what to do."""
+    """A mistake in the data or their description. One line: what is wrong, what was expected, what to do."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,17 +18,23 @@ class Dataset:
     """N images with labels, in memory or decoded on demand.
 
     Attributes:
-        name: the name given to `load`.
+        name: the argument of `load`.
         split: "train", "test", …
         image_shape: (H, W, C).
-        num_classes: number of classes of the training split; 0 if that has no labels.
-        labels: int32 [N]; −1 for an image without a label, as in a test split that has none; zeros
-            if num_classes is 0.
-        fetch: int64 indices [B] in 0..N-1 -> uint8 [B, H, W, C]; called from several threads.
+        num_classes: number of classes of the training split; 0 if it has no labels.
+        labels: int32 [N]; −1 for an image without a label, for example in a test split without labels;
+            all zeros if num_classes is 0.
+        fetch: a function of indices, int64 [B] in 0..N-1, that returns uint8 [B, H, W, C]. It is called
+            from several threads.
         images: uint8 [N, H, W, C] if they are in memory, otherwise None.
-        class_names: the name of each class, by its number; empty if they are not known.
-        left_out: one line for each kind of file that was not read, and why.
-        files: SHA-256 of the names and sizes of the files; empty for arrays, see `fingerprint`.
+        class_names: the names of classes 0, 1, …; empty if unknown.
+        left_out: one line for each kind of file that was not read, with the reason.
+        files: SHA-256 of the names and sizes of the files; empty for arrays.
+
+    >>> images = np.zeros((10, 8, 8), np.uint8)
+    >>> dataset = dj.Dataset.from_arrays(images, labels=np.arange(10) % 2, class_names=["cat", "dog"])
+    >>> dataset.image_shape, dataset.num_classes, len(dataset)
+    ((8, 8, 1), 2, 10)
     """
 
     name: str
@@ -53,17 +59,17 @@ class Dataset:
         class_names: Sequence[str] = (),
         num_classes: int | None = None,
     ) -> "Dataset":
-        """A data set of arrays in memory, which are not copied.
+        """A data set of arrays in memory. Images are not copied.
 
         Args:
             images: uint8 [N, H, W] or [N, H, W, C].
             labels: integers 0, 1, … [N]; None for images without labels.
-            class_names: the name of each class, by its number.
-            num_classes: number of classes of the training split, in which the labels of another
-                split are counted; by default as many as the names and the labels need.
+            class_names: the names of classes 0, 1, …
+            num_classes: number of classes of the training split; by default that of class_names, or one more
+                than the largest label. Larger labels become −1.
 
         Raises:
-            DataError: one line, if the arrays are of another type or shape.
+            DataError: arrays of another type or shape.
         """
         images = check_images(images, f"{name}: images")
         class_names = tuple(map(str, class_names))
@@ -84,11 +90,11 @@ class Dataset:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """A hash of the names and sizes of the files, or of the pixels of arrays; not of where they are."""
+        """A hash of the names and sizes of the files, or of the pixels of arrays; independent of the folder."""
         return self.files or self.digest()
 
     def digest(self) -> str:
-        """SHA-256 over all images, in their order."""
+        """SHA-256 of all images, in order."""
         sha256 = hashlib.sha256()
         for first in range(0, len(self), 1000):
             rows = np.arange(first, min(first + 1000, len(self)))
@@ -104,7 +110,7 @@ class Dataset:
 
 
 def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
-    """A data set whose classes have the numbers of these names; −1 for a class that is not among them."""
+    """The data set with its classes numbered in the order of these names; other classes become −1."""
     names = tuple(class_names)
     if not dataset.class_names or names == dataset.class_names:
         return dataset
@@ -124,10 +130,14 @@ def image_digests(images: np.ndarray) -> np.ndarray:
 
 
 def check_images(images, where: str, remedy: str = "pass") -> np.ndarray:
-    """The images as an array, which must be uint8 [N, H, W] or [N, H, W, C].
+    """Converts images to an array and checks that it is uint8 [N, H, W] or [N, H, W, C].
+
+    Args:
+        where: what the images are, for messages.
+        remedy: verb for what to do with scaled images, such as "pass" or "save".
 
     Raises:
-        DataError: one line, which begins with `where`; of floats it says how to scale them.
+        DataError: they are not; the message for floats says how to scale them.
     """
     images = _array(images, where)
     where = f"{where} is {images.dtype} {list(images.shape)}"
@@ -148,7 +158,15 @@ def check_images(images, where: str, remedy: str = "pass") -> np.ndarray:
 
 
 def check_labels(labels, where: str, count: int, of: str = "") -> np.ndarray:
-    """The labels as an array [N], which must hold an integer 0, 1, … for each of `count` images."""
+    """Converts labels to an array [count] and checks that it holds integers ≥ 0.
+
+    Args:
+        where: what the labels are, for messages.
+        of: " of …", what the images are, for messages.
+
+    Raises:
+        DataError: one line.
+    """
     labels = _array(labels, where)
     flat = labels.reshape(-1)
     if len(flat) != count or flat.dtype.kind not in "iu" or flat.min() < 0:
@@ -160,7 +178,7 @@ def check_labels(labels, where: str, count: int, of: str = "") -> np.ndarray:
 
 
 def count_classes(labels, class_names: Sequence[str], where) -> int:
-    """The number of classes that labels and names need; 0 without labels."""
+    """The number of classes: that of the names, or one more than the largest label; 0 without labels."""
     needed = 1 + int(np.max(labels)) if len(labels) else 0
     if class_names and len(class_names) < needed:
         raise DataError(f"{where}: {len(class_names)} class_names for {needed} classes")
@@ -168,7 +186,7 @@ def count_classes(labels, class_names: Sequence[str], where) -> int:
 
 
 def check_shape(dataset: Dataset, image_shape, where: str) -> Dataset:
-    """The data set, whose images must have the shape that the config asks for, if it asks for one."""
+    """The data set itself, after a check that its images have the shape `image_shape`, unless that is None."""
     found = dataset.image_shape
     if image_shape not in (None, found):
         raise DataError(
@@ -181,7 +199,7 @@ def check_shape(dataset: Dataset, image_shape, where: str) -> Dataset:
 def _array(values, where: str) -> np.ndarray:
     try:
         return np.asarray(values)
-    except Exception as error:  # such as the ValueError for ragged lists
+    except Exception as error:  # for example ValueError for ragged lists
         raise DataError(f"{where} is not an array: {one_line(error)}") from error
 
 
@@ -203,7 +221,7 @@ def times(shape: Sequence[int]) -> str:
 
 
 def shape_option(shape: Sequence[int]) -> str:
-    """The option of the command line that sets image_shape."""
+    """The command-line option that sets this image_shape."""
     return f"--config.data.image_shape={','.join(map(str, shape))}"
 
 

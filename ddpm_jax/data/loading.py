@@ -1,4 +1,4 @@
-"""From the name of a data set to the data set: built-in, files, prepared, or a function of one's own."""
+"""Loads a data set by its name: built in, from files, prepared by tensorflow-datasets, or a function of your own."""
 
 import dataclasses
 import inspect
@@ -24,12 +24,12 @@ WITH_PATH = ("image_folder", "npz")  # kinds of data sets whose name holds their
 
 
 class Loader(Protocol):
-    """A data set of one's own: the function NAME of `data.name = "module:NAME"`."""
+    """The interface of a data set of your own: the function NAME of `data.name = "module:NAME"`."""
 
     def __call__(
         self, *, split: str, image_shape: tuple[int, int, int] | None, data_dir: Path
     ) -> Dataset | tuple[np.ndarray, np.ndarray | None]:
-        """One split, a function of the arguments alone: a run that resumes calls it again.
+        """Returns one split. It must be a pure function of the arguments, because a resumed run calls it again.
 
         Args:
             split: "train", "test", …; raise DataError for a split that does not exist.
@@ -37,9 +37,9 @@ class Loader(Protocol):
             data_dir: the folder for files, `data.data_dir`.
 
         Returns:
-            images uint8 [N, H, W, C] or [N, H, W], with integer labels 0, 1, … [N] or None; for a
-            split other than "train" the function is called for "train" too, whose classes count.
-            Or a `Dataset`, for class names or for images decoded on demand.
+            (images, labels): uint8 [N, H, W, C] or [N, H, W], and integers 0, 1, … [N] or None. The classes are
+            those of "train", for which the function is called too. Or a `Dataset`, which can also have class
+            names, or images decoded on demand.
         """
         ...
 
@@ -55,38 +55,37 @@ def load(
     skip_broken: bool = False,
     background: str = "white",
 ) -> Dataset:
-    """Finds, checks and reads a data set; downloads it only if it is nowhere on this machine.
+    """Loads and checks a data set. It is downloaded only if there is no copy on this machine.
 
     Args:
         name: one of
-            * `digits`: scikit-learn's 8×8 digits; train is the first 1,500 images of a fixed
+            * `digits`: scikit-learn's 8×8 digits; train is the first 1,500 images of a fixed random
               permutation, test the other 297.
             * `mnist`, `fashion_mnist`, `cifar10`: the official archives in `data_dir/<name>` or
-              `data_dir`; without them, a copy that tensorflow-datasets has prepared; without that,
-              downloaded into `data_dir/<name>`. Sizes and SHA-256 sums are checked every time.
-            * `synthetic`: 1,024 + 256 images of gradients with blobs, from no file at all.
+              `data_dir`, or a copy prepared by tensorflow-datasets, or else a download into
+              `data_dir/<name>`. Sizes and SHA-256 sums of archives are checked every time.
+            * `synthetic`: 1,024 + 256 computed images of gradients with blobs.
             * `npz:PATH`: uint8 arrays `x_train`, `y_train`, `x_test`, `y_test`, or `images` and
-              `labels`, or `arr_0` and `arr_1`; the labels are optional, and so is `class_names`.
-            * `image_folder:PATH`: every sub-folder is a class, a flat folder has no labels;
-              sub-folders `train` and `test` or `val` are splits instead. Classes are those of the
-              training split, numbered in the order of their names (2 before 10, if all are
-              numbers). Pictures are what Pillow decodes; HEIC needs the package pillow-heif.
-            * `module:NAME`: a function of your own, see `Loader`, in a module that Python finds,
-              also from the current folder; for example `my_data:stripes` with, in my_data.py,
+              `labels`, or `arr_0` and `arr_1`. Labels are optional, and so is `class_names`.
+            * `image_folder:PATH`: a folder with one sub-folder for each class, or with pictures only,
+              which then have no labels; or with the splits `train` and `test` or `val` as sub-folders.
+              Classes are those of the training split, in the order of their names (2 before 10 if all
+              are numbers). All formats that Pillow decodes are read; HEIC needs the package pillow-heif.
+            * `module:NAME`: a function of your own, see `Loader`, in a module on Python's path or in the
+              current folder. For example `my_data:stripes` if my_data.py has
               `def stripes(*, split, image_shape, data_dir): return images, labels`.
-            * any other name: what tensorflow-datasets has already prepared as array_record in
+            * any other name: a data set prepared by tensorflow-datasets as array_record in
               `data_dir/tfds`, `data_dir` or its default folder.
-        split: `train` and `test` exist for every built-in data set.
-        image_shape: (H, W, C). Pictures of a folder or of tensorflow-datasets are resized
-            (shorter side to fit, antialiased), cropped at the centre and converted to C = 1 or 3
-            channels; without it all must have the size of the first. Arrays are never resized:
-            for them it must be the shape they have (`synthetic` is drawn at any shape).
+        split: built-in data sets have `train` and `test`.
+        image_shape: (H, W, C). Pictures of a folder or of tensorflow-datasets are resized (antialiased, so
+            that the shorter side fits), cropped at the centre and converted to C = 1 or 3 channels; without
+            it all must have the size of the first. Arrays must have this shape (`synthetic` has any).
         data_dir: the folder in which archives are looked for and saved.
-        memory_limit_gb: pictures larger than this in all (N·H·W·C bytes) are decoded on demand.
-        flatten: take the pictures of a folder at any depth, without classes.
-        skip_broken: leave out pictures of a folder that cannot be decoded, and list them; without it
-            the first one is an error. All are decoded once at the start, in memory or not.
-        background: colour laid under transparent pictures, by a name or #rrggbb.
+        memory_limit_gb: pictures that need more memory (N·H·W·C bytes) are decoded on demand.
+        flatten: read the pictures of a folder at any depth, without classes.
+        skip_broken: leave out and list the pictures of a folder that cannot be decoded; by default they
+            are an error. All are decoded once at the start, to find them.
+        background: colour behind transparent pictures, a name or #rrggbb.
 
     Raises:
         DataError: one line: what is wrong with the data or the arguments.
@@ -126,7 +125,7 @@ def load(
     return check_shape(dataset, shape, name)
 
 
-# A data set of one's own.
+# A data set of your own.
 
 
 def _is_module_name(name):
@@ -135,7 +134,7 @@ def _is_module_name(name):
 
 
 def _of_own(name, split, image_shape, root):
-    """The data set that the function module:NAME returns, checked."""
+    """The data set of the function module:NAME, after a check."""
     result, where = _called(name, split, image_shape, root)
     if not isinstance(result, Dataset):
         train = None if split == "train" else _of_own(name, "train", image_shape, root)
@@ -146,7 +145,7 @@ def _of_own(name, split, image_shape, root):
 
 
 def _called(name, split, image_shape, root):
-    """What the function module:NAME returns, a Dataset or a pair, and "FILE: NAME" for messages."""
+    """The result of the function module:NAME, a Dataset or a pair, and "FILE: NAME" for messages."""
     module, _, attribute = name.partition(":")
     signature = f"{attribute}(*, split, image_shape, data_dir)"
     try:
@@ -165,7 +164,7 @@ def _called(name, split, image_shape, root):
         result = function(split=split, image_shape=image_shape, data_dir=root)
     except DataError:
         raise
-    except Exception as error:  # whatever the function of a user raises
+    except Exception as error:  # any error of the user's function
         raise DataError(f"{names.place_of(error)}: {one_line(error)}") from error
     if isinstance(result, Dataset) or (isinstance(result, tuple) and len(result) == 2):
         return result, where
@@ -176,7 +175,7 @@ def _called(name, split, image_shape, root):
 
 
 def _checked(dataset, where):
-    """The data set, whose labels and first image must be as `Dataset` describes them."""
+    """The data set itself, after a check that its labels and first image are as `Dataset` says."""
     labels = dataset.labels
     if _described(labels) != f"int32 [{np.size(labels)}]" or not len(labels):
         raise DataError(f"{where}: labels is {_described(labels)}, expected int32 [N], N > 0")
@@ -207,17 +206,17 @@ def _known_names(root):
 def _existing(kind, path):
     if not path:
         raise DataError(f"{kind} needs a path, as in {kind}:/home/me/pictures")
-    what, place = "folder" if kind == "image_folder" else "file", _user_path(path)
-    if not (place.is_dir() if what == "folder" else place.is_file()):
+    what, found = "folder" if kind == "image_folder" else "file", _user_path(path)
+    if not (found.is_dir() if what == "folder" else found.is_file()):
         raise DataError(
-            f"{kind}: there is no {what} {place}; if it has moved,"
-            f" give the new place: --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train"
+            f"{kind}: there is no {what} {found}; if it has moved, give its new path:"
+            f" --data_dir=PATH for a trained run, --config.data.name={kind}:PATH to train"
         )
-    return place
+    return found
 
 
 def _user_path(text) -> Path:
-    return Path(os.path.expanduser(text))  # leaves ~nobody as it is, where Path.expanduser fails
+    return Path(os.path.expanduser(text))  # does not fail for ~nobody, unlike Path.expanduser
 
 
 def _checked_shape(shape):

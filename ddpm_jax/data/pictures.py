@@ -1,4 +1,4 @@
-"""Pictures: decoding with Pillow, folders of files, and a data set of pictures from any reader."""
+"""Pictures: decoding with Pillow, folders of pictures, and data sets of pictures from any source."""
 
 import collections
 import contextlib
@@ -27,20 +27,20 @@ from ddpm_jax.data.dataset import (
 )
 from ddpm_jax.data.progress import Progress
 
-SPLITS = ("train", "test", "val", "validation")  # sub-folders that may be splits, not classes
+SPLITS = ("train", "test", "val", "validation")  # names of sub-folders that are splits
 _SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "testing": "test"}
-# Formats that Pillow recognises by their ending and does not decode by itself.
+# Formats whose endings Pillow knows, but which it cannot decode without other programs.
 NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 class CannotDecode(DataError):
-    """One picture is damaged or of an unknown kind."""
+    """A picture is damaged or of an unknown format."""
 
 
 class Pictures(NamedTuple):
     """The pictures of one split, not yet decoded."""
 
-    read: Callable  # [i, …] -> (path or file, label, name in error messages) of each
+    read: Callable  # [i, …] -> iterable of (path or file, label, name in error messages)
     count: int
     class_names: tuple[str, ...]  # empty if there are no labels
     files: str  # SHA-256 of names and sizes
@@ -53,7 +53,7 @@ class Pictures(NamedTuple):
 def dataset_of(
     pictures: Pictures, name: str, split: str, image_shape, memory_limit_gb, skip_broken, background
 ) -> Dataset:
-    """Pictures as a data set, all decoded now or each on demand; see `load` for the arguments."""
+    """The data set of these pictures, decoded now or on demand; see `load` for the arguments."""
     count = pictures.count
     if count == 0:
         raise DataError(f"{name}/{split} holds no image")
@@ -82,7 +82,7 @@ def dataset_of(
 
 
 class _Reader:
-    """Reads pictures at one shape: all of them once, or some on demand."""
+    """Reads pictures at one shape: all at once, or some on demand."""
 
     def __init__(self, pictures, name, image_shape, skip_broken, background):
         self.pictures, self.name, self.image_shape = pictures, name, image_shape
@@ -90,9 +90,9 @@ class _Reader:
         self.shape, self.first_name = image_shape, None  # the picture that sets the shape
         unlabelled = NO_LABEL if pictures.class_names else 0
         self.labels = np.full(pictures.count, unlabelled, np.int32)
-        self.images = None  # uint8 [N, H, W, C] if they are to be kept in memory
-        self.broken = {}  # {position: reason}
-        self.kept = np.arange(pictures.count)  # positions of the others
+        self.images = None  # uint8 [N, H, W, C] if they are kept in memory
+        self.broken = {}  # {position: reason} of pictures that cannot be decoded
+        self.kept = np.arange(pictures.count)  # positions of all others
 
     def none_left(self):
         return DataError(f"{self.name}: none of its {self.pictures.count} pictures can be decoded")
@@ -100,13 +100,13 @@ class _Reader:
     def decode(self, file, where):
         try:
             return decode(file, where, self.image_shape, self.background)
-        except CannotDecode as error:  # now or on demand: it names the option that leaves it out
+        except CannotDecode as error:
             hint = "; training leaves out such pictures with --config.data.skip_broken=True"
             hint = hint if self.name.startswith("image_folder:") and not self.skip_broken else ""
             raise CannotDecode(f"{error}{hint}") from error
 
     def find_shape(self):
-        """Sets the shape that all must have to that of the first picture, unless the config sets it."""
+        """Sets the shape that all pictures must have to that of the first, unless image_shape sets it."""
         for i in range(self.pictures.count):
             if self.shape is not None:
                 return
@@ -120,10 +120,10 @@ class _Reader:
             raise self.none_left()
 
     def pixels(self, file, where):
-        """One picture, which must have the shape of the first."""
+        """Decodes one picture and checks its shape."""
         picture, shape = self.decode(file, where), self.shape
         if picture.shape == (*shape[:2], 1):
-            return np.broadcast_to(picture, shape)  # a grey picture among colour ones
+            return np.broadcast_to(picture, shape)  # grey among colour pictures
         if picture.shape != shape:
             colour = (*shape[:2], max(shape[2], picture.shape[2]))
             raise DataError(
@@ -133,7 +133,7 @@ class _Reader:
         return picture
 
     def read_all(self):
-        """Reads all labels, and in threads decodes all pictures that are kept or may be left out."""
+        """Reads all labels and, if needed, decodes all pictures, in threads."""
         count = self.pictures.count
         decoding = self.images is not None or self.skip_broken
         what = "decoding" if decoding else "reading the labels of"
@@ -147,18 +147,18 @@ class _Reader:
         for i, (file, label, where) in zip(chunk, self.pictures.read(chunk), strict=True):
             self.labels[i] = label
             try:
-                found = self.pixels(file, where) if decoding else None
+                pixels = self.pixels(file, where) if decoding else None
             except CannotDecode as error:
                 if not self.skip_broken:
                     raise
                 self.broken[i] = str(error)
                 continue
             if self.images is not None:
-                self.images[i] = found
+                self.images[i] = pixels
         return chunk.stop
 
     def fetch(self, indices):
-        """The pictures at these positions among those that are kept: uint8 [B, H, W, C]."""
+        """Decodes the pictures at these positions among those that are kept: uint8 [B, H, W, C]."""
         result = np.empty((len(indices), *self.shape), np.uint8)
         read = self.pictures.read(self.kept[indices])
         for image, (file, _, where) in zip(result, read, strict=True):
@@ -170,10 +170,10 @@ class _Reader:
 
 
 def picture(path: str | os.PathLike, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """One picture file as uint8 [H, W, C], resized and cropped as `load` does it for a folder.
+    """Decodes a picture file to uint8 [H, W, C], resized and cropped as by `load` for folders.
 
     Raises:
-        DataError: there is no such file, or it cannot be decoded.
+        DataError: the file does not exist or cannot be decoded.
     """
     if not os.path.isfile(path):
         raise DataError(f"there is no picture {path}")
@@ -181,16 +181,16 @@ def picture(path: str | os.PathLike, image_shape: tuple[int, int, int]) -> np.nd
 
 
 def decode(file, where, shape=None, background="white") -> np.ndarray:
-    """Decodes one picture to uint8 [H, W, C]; without `shape` at its own size, with C = 1 or 3.
+    """Decodes a picture to uint8 [H, W, C], resized and cropped to `shape`; by default at its own size.
 
-    EXIF orientation is applied, transparency is laid over the background, 16 bits become 8 by
-    division by 257, and of an animation the first frame is taken.
+    The EXIF orientation is applied, transparent pictures are composed with the background, 16-bit values
+    are divided by 257, and only the first frame of an animation is read.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as picture:
-            if shape:  # lets JPEG decode at 1/2, 1/4 or 1/8 where that leaves twice the size
+            if shape:  # JPEG is decoded at 1/2, 1/4 or 1/8 if that is at least twice the size
                 picture.draft(None, (2 * max(shape[:2]),) * 2)
             picture.load()
             picture = _upright(picture, where)
@@ -208,32 +208,31 @@ def decode(file, where, shape=None, background="white") -> np.ndarray:
             if shape:
                 picture = ImageOps.fit(picture, (shape[1], shape[0]), Image.Resampling.BICUBIC)
             return np.asarray(picture).reshape(picture.height, picture.width, channels)
-    except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, …
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, …
         raise CannotDecode(
             f"{where} cannot be decoded: {one_line(error)}; repair or remove it"
         ) from error
 
 
 def _upright(picture, where):
-    """The picture turned as its EXIF orientation says, or as it is where the EXIF data are damaged."""
+    """Applies the picture's EXIF orientation; not if its EXIF data are damaged."""
     from PIL import Image
 
     flip = Image.Transpose
-    turns = {2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM}
-    turns |= {5: flip.TRANSPOSE, 6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90}
+    methods = {2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM}
+    methods |= {5: flip.TRANSPOSE, 6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90}
     try:
-        orientation = picture.getexif().get(0x0112)  # "Orientation"
-        turn = turns.get(orientation)
-    except Exception as error:  # the pixels are decoded already: only this tag is lost
+        method = methods.get(picture.getexif().get(0x0112))  # "Orientation"
+    except Exception as error:  # Pillow raises various errors; the pixels are decoded already
         line = "%s: its EXIF data are damaged (%s), so it is not turned; its pixels are used"
         logging.log_first_n(logging.WARNING, line, 10, where, one_line(error))
         return picture
-    return picture if turn is None else picture.transpose(turn)
+    return picture if method is None else picture.transpose(method)
 
 
 @functools.cache
 def picture_endings() -> tuple[str, ...]:
-    """The endings of files that Pillow decodes here, such as ".png"; HEIC too if pillow-heif is installed."""
+    """The endings of files that Pillow decodes, such as ".png", and HEIC if pillow-heif is installed."""
     from PIL import Image
 
     with contextlib.suppress(ImportError):
@@ -266,9 +265,9 @@ def image_folder(folder: Path, split: str, flatten: bool) -> Pictures:
             " move the pictures into a folder of their own, or take all of them without classes by"
             " --config.data.flatten=True"
         )
-    # The classes are those of train: a test split without labels has none, nor can it add one.
-    of_train = files if split == "train" else _picture_files(parts["train"], flatten)[0]
-    classes = _in_order(name for name in of_train if name)
+    # The classes of every split are those of train.
+    train_files = files if split == "train" else _picture_files(parts["train"], flatten)[0]
+    classes = _in_order(name for name in train_files if name)
     number = {name: i for i, name in enumerate(classes)}
     unknown = [name for name in files if name and name not in number and classes]
     if unknown:
@@ -283,7 +282,7 @@ def image_folder(folder: Path, split: str, flatten: bool) -> Pictures:
 
 
 def _splits(folder):
-    """{split: its folder}, and the other sub-folders, sorted, as "name/"."""
+    """{split: its folder}, and the sorted names of other sub-folders, as "name/"."""
     found = {path.name: path for path in folder.iterdir() if path.is_dir()}
     found = {name: path for name, path in found.items() if not _is_hidden(name)}
     parts = {_SPLIT_NAMES[name.lower()]: name for name in found if name.lower() in _SPLIT_NAMES}
@@ -294,11 +293,11 @@ def _splits(folder):
 
 
 def _picture_files(folder, flatten):
-    """The pictures below a folder, without hidden ones, and what was left out.
+    """Lists the pictures in a folder at any depth, except hidden ones.
 
     Returns:
-        {sub-folder, or "" for the folder itself: paths, sorted}, all under "" if `flatten`;
-        and lines on the files that are not read, by their endings.
+        {sub-folder, or "" for the folder itself and if `flatten`: sorted paths};
+        and lines about the files that are not pictures.
     """
     files, others = collections.defaultdict(list), collections.Counter()
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
@@ -321,7 +320,7 @@ def _picture_files(folder, flatten):
     return {name: sorted(paths) for name, paths in files.items()}, left_out
 
 
-def _raise(error):  # by default os.walk leaves out folders that may not be read
+def _raise(error):  # by default os.walk ignores folders that cannot be read
     raise error
 
 
@@ -330,7 +329,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _size(path) -> int:
-    """Bytes of a file; −1 for a link to nowhere, which decoding will name."""
+    """The size of a file in bytes; −1 for a broken link, which is an error when it is decoded."""
     try:
         return path.stat().st_size
     except OSError:
@@ -338,11 +337,11 @@ def _size(path) -> int:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Names sorted as text, or as numbers if all of them are: 2 before 10."""
+    """Names sorted as text, or as numbers if all of them are numbers (2 before 10)."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def sha256(tree) -> str:
-    """SHA-256 of a tree of lists, texts and numbers."""
+    """SHA-256 of lists, texts and numbers, as JSON."""
     return hashlib.sha256(json.dumps(tree).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""Data sets that tensorflow-datasets has prepared as array_record.
+"""Data sets prepared by tensorflow-datasets as array_record.
 
-Preparing a data set needs TensorFlow, reading one does not; a prepared one is opened by its folder,
-which needs neither tensorflow-datasets' own list nor any server.
+Preparing a data set needs TensorFlow, reading one does not. It is opened by its folder, offline.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ _HARD_TO_PREPARE = {
 def find(name: str, root: Path, file_format: str = "array_record") -> Path | None:
     """The folder of the newest version prepared in this format, or None.
 
-    `name` may carry a config and a version, as in "lsun/church" and "mnist:3.0.1".
+    `name` may include a config and a version, as in "lsun/church" and "mnist:3.0.1".
     """
     dataset, _, version = name.partition(":")
     for folder in _tfds_folders(root):
@@ -49,7 +48,7 @@ def pictures(folder: Path, name: str, split: str) -> Pictures:
         key = "image" if "image" in images else "".join(images)
         if key not in images or features[key].np_dtype != np.uint8:
             raise TypeError(f"expected one uint8 feature `image`, found {builder.info.features}")
-        decoders = {key: tfds.decode.SkipDecoding()}  # they are decoded like any other picture
+        decoders = {key: tfds.decode.SkipDecoding()}  # `pictures.decode` does it
         if split.isidentifier() and split not in builder.info.splits:  # not train[:10%]
             raise no_split(name, split, builder.info.splits)
         source = builder.as_data_source(split=split, decoders=decoders)
@@ -78,7 +77,7 @@ class _Records:
 
 @contextlib.contextmanager
 def _explained(folder):
-    """Turns a missing package, an unknown split or a damaged file into one line."""
+    """Turns errors of tensorflow-datasets into a DataError of one line."""
     try:
         yield
     except DataError:
@@ -104,8 +103,8 @@ def _file_format(info):
 
 
 def known_names(root: Path) -> list[str]:
-    """Names of prepared data sets, such as "lsun/church", sorted."""
-    found = {}  # {folder: name}; data_dir/tfds comes before data_dir, which contains it
+    """Sorted names of prepared data sets, such as "lsun/church"."""
+    found = {}  # {folder: name}; data_dir/tfds first, since data_dir contains it
     for parent in _tfds_folders(root):
         for pattern in ("*/*.*.*", "*/*/*.*.*"):  # name/version, name/config/version
             for info in parent.glob(f"{pattern}/dataset_info.json"):
@@ -115,7 +114,7 @@ def known_names(root: Path) -> list[str]:
 
 
 def advice(name: str, root: Path, known: list[str]) -> str:
-    """What to do about a name that is neither known nor prepared."""
+    """The error message for a data set that is neither known nor prepared, with what to do."""
     prepare = (
         f'pip install tensorflow && python -c "import tensorflow_datasets as tfds; tfds.builder('
         f"{name!r}, data_dir={str(root / 'tfds')!r}, file_format='array_record')"
@@ -125,7 +124,7 @@ def advice(name: str, root: Path, known: list[str]) -> str:
         prepare += f" ({reason}; image_folder:PATH reads any folder)"
     if folder := find(name, root, "tfrecord"):
         return (
-            f"{folder} is prepared as tfrecord, which only TensorFlow reads; prepare it once more "
+            f"{folder} is prepared as tfrecord, which only TensorFlow reads; prepare it again "
             f"as array_record: {prepare}"
         )
     path = Path(os.path.expanduser(name))

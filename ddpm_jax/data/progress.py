@@ -5,10 +5,10 @@ import time
 
 
 class Progress:
-    """Prints amount, speed and time left of a piece of work to stderr.
+    """Prints the amount done, speed and time left to stderr.
 
-    A terminal shows one line, rewritten twice a second; a log file gets one every ten seconds; work
-    of less than a second is not mentioned.
+    A terminal shows one line, updated twice a second. A log file gets a line every ten seconds. Work of less
+    than a second prints nothing.
     """
 
     def __init__(self, what: str, total: float, unit: str):

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete, verified and never silently lost; the only file that says orbax.
+"""Checkpoints that are complete, verified and never silently lost; the only file that imports orbax.
 
 A checkpoint is the directory `<directory>/<step>`, written as `<step>.tmp` and then renamed. In it,
 orbax keeps the leaves in `state` as a flat dictionary {"params/conv_in/kernel": array}, and
@@ -40,13 +40,13 @@ RENAMED = {"memory": "loss_state"}  # first parts of leaf names in older checkpo
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or used: one line with what, where and what to do."""
+    """A checkpoint cannot be written, read or used; one line that names it and what to do."""
 
 
 def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) -> None:
-    """Saves `state`, a pytree of arrays, as `directory/<step>`, and returns when it is there.
+    """Saves `state`, a pytree of arrays, as `directory/<step>`; returns once it is complete.
 
-    A directory already in that place is left alone if it holds exactly this state; otherwise it is
+    A directory of that name is left alone if it holds exactly this state; otherwise it is
     renamed to `<step>.damaged` or `<step>.replaced`. Of the checkpoints up to `step`, the newest
     `keep` stay; while saving, the disk holds one more.
 
@@ -109,12 +109,12 @@ def restore(
       directory: where `save` wrote.
       template: the expected tree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` returns it; the
         result has its structure, with NumPy arrays as leaves.
-      step: asks for this checkpoint and no other.
+      step: reads this checkpoint only.
       partial: the template may lack leaves that are saved.
 
     Raises:
-      CheckpointError: the checkpoint does not fit the template, every checkpoint is damaged, or
-        there is none of the step asked for.
+      CheckpointError: the checkpoint does not fit the template, every checkpoint is damaged, or the requested step does
+        not exist.
     """
     directory = Path(directory).absolute()
     expected, structure = _flatten(template), jax.tree.structure(template)
@@ -157,9 +157,9 @@ def latest_step(directory: str | os.PathLike) -> int | None:
 
 @contextlib.contextmanager
 def lock(directory: str | os.PathLike) -> Iterator[None]:
-    """Holds `directory` for this process; the system lets go of it when the process ends or dies.
+    """Locks `directory` for this process; the system releases it when the process ends or dies.
 
-    Where the file system or the platform has no locks, warns and goes on.
+    Without locks on the file system or platform, it warns and continues.
 
     Raises:
       CheckpointError: another process holds it.
@@ -232,7 +232,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def _without_empty(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """orbax refuses arrays of size 0; `meta.json` has all there is to know of them."""
+    """orbax refuses arrays of size 0; `meta.json` describes them completely."""
     return {name: array for name, array in arrays.items() if array.size}
 
 
@@ -274,7 +274,7 @@ def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
 def _check_template(
     path: Path, leaves: dict[str, list], expected: dict[str, Any], partial: bool
 ) -> None:
-    """Raises a CheckpointError that names the first leaf saved otherwise than expected."""
+    """Raises a CheckpointError that names the first leaf that differs from the template."""
     saved = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in leaves.items()}
     wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in expected.items()}
     for name in wanted if partial else wanted | saved:
@@ -287,7 +287,7 @@ def _check_template(
 
 
 def _as_today(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves by the names that they have today."""
+    """The leaves under their current names."""
     parts = {name: name.partition("/") for name in leaves}
     return {RENAMED.get(a, a) + slash + b: leaves[name] for name, (a, slash, b) in parts.items()}
 
@@ -308,7 +308,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _fault(path: Path, leaves: dict[str, list]) -> tuple[str, str] | None:
-    """Why `path` does not hold exactly `leaves`, and the suffix that it gets for it; None if it does."""
+    """Why `path` does not hold exactly `leaves`, and the suffix to rename it by; None if it does."""
     try:
         meta = _read_meta(path)
         if meta["leaves"] == leaves and _read_arrays(path, meta):

@@ -1,4 +1,4 @@
-"""Configs from outside: checked against what they configure, saved beside the run, read back, compared."""
+"""Configs: read from files and command lines, checked, saved in the run directory, compared."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ddpm_jax import options
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
+CHOICES = ("model.name", "preview.sampler")  # fields that decide which others their section has
 MISSING = "(no such field)"  # what `differences` shows where a config has none
 
 
 def path(text: str | os.PathLike) -> str:
     """A path as a user writes it, with ~ and ~NAME replaced by home directories.
 
-    Every path from a command line or a caller goes through here once; only a shell does it otherwise, and no
-    shell does it behind the = of --workdir=~/runs.
+    Every path from a command line or a caller goes through here once: shells do not expand ~ after the = of
+    --workdir=~/runs.
     """
     return os.path.expanduser(os.fspath(text))
 
@@ -62,13 +63,13 @@ def find_file(name: str) -> str:
 def from_file(name: str):
     """The ConfigDict that get_config() or get_config(VARIANT) of a config file returns, locked.
 
-    The folder above that of the file can be imported from afterwards, as configs import one another.
+    The parent of the file's folder is added to sys.path, so that configs can import one another.
 
     Args:
       name: see `find_file`.
 
     Raises:
-      ConfigError: no such file or variant, or no get_config in it. Other mistakes in the file come as they are.
+      ConfigError: no such file or variant, or no get_config in it. Other errors in the file are not caught.
     """
     name = find_file(name)
     file, _, variant = name.partition(":")
@@ -99,16 +100,16 @@ def fields(config) -> dict[str, object]:
     return result
 
 
-def override(config, field: str, text: str, reader_of: Callable | None = None) -> None:
-    """Sets a field, such as "model.channels", to what a command line writes, read as the field's type.
+def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()) -> None:
+    """Sets a field, such as "model.channels", from its text on a command line, read as the field's type.
 
-    None is written for any field; an empty text is an empty tuple; 1e3 is a whole number.
+    None is accepted for any field; empty text means an empty tuple; 1e3 is a whole number.
 
     Args:
-      reader_of: (section, config) -> what reads the section, whose options are fields too.
+      readers_of: (section, config) -> what takes the section as arguments; its options are fields too.
 
     Raises:
-      ConfigError: no such field, with the nearest, or a text of another type.
+      ConfigError: an unknown field, with the nearest one, or text of the wrong type.
     """
     known = fields(config)
     section_name, _, name = field.rpartition(".")
@@ -117,13 +118,16 @@ def override(config, field: str, text: str, reader_of: Callable | None = None) -
         if inner:
             names = ", ".join(f"config.{name}" for name in inner)
             raise ConfigError(f"config.{field} is a section; give its fields: {names}")
-        found = _options_of_section(config, section_name, reader_of)
-        if name not in found:
+        found = _options_of_section(config, section_name, readers_of)
+        if name not in found and field not in CHOICES:
             known = [*known, *(f"{section_name}.{other}" for other in found)]
             raise ConfigError(f"the config has no field config.{field}{near_field(field, known)}")
-        value = options.convert(found[name], options.Text(text), f"config.{section_name}")
+        value = text
+        if field not in CHOICES:
+            value = options.convert(found[name], options.Text(text), f"config.{section_name}")
         with config[section_name].unlocked():
             config[section_name][name] = value
+        _drop_fields_of_another(config, field, readers_of)
         return
     section = config
     for part in section_name.split(".") if section_name else ():
@@ -136,24 +140,30 @@ def override(config, field: str, text: str, reader_of: Callable | None = None) -
         raise ConfigError(
             f"config.{field} must be {expected.get(kind, kind.__name__)}, got {text!r}"
         ) from None
-    before = section[name]
     with section.ignore_type():
         section[name] = value
-    if field in ("model.name", "preview.sampler") and value != before:
-        found = _options_of_section(config, section_name, reader_of)
-        with section.unlocked():  # fields of the old choice
-            for other in set(section) - set(found) - {"name", "every", "num_images"}:
-                del section[other]
+    _drop_fields_of_another(config, field, readers_of)
 
 
-def _options_of_section(config, section: str, reader_of: Callable | None) -> dict:
-    """The options of what reads a section, by name."""
+def _drop_fields_of_another(config, field: str, readers_of: Callable) -> None:
+    """Removes the fields of a section that a newly chosen network or sampler does not have."""
+    section = field.rpartition(".")[0]
+    found = _options_of_section(config, section, readers_of)
+    if field not in CHOICES or not found:
+        return
+    with config[section].unlocked():
+        for other in set(config[section]) - set(found) - {"name", "every", "num_images"}:
+            del config[section][other]
+
+
+def _options_of_section(config, section: str, readers_of: Callable) -> dict:
+    """The options of what takes a section, by name."""
+    found = {}
     with errors_at(f"config.{section}"):
-        reader = reader_of(section, config) if reader_of and section in config else None
-        if reader is None:
-            return {}
-        chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
-        return {one.name: one for one in options.flat(reader, chosen)}
+        for reader in readers_of(section, config) if section in config else ():
+            chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
+            found |= {one.name: one for one in options.flat(reader, chosen)}
+    return found
 
 
 def near_field(word: str, known: Sequence[str]) -> str:
@@ -207,7 +217,7 @@ def to_json(config) -> str:
 
 
 def save(config, path: str) -> None:
-    """Writes config.json in one piece: never half a file, whenever the process is killed."""
+    """Writes config.json atomically: a killed process never leaves half a file."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(to_json(config))
@@ -239,7 +249,7 @@ def load(path: str):
 
 
 def differences(saved, given) -> dict[str, tuple]:
-    """{"config.model.channels": (saved value, given value), …} of the fields that are not the same."""
+    """{"config.model.channels": (saved value, given value), …} of the fields that differ."""
 
     def flat(prefix, node):
         if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""Results that an interruption does not lose, and that are never mixed with those of other settings."""
+"""Results that survive interruptions and are never mixed with those of other settings."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHOSEN = "by a fixed permutation"  # the name of `data.choose` in recipes
 
 
 def out_path(out: str, extension: str, workdir: str | None = None) -> str:
-    """The absolute path of a file that is to be written.
+    """The absolute path of an output file.
 
     Args:
-      out: as a user writes it.
-      workdir: a run directory, whose folders of results are made when they are needed.
+      out: path as the user writes it.
+      workdir: a run directory, whose result folders are created when needed.
 
     Raises:
-      RunError: another extension, or a folder that does not exist.
+      RunError: wrong extension, or a folder that does not exist.
     """
     path = os.path.abspath(config_lib.path(out))
     if not path.endswith(extension):
@@ -48,7 +48,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz that this program wrote.
 
     Raises:
-      RunError: there is none, or it cannot be opened or read.
+      RunError: the file is missing or cannot be read.
     """
     try:
         with open(path, "rb") as file, np.load(file) as arrays:
@@ -66,23 +66,22 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
 def in_progress(
     out: str, recipe: dict, *, named: bool = True, check: Callable | None = None
 ) -> Iterator[tuple[str, dict | None]]:
-    """A folder OUT.partial/ for what is not finished, held for this process, and gone after a good end.
+    """A folder OUT.partial/ for unfinished work, locked by this process and removed at the end.
 
     Args:
       out: the .npz that will be written, with its recipe as the JSON string `recipe`.
-      recipe: the settings that affect the result. A folder or an .npz that is there already must have the
-        same, but for where the run lies.
-      named: the user has named `out`: what is there by another recipe is refused. Otherwise it is renamed
-        to OUT.replaced, and the result is made anew.
-      check: arrays of an .npz that is there, finished or as OUT.partial/tally.npz -> whether they are
-        still right.
+      recipe: the settings that affect the result. An existing folder or .npz must have the
+        same, apart from where the run lies.
+      named: the user has named `out`, so a result of another recipe is refused. Otherwise it is renamed to
+        OUT.replaced, and the result is computed again.
+      check: arrays of an existing .npz, finished or OUT.partial/tally.npz -> whether they are still valid.
 
     Yields:
-      the folder, and the arrays of an .npz that is there already, or None.
+      the folder, and the arrays of an existing .npz, or None.
 
     Raises:
-      RunError: they were made in another way.
-      CheckpointError: another process is at it.
+      RunError: existing results have another recipe.
+      CheckpointError: another process is working on it.
     """
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     folder = f"{out}.partial"
@@ -154,11 +153,10 @@ def free_name(path: str) -> str:
 
 
 class GrowingFile:
-    """Rows that are kept while further ones are made: raw bytes in one file, of which after a kill all that
-    is whole is good.
+    """Rows saved as they are computed: raw bytes in one file, whose whole rows are valid even after a kill.
 
     Attributes:
-      count: how many rows there are.
+      count: number of rows.
     """
 
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype):

@@ -1,4 +1,4 @@
-"""The data of a run: found again when they have moved, and compared with those that it was trained on."""
+"""The data of a run: found again after a move, and compared with those that it was trained on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 
 class RunError(RuntimeError):
-    """A run cannot give what is asked of it: one line with the reason and what to do."""
+    """A request that a run cannot fulfil; one line with the reason and what to do."""
 
 
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
-    """The data of config.data, whose fields `changes` replaces; `flip` is the Method's business."""
+    """The data of config.data, with some fields replaced by `changes`; `flip` is used by the Method."""
     section = {key: value for key, value in config.data.items() if key != "flip"}
     return options.build(data.load, section | changes, "config.data", split=split)
 
@@ -33,11 +33,11 @@ def data_of(run: Any, split: str, data_dir: str | None = None) -> data.Dataset:
     """A split of the data that a run was trained on.
 
     Args:
-      data_dir: where the data are, if not where the config says: the folder or file itself for
-        image_folder:PATH and npz:PATH, what data.data_dir names for all others.
+      data_dir: where the data are now, if they have moved: the folder or file itself for image_folder:PATH and
+        npz:PATH, otherwise as config.data.data_dir.
 
     Raises:
-      DataError: they are not there, or are not those of the run.
+      DataError: the data are missing, or are not those of the run.
     """
     changes, name = {"image_shape": run.method.image_shape}, run.config.data.name
     if data_dir is not None:
@@ -58,7 +58,7 @@ def data_of(run: Any, split: str, data_dir: str | None = None) -> data.Dataset:
 
 
 def load_images(run: Any, path: str) -> data.Dataset:
-    """Images from elsewhere, a folder of pictures or an .npz, as large as those of a run.
+    """Other images, from a folder of pictures or an .npz, at the size of the run's images.
 
     Raises:
       DataError: as `data.load`.
@@ -75,15 +75,15 @@ def load_images(run: Any, path: str) -> data.Dataset:
 
 
 def say_left_out(dataset: data.Dataset) -> None:
-    """Prints what was not read of the files of a data set."""
+    """Prints which files of a data set were left out."""
     for line in dataset.left_out:
         print(f"{dataset.name}/{dataset.split}, left out: {line}", flush=True)
 
 
 def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
-    """A data set with the numbers that its classes have in a run.
+    """A data set with its classes numbered as in the run.
 
-    A run that is older than data.json numbered folders in the order of text, 10 before 2.
+    Runs without data.json numbered folders in the order of text, 10 before 2.
     """
     saved = saved_data(workdir)
     names = sorted(dataset.class_names) if saved is None else saved.get("class_names", ())
@@ -106,7 +106,7 @@ def moved(name: str, data_dir: str) -> dict:
 
 
 def with_absolute_paths(config):
-    """A copy of a config whose data are named by absolute paths: they stay the same from any folder."""
+    """A copy of a config with absolute paths to its data, valid from any folder."""
     config = config.copy_and_resolve_references()
     kind, colon, path = config.data.name.partition(":")
     if colon and path and kind in data.WITH_PATH:
@@ -117,12 +117,12 @@ def with_absolute_paths(config):
 
 
 def save_data(workdir: str, dataset: data.Dataset) -> None:
-    """Writes data.json: what identifies the training data of a run, wherever they lie."""
+    """Writes data.json, which identifies the training data of a run independently of their path."""
     writers.save_json(os.path.join(workdir, "data.json"), _identity(dataset))
 
 
 def saved_data(workdir: str) -> dict | None:
-    """What `save_data` wrote; None for a run that is older than that."""
+    """What `save_data` wrote; None for older runs."""
     try:
         with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
             found = json.load(file)
@@ -148,7 +148,7 @@ def _identity(dataset: data.Dataset) -> dict:
 
 
 def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False) -> list[str]:
-    """Compares a data set with the one that a run began with; of other splits, the classes alone.
+    """Compares a data set with the one that the run started with; for other splits, only the classes.
 
     Args:
       may_change: the number of images and their classes may differ.
@@ -157,7 +157,7 @@ def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False)
       lines for the log on what differs.
 
     Raises:
-      DataError: it is another data set.
+      DataError: the data set differs.
     """
     saved = saved_data(workdir)
     if saved is None:
@@ -191,7 +191,7 @@ def _brief(value) -> str:
 
 
 def class_list(dataset: data.Dataset) -> str:
-    """The number and name of each class in one line, of at most fifty of them."""
+    """The number and name of each class in one line, at most fifty of them."""
     names = [f"{number} {name}" for number, name in enumerate(dataset.class_names)]
     return ", ".join(names[:50]) + (f", … {names[-1]}" if len(names) > 50 else "")
 
@@ -199,7 +199,7 @@ def class_list(dataset: data.Dataset) -> str:
 def class_numbers(run: Any, labels: str) -> str:
     """Labels as a user writes them, such as "cat,dog", with the names of classes replaced by their numbers.
 
-    Where the names are numbers themselves, as of the folders 1, 2 and 3, the names count.
+    If the names are numbers themselves, as for folders 1, 2 and 3, they are read as names.
     """
     names = run.class_names
     number = {name: str(i) for i, name in enumerate(names)}
@@ -220,7 +220,7 @@ def class_numbers(run: Any, labels: str) -> str:
 
 
 def fill_in(config) -> data.Dataset | None:
-    """Fills in what a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`; and
+    """Fills in the fields that a config leaves to its data: an image_shape of None, num_classes of `CLASSES_OF_DATA`; and
     the length of a list of betas.
 
     Returns:
@@ -248,11 +248,11 @@ def fill_in(config) -> data.Dataset | None:
 
 
 def check_classes(method: Method, dataset: data.Dataset) -> None:
-    """Refuses data with other classes than the model knows, or without labels where it needs them.
+    """Checks that the classes and labels of the data fit the model.
 
     Raises:
-      ConfigError: with the number that fits.
-      DataError: images without a label, as of a test split that has none.
+      ConfigError: another number of classes; says which one fits.
+      DataError: images without labels, as in an unlabelled test split.
     """
     if method.num_classes and dataset.num_classes != method.num_classes:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A run directory as everything after training sees it."""
+"""A run directory as the commands read it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Run:
 
 
 def _short(value) -> str:
-    """A value as a part of a file name: 250-500-750 for a list, the last part of a path."""
+    """A value as part of a file name: 250-500-750 for a list, the last part of a path."""
     text = str(value)
     listed = "-".join(text.strip("[]()").replace(" ", "").split(","))
     if isinstance(value, str) and text.startswith("["):  # times themselves, not numbers of steps
@@ -98,7 +98,7 @@ def load(
     allow_code: bool = False,
     method: method_lib.Method | None = None,
 ) -> Run:
-    """The last checkpoint of a run directory, whose config is the truth. Needs no optimiser.
+    """Loads the last checkpoint of a run directory with its own config. Needs no optimiser.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
@@ -106,7 +106,7 @@ def load(
       method: the Method itself; None for that of the config.
 
     Raises:
-      ConfigError, CheckpointError, RunError: no run there, no checkpoint yet, or none to be read.
+      ConfigError, CheckpointError, RunError: no run, no checkpoint yet, or none that can be read.
     """
     workdir = os.path.abspath(config_lib.path(workdir))
     config = config_lib.load(os.path.join(workdir, "config.json"))
@@ -147,7 +147,7 @@ def foreign_modules(config) -> list[str]:
 
 
 def ema_warning(config, step: int) -> str:
-    """One line if the average of the parameters is still mostly what it began with; empty if not."""
+    """A one-line warning if the EMA weights are still close to their initial values; otherwise empty."""
     decay, warmup = config.step.get("ema_decay", 0.9999), config.step.get("ema_warmup", False)
     share = initial_share(step, ema_decay=decay, ema_warmup=warmup)
     if share < EMA_SHARE:

@@ -1,4 +1,4 @@
-"""Networks by name: x [B, H, W, C] and t [B] to [B, H, W, out_channels]; they know nothing of diffusion."""
+"""Networks by name: functions of x [B, H, W, C] and t [B] to [B, H, W, out_channels]."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NETWORKS = {"unet": UNet}
 
 
 class Network(Protocol):
-    """A flax Module with these fields, named in config.model.name as module:NAME; its other fields are config.model.
+    """The interface of a network: a flax Module, named in config.model.name as module:NAME, with its fields in config.model.
 
     Attributes:
-      out_channels: channels of the output; filled in by the model.
-      num_classes: of the labels, the one that stands for no label included; 0 for none. A network without this field
-        takes no labels; dropout_keys are passed to a `__call__` that has this parameter.
+      out_channels: channels of the output, filled in by the model.
+      num_classes: optional; number of labels, 0 for none, as without this field. With label_dropout the model adds one,
+        which means "no label".
     """
 
     out_channels: int
@@ -36,13 +36,15 @@ class Network(Protocol):
 
         Args:
           t: the time, 0 … T−1 or fractional.
-          labels: None if num_classes is 0.
-          dropout_keys: one for each example, the only source of randomness; None for no dropout.
+          labels: in 0 … num_classes − 1; None if num_classes is 0.
+          dropout_keys: one for each example, the only source of randomness; None for no dropout. A network without this
+            parameter is called without it.
         """
+        ...
 
 
 def init_params(network: Any, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> Any:
-    """The parameters of a network for images of `image_shape`, by its own initialisers."""
+    """Initialises the parameters of a network for images (H, W, C), with its own initialisers."""
     if hasattr(network, "init_params"):
         return network.init_params(key, image_shape)
     x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)

@@ -1,12 +1,12 @@
-"""The Inception network of 2015 by which FID and Inception Score are defined.
+"""The Inception network of 2015, whose features define FID and Inception Score.
 
-TensorFlow's graph of 2015-12-05, as Ho et al., StyleGAN, pytorch-fid and torch-fidelity use it: an
+TensorFlow's graph of 2015-12-05, as used by Ho et al., StyleGAN, pytorch-fid and torch-fidelity: an
 Inception v3 (Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision") that
-differs from the one of model zoos in its poolings, its weights, its 1008 logits and its resizing.
-Its weights are those that pytorch-fid publishes; PyTorch is not needed to read them.
+differs from that of model zoos in its pooling, weights, 1008 logits and resizing. The weights are those
+that pytorch-fid publishes; PyTorch is not needed to read them.
 
-Largest differences from torch-fidelity 0.4.0's network, both with the same random weights and running
-statistics, over images of 32×32×3, 28×28×1 and 48×31×3, each of 94 convolutions and 11 blocks measured:
+Largest differences from the network of torch-fidelity 0.4.0 with the same random weights and running
+statistics, over images of 32×32×3, 28×28×1 and 48×31×3 and the outputs of 94 convolutions and 11 blocks:
 
     resize and scaling            3.6e-07 of values up to  1.0
     Conv2d_1a … Conv2d_4a         6.2e-06                 10.4
@@ -16,20 +16,16 @@ statistics, over images of 32×32×3, 28×28×1 and 48×31×3, each of 94 convol
     features                      4.8e-06                 10.7
     logits                        7.2e-06                  9.0
 
-and 5.3 images for each second of a core (AMD EPYC), where torch-fidelity with PyTorch 2.13 takes 5.2 to
-5.5. In an environment that has torch-fidelity:
+It computes 5.3 images per second on one core (AMD EPYC), and torch-fidelity with PyTorch 2.13 5.2 to 5.5.
+Measured, in an environment with torch-fidelity, by
 
     JAX_DISABLE_MOST_OPTIMIZATIONS=0 taskset -c 1 pytest tests/test_inception.py -n 0 -s -k layer_by_layer
 """
 
 from __future__ import annotations
 
-import collections
 import os
-import pickle
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,10 +35,11 @@ from flax import traverse_util
 
 from ddpm_jax import data
 from ddpm_jax.metrics import Extractor
+from ddpm_jax.networks.pytorch_files import read_state_dict
 
-SIDE = 299  # of the images that the network sees
+SIDE = 299  # height and width of the network's input
 NUM_FEATURES, NUM_LOGITS = 2048, 1008
-EPSILON = 1e-3  # of the batch norms
+EPSILON = 1e-3  # added to the variances in batch norms
 URLS = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
@@ -57,58 +54,56 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def resize(images):
-    """[B, H, W, C] -> float32 [B, 299, 299, C], as TensorFlow 1.x's resize_bilinear does.
+    """Resizes [B, H, W, C] to float32 [B, 299, 299, C] as TensorFlow 1.x's resize_bilinear does.
 
-    Without half-pixel centres: output i looks at i · H/299, between two rows of the input, and beyond
-    the last row at the last one. Nothing is antialiased.
+    Output row i interpolates the input at i · H/299 (no half-pixel centres), and beyond the last row it is
+    the last row. There is no antialiasing.
     """
     x = images.astype(jnp.float32)
     for axis in (2, 1):
         size = x.shape[axis]
-        # In float32, as TensorFlow computes it: at whole places the rounding decides.
-        place = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
-        low = place.astype(np.int32)
+        # In float32, as in TensorFlow: near whole numbers the rounding decides which row is below.
+        position = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+        low = position.astype(np.int32)
         high = np.minimum(low + 1, size - 1)
-        weight = (place - low.astype(np.float32)).reshape(
-            [-1 if i == axis else 1 for i in range(4)]
-        )
+        weight = np.expand_dims(position - low.astype(np.float32), tuple({0, 1, 2, 3} - {axis}))
         start, end = (jnp.take(x, index, axis, mode="clip") for index in (low, high))
         x = start + (end - start) * weight
     return x
 
 
 def average_pool(x):
-    """The mean of the up to 3×3 pixels around each that lie inside the image."""
+    """The mean of the 3×3 pixels around each pixel, without those outside the image."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
 def convolve(x, features, kernel, name, *, stride=1, padding="SAME"):
-    """A convolution, its batch norm folded in, and ReLU; called inside a module."""
+    """A convolution, with its batch norm folded in, and a ReLU; for use inside a module."""
     conv = nn.Conv(
         features,
         (kernel, kernel) if isinstance(kernel, int) else kernel,
         (stride, stride),
         padding,
-        precision=jax.lax.Precision.HIGHEST,  # GPUs and TPUs would take fewer digits than float32
+        precision=jax.lax.Precision.HIGHEST,  # full float32 on GPUs and TPUs too
         name=name,
     )
     return nn.relu(conv(x))
 
 
 def chain(x, name, *layers):
-    """Convolutions name_1, name_2, … one after the other, each (features, kernel)."""
+    """A sequence of convolutions name_1, name_2, …, each (features, kernel)."""
     for i, (features, kernel) in enumerate(layers, 1):
         x = convolve(x, features, kernel, f"{name}_{i}")
     return x
 
 
 def shrink(x, features, name):
-    """The 3×3 convolution that halves an image, without padding."""
+    """A 3×3 convolution with stride 2 and no padding."""
     return convolve(x, features, 3, name, stride=2, padding="VALID")
 
 
 def shrink_pool(x):
-    """The 3×3 maximum that halves an image, without padding."""
+    """The maximum over 3×3 pixels with stride 2 and no padding."""
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
@@ -117,7 +112,7 @@ def join(*branches):
 
 
 class BlockA(nn.Module):
-    """At 35×35: 224 + pool_features channels; Szegedy et al., Figure 5."""
+    """A block at 35×35 with 224 + pool_features output channels; Szegedy et al., Figure 5."""
 
     pool_features: int
 
@@ -132,7 +127,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """From 35×35 to 17×17: 480 channels more; Figure 10."""
+    """The block from 35×35 to 17×17, which adds 480 channels; Figure 10."""
 
     @nn.compact
     def __call__(self, x):
@@ -145,7 +140,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """At 17×17: 768 channels, 7×7 as 1×7 and 7×1 of `width` channels; Figure 6."""
+    """A block at 17×17 with 768 output channels; 7×7 is factored into 1×7 and 7×1 of `width` channels; Figure 6."""
 
     width: int
 
@@ -162,7 +157,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """From 17×17 to 8×8: 512 channels more; Figure 10."""
+    """The block from 17×17 to 8×8, which adds 512 channels; Figure 10."""
 
     @nn.compact
     def __call__(self, x):
@@ -176,9 +171,9 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """At 8×8: 2048 channels, 3×3 as 1×3 beside 3×1; Figure 7.
+    """A block at 8×8 with 2048 output channels; 3×3 is replaced by 1×3 and 3×1 in parallel; Figure 7.
 
-    The last of the two takes maxima where the paper takes means; so it is in the graph of 2015.
+    The second of the two such blocks has `max_pool`, as in the graph of 2015; the paper has average pooling.
     """
 
     max_pool: bool
@@ -201,7 +196,7 @@ class BlockE(nn.Module):
 class Inception(nn.Module):
     """x [B, 299, 299, 3] in [−1, 1] -> (features [B, 2048], logits without bias [B, 1008]), float32.
 
-    Layers are named as in the published file. Any side of at least 75 can be computed.
+    Layers have the names of the published file. Other sizes from 75×75 work too.
     """
 
     @nn.compact
@@ -222,25 +217,22 @@ class Inception(nn.Module):
         x = BlockE(max_pool=False, name="Mixed_7b")(x)
         x = BlockE(max_pool=True, name="Mixed_7c")(x)
         features = x.mean(axis=(1, 2))
-        dense = {"use_bias": False, "precision": jax.lax.Precision.HIGHEST}
-        return features, nn.Dense(NUM_LOGITS, **dense, name="fc")(features)
+        dense = nn.Dense(NUM_LOGITS, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")
+        return features, dense(features)
 
 
 def preprocess(images):
-    """uint8 [B, H, W, 1 or 3] -> what the network sees, float32 [B, 299, 299, 3]."""
+    """Converts uint8 [B, H, W, 1 or 3] to the network's input, float32 [B, 299, 299, 3]."""
     x = (resize(images) - 128.0) / 128.0
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
 def extractor(params: dict, *, sha256: str) -> Extractor:
-    """The network with these parameters as an Extractor, on the default device.
-
-    It compiles for each shape of images, so give batches of one size. An image's features depend on
-    it alone.
+    """The network as an Extractor, on the default device. It compiles once for each shape of a batch.
 
     Args:
       params: as `convert` returns them.
-      sha256: of the file they came from.
+      sha256: that of their file.
     """
     network = Inception()
     params = jax.device_put(params)
@@ -266,27 +258,29 @@ def extractor(params: dict, *, sha256: str) -> Extractor:
 
 # The weights.
 
+NORM = ("weight", "bias", "running_mean", "running_var")  # arrays of a batch norm in PyTorch
+
 
 def load(path: str | os.PathLike = "") -> Extractor:
-    """The network with the published weights, whose size and SHA-256 sum are checked every time.
+    """The network with the published weights, after a check of the file's size and SHA-256 sum.
 
     Args:
-      path: of the file. Without one a copy is taken from the caches of ddpm_jax and of PyTorch, or
-        downloaded (96 MB) into the former, ~/.cache/ddpm_jax.
+      path: the file. By default a copy in the caches of ddpm_jax or PyTorch, or else a download (96 MB) into
+        ~/.cache/ddpm_jax.
 
     Raises:
-      DataError: there is no such file, or it is another or damaged, in one line.
+      DataError: one line: the file does not exist, is another one or is damaged.
     """
     try:
         path = Path(os.path.expanduser(path)) if path else _cached()
         if not path.is_file():
             raise data.DataError(
-                f"no Inception weights at {path}: put {URLS[0]} there, or give no path to download it"
+                f"no Inception weights at {path}: put {URLS[0]} there, or leave out the path to download it"
             )
         if fault := data.damage(path, SIZE, SHA256):
             raise data.DataError(
-                f"{path} is not the Inception of 2015-12-05 or is damaged: {fault}; "
-                f"replace it by {URLS[0]}"
+                f"{path} is not the Inception of 2015-12-05, or is damaged: {fault}; "
+                f"replace it with {URLS[0]}"
             )
     except OSError as error:
         raise data.DataError(f"Inception weights: {error}") from error
@@ -294,36 +288,34 @@ def load(path: str | os.PathLike = "") -> Extractor:
 
 
 def _cached():
-    """The first copy in a cache, of pytorch-fid and torch-fidelity too; else it is downloaded."""
+    """The first copy in the caches of ddpm_jax, pytorch-fid and torch-fidelity, or a downloaded one."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     ours, torch = cache / "ddpm_jax", Path(os.environ.get("TORCH_HOME") or cache / "torch")
     names = [url.rpartition("/")[2] for url in URLS]
-    places = [folder / name for folder in (ours, torch / "hub/checkpoints") for name in names]
-    found = next((path for path in places if path.is_file()), None)
+    paths = [folder / name for folder in (ours, torch / "hub/checkpoints") for name in names]
+    found = next((path for path in paths if path.is_file()), None)
     return found or data.download(URLS, ours / names[0], SIZE, SHA256)
 
 
 def fold(kernel, scale, bias, mean, variance) -> dict:
-    """A convolution and the batch norm behind it as one convolution, computed in float64.
+    """Folds a batch norm into the convolution before it, in float64.
 
     Args:
       kernel: [h, w, I, O] of the convolution, which has no bias.
-      scale, bias, mean, variance: [O], of the norm; the last two are its running statistics.
+      scale, bias, mean, variance: [O] of the norm, with its running mean and variance.
 
     Returns:
-      float32 `kernel` [h, w, I, O] and `bias` [O].
+      float32 {"kernel": [h, w, I, O], "bias": [O]}.
     """
     factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + EPSILON)
     return {"kernel": np.float32(kernel * factor), "bias": np.float32(bias - mean * factor)}
 
 
 def convert(path: str | os.PathLike) -> dict:
-    """Parameters of `Inception` from a state dict of pytorch-fid's or torch-fidelity's network.
-
-    The sum of the file is not checked: it may hold other weights of the same network.
+    """The parameters of `Inception` from a state dict of pytorch-fid or torch-fidelity, with any weights.
 
     Returns:
-      a tree of float32 NumPy arrays, batch norms folded.
+      a tree of float32 NumPy arrays, with batch norms folded in.
 
     Raises:
       DataError: the file cannot be read, or parameters are missing or of the wrong shape.
@@ -346,15 +338,14 @@ def convert(path: str | os.PathLike) -> dict:
     for name in needed:
         layer, is_convolution, _ = name.partition(".conv.weight")
         if is_convolution:
-            of_norm = ("weight", "bias", "running_mean", "running_var")
-            norm = [state[f"{layer}.bn.{key}"] for key in of_norm]
+            norm = [state[f"{layer}.bn.{key}"] for key in NORM]
             for key, value in fold(state[name].transpose(2, 3, 1, 0), *norm).items():
                 params[*layer.split("."), key] = value
     return traverse_util.unflatten_dict(params)
 
 
 def parameter_shapes() -> dict[str, tuple[int, ...]]:
-    """What `convert` needs of a state dict: {name: shape}, kernels as PyTorch has them, [O, I, h, w]."""
+    """{name: shape} of the arrays that `convert` needs in a state dict; kernels are [O, I, h, w], as in PyTorch."""
     x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
     tree = jax.eval_shape(Inception().init, jax.random.key(0), x)["params"]
     shapes = {"fc.weight": (NUM_LOGITS, NUM_FEATURES)}
@@ -363,94 +354,6 @@ def parameter_shapes() -> dict[str, tuple[int, ...]]:
             layer = ".".join(layer)
             height, width, inputs, outputs = value.shape
             shapes[f"{layer}.conv.weight"] = (outputs, inputs, height, width)
-            for key in ("weight", "bias", "running_mean", "running_var"):
+            for key in NORM:
                 shapes[f"{layer}.bn.{key}"] = (outputs,)
     return shapes
-
-
-# Files of PyTorch, without PyTorch.
-
-STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8"}
-LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # the first two numbers of the older format
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a state dict that torch.save wrote, without copies and not to be written to.
-
-    Both formats: the zip since PyTorch 1.6, and the one before, of the time of the published file.
-
-    Raises:
-      DataError: it is no such file, damaged, or would call for more than tensors.
-    """
-    try:
-        with open(path, "rb") as file:
-            read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
-            file.seek(0)
-            tensors, raw = read(file)
-        return {name: tensor.array(raw) for name, tensor in tensors.items()}
-    except Exception as error:  # pickle, zipfile and NumPy each have their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise data.DataError(f"{path} cannot be read as a PyTorch state dict: {reason}") from error
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage; offset and strides count elements."""
-
-    storage: tuple[str, str]  # key, dtype
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def array(self, raw):
-        """The values, given the bytes of every storage by key; NumPy sees that they lie inside."""
-        key, dtype = self.storage
-        size = np.dtype(dtype).itemsize
-        strides = [stride * size for stride in self.strides]
-        return np.ndarray(self.shape, dtype, raw[key], self.offset * size, strides)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors of three types and the dict that holds them; no file can make it call anything else."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages = {}  # {key: dtype}, of those met so far
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *args: _Tensor(*args[:4])  # then requires_grad and hooks
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        raise pickle.UnpicklingError(f"it holds a {module}.{name}, which no state dict needs")
-
-    def persistent_load(self, saved_id):
-        _, dtype, key, _device, _size, *view = saved_id
-        if view not in ([], [None]):
-            raise pickle.UnpicklingError("it holds a view of a storage, which is not read here")
-        self.storages[key] = dtype
-        return key, dtype
-
-
-def _read_zip(file):
-    with zipfile.ZipFile(file) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        unpickler = _Unpickler(archive.open(name))
-        tensors = unpickler.load()
-        folder = name.removesuffix("data.pkl") + "data"
-        return tensors, {key: archive.read(f"{folder}/{key}") for key in unpickler.storages}
-
-
-def _read_legacy(file):
-    """Pickles one after the other: two numbers, the machine, the state dict, keys; then the storages."""
-    magic, version, _ = (_Unpickler(file).load() for _ in range(3))
-    if (magic, version) != LEGACY:
-        raise ValueError("its first numbers are not those of torch.save")
-    unpickler = _Unpickler(file)
-    tensors = unpickler.load()
-    raw = {}
-    for key in _Unpickler(file).load():
-        count = int.from_bytes(file.read(8), "little")
-        raw[key] = file.read(count * np.dtype(unpickler.storages[key]).itemsize)
-    return tensors, raw

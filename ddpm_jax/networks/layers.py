@@ -1,10 +1,11 @@
 """The layers of the U-Net: convolutions, norms, dropout, residual blocks, attention.
 
-Images are [B, H, W, C]. Parameters are float32 whatever the type of the computation. Where the textbook form of a layer
-is slow on CPUs the same function is written differently, and the comment there says why; `plain=True` is the textbook
-form with the same parameters, for comparison.
+Images are [B, H, W, C]. Parameters are float32, also if the computation is bfloat16. A layer whose textbook form is slow
+on CPUs is written differently, with a comment that says why; `plain=True` is the textbook form with the same parameters,
+for comparison.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-EPSILON = 1e-6  # of the group norms, as in Ho et al.
-NEAR_ZERO = 1e-10  # Ho et al.'s stand-in for a variance scale of zero, which divides by nothing
+EPSILON = 1e-6  # added to the variances in group norms, as in Ho et al.'s code
+NEAR_ZERO = 1e-10  # variance scale of the last layer of each block, in place of 0; Ho et al.'s code
 NEAR_ZERO_LAYERS = ("conv_2", "proj_out", "conv_out")
 
 
 def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Ho et al.'s kernel initialiser: uniform, of variance scale / mean of fan-in and fan-out."""
+    """Ho et al.'s kernel initialiser: uniform with variance scale / ((fan-in + fan-out) / 2)."""
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
@@ -26,15 +27,15 @@ label_initializer = nn.initializers.normal(1.0)
 
 
 def largest_divisor(channels: int, at_most: int) -> int:
-    """The largest divisor of `channels` up to `at_most`: the number of groups of a norm."""
+    """The largest divisor of `channels` that is at most `at_most`."""
     return max(g for g in range(1, at_most + 1) if channels % g == 0)
 
 
 def time_embedding(t: jax.Array, channels: int) -> jax.Array:
-    """Sinusoids of t [B] -> [B, channels] float32: all sines, then all cosines.
+    """The sinusoidal embedding of t [B]: [B, channels] float32, all sines, then all cosines.
 
-    The frequencies fall geometrically from 1 to 1/10000, both included (Ho et al. divide by
-    half - 1, Improved DDPM by half). An odd number of channels ends with a zero.
+    The frequencies fall geometrically from 1 to 1/10000, both included as in Ho et al.'s code; in
+    Improved DDPM's the last is left out. If `channels` is odd, the last one is zero.
     """
     half = channels // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / max(half - 1, 1))
@@ -47,7 +48,7 @@ def time_embedding(t: jax.Array, channels: int) -> jax.Array:
 
 
 def convolve(x, kernel, padding, stride=1):
-    """x [B, H, W, I] with kernel [k, k, I, O]; the padding of zeros as lax takes it."""
+    """Convolves x [B, H, W, I] with kernel [k, k, I, O]; `padding` is an argument of lax."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -55,13 +56,13 @@ def convolve(x, kernel, padding, stride=1):
 
 @jax.custom_vjp
 def convolve_padded(x, kernel):
-    """`convolve` of an image padded by one pixel all around; reverse-mode only.
+    """`convolve` with a padding of one pixel, and a faster gradient on CPUs; reverse mode only.
 
-    On CPUs XLA's gradient of the kernel is the slowest operation of the network. As k products of
-    matrices it took 105 instead of 292 ms at 28x28x32 (batch 128, one core), and 0.11 instead of
-    4 s for the 2x2 convolution of `upsample_convolve` at 14x14x64 (two busy cores). Inside
-    `lax.scan` XLA's own gradients fall to naive loops: a step of two 64-channel convolutions took
-    481 ms, and 11 ms with these. GPUs and TPUs keep XLA's own gradient of the kernel.
+    On CPUs, XLA's gradient of the kernel is the slowest operation of the network. As k matrix products
+    it took 105 instead of 292 ms at 28x28x32 (batch 128, one core), and 0.11 instead of 4 s for
+    the 2x2 convolution of `upsample_convolve` at 14x14x64 (two busy cores). Inside `lax.scan`,
+    XLA's gradients become naive loops: a step of two 64-channel convolutions took 481 ms, and
+    11 ms with these. GPUs and TPUs use XLA's gradient.
     """
     return convolve(x, kernel, ((1, 1), (1, 1)))
 
@@ -79,8 +80,8 @@ def _convolve_padded_backward(residuals, g):
         return kernel_bar
 
     def products(x, g):
-        # kernel_bar[i, j] = sum over b, h, w of x[b, h + i, w + j] g[b, h, w]. The shifts j are
-        # laid out as rows of one matrix [k I, B (H + 2) W], the shift i is a padding of g.
+        # kernel_bar[i, j] = sum over b, h, w of x[b, h + i, w + j] g[b, h, w]. The shifts by j are
+        # blocks of rows of one matrix [k I, B (H + 2) W], and the shift by i is a padding of g.
         width = g.shape[2]
         x = jnp.pad(x.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
         x = jnp.concatenate([x[..., j : j + width] for j in range(k)], axis=0)
@@ -103,11 +104,12 @@ convolve_padded.defvjp(_convolve_padded_forward, _convolve_padded_backward)
 
 
 def upsample_convolve(x, kernel):
-    """Nearest-neighbour x 2 and a 3x3 convolution: x [B, H, W, I] -> [B, 2 H, 2 W, O].
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: x [B, H, W, I] -> [B, 2 H, 2 W, O].
 
-    Along an axis an even output sees rows (i - 1, i, i) of x and an odd one rows (i, i, i + 1):
-    two rows, with two of the three taps added. Hence one 2x2 convolution of the small image with
-    the 4 O channels of the four phases, then an interleaving: 2.25 times fewer operations.
+    Along an axis, the three taps of an even output fall on rows (i - 1, i, i) of x, and those of an odd
+    one on (i, i, i + 1): on two rows each, so that two taps can be added. The layer is therefore a 2x2
+    convolution of x with 4 O channels, one O for each phase, and an interleaving of the phases, which
+    takes 2.25 times fewer operations.
     """
     b, h, w, inputs = x.shape
     outputs = kernel.shape[-1]
@@ -125,8 +127,8 @@ def upsample_convolve(x, kernel):
 class Conv(nn.Module):
     """A 3x3 convolution, [B, H, W, I] -> [B, H, W, features].
 
-    With stride 2 it halves the image, rounding up, and pads as TensorFlow's SAME does: even sizes
-    by (0, 1), odd sizes by (1, 1). With `upsample` it first doubles the image.
+    With stride 2 the image is halved, rounding up, and padded as by TensorFlow's SAME: (0, 1) for even
+    sizes, (1, 1) for odd ones. With `upsample` the image is first doubled.
     """
 
     features: int
@@ -160,10 +162,10 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """nn.GroupNorm as one x * a + b per image and channel, then (1 + scale) and shift [B, C].
+    """nn.GroupNorm, then * (1 + scale) + shift with scale and shift [B, C]; returns float32.
 
-    Sums per channel vectorise and fuse where sums per group do not: with swish, forward and
-    backward, 16 -> 5.5 ms at 28x28x32, batch 128. Returns float32.
+    It is computed as x * a + b with a, b [B, C]. Sums over a channel vectorise and fuse, and those over a
+    group do not: with swish, forward and backward, 5.5 instead of 16 ms at 28x28x32, batch 128.
     """
 
     num_groups: int
@@ -178,16 +180,14 @@ class GroupNorm(nn.Module):
             mean = v.reshape(-1, groups, channels // groups).mean(axis=2)
             return jnp.repeat(mean, channels // groups, axis=1)
 
-        # E[x^2] - E[x]^2 loses its digits when the mean is far from zero, so x is first moved by
-        # one of its own values, a constant per image and channel that the result does not see.
+        # E[x^2] - E[x]^2 loses digits if the mean is far from zero, so one value of each image and
+        # channel is subtracted first, which does not change the result.
         x = x.astype(jnp.float32)
         pivot = jax.lax.stop_gradient(x[:, 0, 0, :])  # [B, C]
         x = x - pivot[:, None, None, :]
         mean = x.mean(axis=(1, 2))
         variance = jnp.square(x).mean(axis=(1, 2)) - jnp.square(mean)
-        deviation = (
-            mean + pivot - group_mean(mean + pivot)
-        )  # of the channel's mean from the group's
+        deviation = mean + pivot - group_mean(mean + pivot)  # channel mean minus group mean
         variance = group_mean(variance + jnp.square(deviation))
 
         a = gamma[None, :] * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
@@ -198,7 +198,7 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(x, scale=None, shift=None, *, num_groups: int, plain: bool, name: str):
-    """Group normalisation in either form, with the same parameters; called inside a module."""
+    """Group normalisation, in the fast or the plain form; for use inside a module."""
     groups = largest_divisor(x.shape[-1], num_groups)
     if not plain:
         return GroupNorm(groups, name=name)(x, scale, shift)
@@ -209,9 +209,9 @@ def group_norm(x, scale=None, shift=None, *, num_groups: int, plain: bool, name:
 def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array:
     """Dropout of x [B, ...]; the mask of an example depends on its key, keys [B], and `layer`.
 
-    A hash of the position (the finaliser of MurmurHash3, seeded by both words of the key) in place of
-    jax.random: it fuses with what is around it, and compiles in 0.05 s a layer against 0.5 s. The
-    CIFAR-10 network has 22 layers.
+    The bits are a hash of the position (the finaliser of MurmurHash3, seeded by both words of the key). It
+    fuses with the operations around it and compiles in 0.05 s per layer; jax.random takes 0.5 s, and
+    the CIFAR-10 network has 22 layers.
     """
     words = jax.random.key_data(keys)  # uint32 [B, 2]
     position = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:]))
@@ -221,14 +221,14 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array
 
 
 def _hash(x):
-    """Scrambles uint32, one to one."""
+    """A bijective hash of uint32."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def bernoulli_dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) -> jax.Array:
-    """`dropout` of the textbook: one draw and other masks for each element."""
+    """The textbook form of `dropout`, with masks of jax.random."""
 
     def keep(key):
         return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:])
@@ -239,11 +239,16 @@ def bernoulli_dropout(x: jax.Array, rate: float, keys: jax.Array, layer: int) ->
 # Blocks.
 
 
-class ResBlock(nn.Module):
-    """Norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input.
+def dense(features: int, dtype: str, *, scale: float = 1.0, name: str) -> nn.Dense:
+    """A dense layer with Ho et al.'s initialiser; for use inside a module."""
+    return nn.Dense(features, kernel_init=variance_scaling(scale), dtype=dtype, name=name)
 
-    x [B, H, W, C], embedding [B, E] -> [B, H, W, channels]. With `scale_shift` the embedding
-    scales and shifts the second norm instead (Improved DDPM, Appendix A).
+
+class ResBlock(nn.Module):
+    """A residual block: norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input.
+
+    x [B, H, W, C], embedding [B, E] -> [B, H, W, channels]. With `scale_shift` the embedding is not added,
+    but scales and shifts the output of the second norm (Improved DDPM, Appendix A).
     """
 
     channels: int
@@ -256,26 +261,24 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, dropout_keys):
-        conv = {"features": self.channels, "dtype": self.dtype, "plain": self.plain}
-        norm = {"num_groups": self.num_groups, "plain": self.plain}
-        h = nn.swish(group_norm(x, **norm, name="norm_1"))
-        h = Conv(**conv, name="conv_1")(h)
+        norm = functools.partial(group_norm, num_groups=self.num_groups, plain=self.plain)
+        h = nn.swish(norm(x, name="norm_1"))
+        h = Conv(self.channels, self.dtype, self.plain, name="conv_1")(h)
 
         width = self.channels * (2 if self.scale_shift else 1)
         e = nn.Dense(width, kernel_init=variance_scaling(), name="dense_emb")(embedding)
         if self.scale_shift:
-            h = group_norm(h, *jnp.split(e, 2, axis=1), **norm, name="norm_2")
+            h = norm(h, *jnp.split(e, 2, axis=1), name="norm_2")
         else:
-            h = group_norm(h + e[:, None, None, :], **norm, name="norm_2")
+            h = norm(h + e[:, None, None, :], name="norm_2")
         h = nn.swish(h)
         if dropout_keys is not None and self.dropout > 0:
             drop = bernoulli_dropout if self.plain else dropout
             h = drop(h, self.dropout, dropout_keys, self.layer)
-        h = Conv(**conv, scale=NEAR_ZERO, name="conv_2")(h)
+        h = Conv(self.channels, self.dtype, self.plain, scale=NEAR_ZERO, name="conv_2")(h)
 
         if x.shape[-1] != self.channels:
-            dense = {"kernel_init": variance_scaling(), "dtype": self.dtype}
-            x = nn.Dense(self.channels, **dense, name="shortcut")(x)
+            x = dense(self.channels, self.dtype, name="shortcut")(x)
         return x + h
 
 
@@ -292,23 +295,21 @@ class Attention(nn.Module):
         b, h, w, c = x.shape
         size = c // self.num_heads
 
-        def project(y, name, scale=1.0):
-            dense = {"kernel_init": variance_scaling(scale), "dtype": self.dtype}
-            return nn.Dense(c, **dense, name=name)(y)
-
         y = group_norm(x, num_groups=self.num_groups, plain=self.plain, name="norm")
         y = y.reshape(b, h * w, c)
         heads = (b, h * w, self.num_heads, size)
-        q, k, v = (project(y, name).reshape(heads) for name in ("query", "key", "value"))
+        q, k, v = (
+            dense(c, self.dtype, name=name)(y).reshape(heads) for name in ("query", "key", "value")
+        )
         if self.plain:
             y = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
         else:
-            # Without a head axis between positions and channels, [B heads, H W, size], the layer
-            # took 213 instead of 246 ms forward and backward on CPUs (14x14x64, batch 128).
+            # Heads are merged with the batch, [B heads, H W, size]: the layer took 213 instead of
+            # 246 ms forward and backward on CPUs (14x14x64, batch 128).
             q, k, v = (u.swapaxes(1, 2).reshape(-1, h * w, size) for u in (q, k, v))
             logits = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(logits * size**-0.5, axis=-1).astype(self.dtype)
             y = jnp.einsum("nqk,nkd->nqd", weights, v)
             y = y.reshape(b, self.num_heads, h * w, size).swapaxes(1, 2)
-        y = project(y.reshape(b, h * w, c), "proj_out", NEAR_ZERO)
+        y = dense(c, self.dtype, scale=NEAR_ZERO, name="proj_out")(y.reshape(b, h * w, c))
         return x + y.reshape(b, h, w, c)

@@ -1,8 +1,8 @@
 """The network of Ho et al., "Denoising Diffusion Probabilistic Models" (2020), Appendix B.
 
-A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on one number per image and, if wished,
-on a label. It knows nothing of diffusion. What goes beyond Ho et al. (several heads, scale-shift conditioning, labels)
-follows Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (2021), Section 3 and Appendix A.
+A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on the time and optionally on a label.
+Several heads, scale-shift conditioning and labels follow Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic
+Models" (2021), Section 3 and Appendix A.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddpm_jax.networks.layers import (
 )
 
 DTYPES = ("float32", "bfloat16")
-NUM_GROUPS = 32  # groups of a norm by default, if that leaves four channels in each
+NUM_GROUPS = 32  # default number of groups of a norm, if each then has at least four channels
 
 
 class UNet(nn.Module):
@@ -38,22 +38,29 @@ class UNet(nn.Module):
 
     Attributes:
       out_channels: channels of the output, which a `DDPM` fills in.
-      channels: width; level l of the network has channels * channel_mults[l].
-      channel_mults: one entry per level; each level but the last halves the image, rounding up.
+      channels: base width; level l of the network has channels * channel_mults[l].
+      channel_mults: one entry per level; each level except the last halves the image, rounding up.
       num_res_blocks: residual blocks per level on the way down, and one more on the way up.
-      attention_resolutions: a level has attention after each block if its smaller side is one of
-        these. The middle has attention too, unless this is empty. None: the first level of at most 16.
+      attention_resolutions: levels whose smaller side is one of these have attention after each block,
+        and so does the middle, unless this is empty. None for the first level of at most 16.
       num_heads: attention heads.
-      head_channels: if positive, channels per head; num_heads then stays 1 and does not count.
-      dropout: rate, in [0, 1), before the second convolution of each block.
-      scale_shift: let the embedding scale and shift the second norm (Improved DDPM).
+      head_channels: if positive, channels per head, in place of num_heads.
+      dropout: rate in [0, 1), before the second convolution of each block.
+      scale_shift: the embedding scales and shifts the second norm (Improved DDPM).
       num_classes: if positive, an embedding of the labels is added to that of the time.
-      num_groups: groups of each norm, or the largest divisor of its channels below. A group of one channel
-        takes away what the embedding adds to that channel. None: 32, or so many that each has four channels.
-      dtype: "float32" or "bfloat16", the type of convolutions and dense layers. Embeddings,
-        statistics of the norms, softmax and the last convolution stay float32.
+      num_groups: groups of each norm, or the largest smaller divisor of its channels. None for 32, or
+        fewer so that each group of `channels` has four. (A group of a single channel removes what the
+        embedding adds to that channel.)
+      dtype: "float32" or "bfloat16", for convolutions and dense layers. Embeddings, norms, softmax
+        and the last convolution are always float32.
       remat: recompute each residual block in the backward pass instead of storing it.
-      plain: textbook form of every layer: same parameters, same function, other dropout masks.
+      plain: the textbook form of every layer: same parameters and function, other dropout masks.
+
+    >>> network = dj.UNet(channels=8, channel_mults=(1, 2), num_res_blocks=1, out_channels=1)
+    >>> x, t = jnp.zeros((2, 8, 8, 1)), jnp.array([0, 999])
+    >>> params = network.init_params(jax.random.key(0), (8, 8, 1))
+    >>> network.apply({"params": params}, x, t).shape
+    (2, 8, 8, 1)
     """
 
     out_channels: int = 3
@@ -78,9 +85,8 @@ class UNet(nn.Module):
         Args:
           x: [B, H, W, C], any float type.
           t: [B], the time, integer or float.
-          labels: [B] int32 in [0, num_classes); required if and only if num_classes > 0.
-          dropout_keys: None for no dropout, or [B] typed keys, one per example. The masks of an
-            example depend on its key alone, not on its place in the batch.
+          labels: [B] int32 in [0, num_classes); None if num_classes is 0.
+          dropout_keys: [B] typed keys; None for no dropout. The masks of an example depend on its key only.
 
         Returns:
           [B, H, W, out_channels] float32.
@@ -88,8 +94,8 @@ class UNet(nn.Module):
         assert x.ndim == 4 and t.shape == x.shape[:1], (x.shape, t.shape)
         assert dropout_keys is None or dropout_keys.shape == t.shape, dropout_keys.shape
         if (labels is None) == (self.num_classes > 0):
-            given = "without labels" if labels is None else "with labels"
-            raise ValueError(f"a network of num_classes={self.num_classes} was called {given}")
+            how = "without labels" if labels is None else "with labels"
+            raise ValueError(f"a network of num_classes={self.num_classes} was called {how}")
         num_groups, attended = self.groups, self.attended(x.shape[1:3])
 
         embedding = self.embed(t, labels)  # [B, 4 channels]
@@ -113,17 +119,17 @@ class UNet(nn.Module):
                 h = attention(h, name.format("attention"))
             return h
 
-        conv = {"dtype": self.dtype, "plain": self.plain}
         last = len(self.channel_mults) - 1
 
-        h = Conv(self.channels, **conv, name="conv_in")(x)
+        h = Conv(self.channels, self.dtype, self.plain, name="conv_in")(x)
         skips = [h]
         for level in range(last + 1):
             for i in range(self.num_res_blocks):
                 h = block_and_attention(h, level, f"down_{level}_{{}}_{i}")
                 skips.append(h)
             if level < last:
-                h = Conv(h.shape[-1], **conv, stride=2, name=f"down_{level}_downsample")(h)
+                name = f"down_{level}_downsample"
+                h = Conv(h.shape[-1], self.dtype, self.plain, stride=2, name=name)(h)
                 skips.append(h)
 
         h = block(h, last, "middle_block_0")
@@ -136,17 +142,17 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block_and_attention(h, level, f"up_{level}_{{}}_{i}")
             if level > 0:
-                h = Conv(h.shape[-1], **conv, upsample=True, name=f"up_{level}_upsample")(h)
+                name = f"up_{level}_upsample"
+                h = Conv(h.shape[-1], self.dtype, self.plain, upsample=True, name=name)(h)
                 h = h[:, : skips[-1].shape[1], : skips[-1].shape[2]]  # odd sizes: 4 -> 8 -> 7
         assert not skips
 
-        norm = {"num_groups": num_groups, "plain": self.plain}
-        h = nn.swish(group_norm(h, **norm, name="norm_out"))
+        h = nn.swish(group_norm(h, num_groups=num_groups, plain=self.plain, name="norm_out"))
         conv_out = Conv(self.out_channels, "float32", self.plain, scale=NEAR_ZERO, name="conv_out")
         return conv_out(h)
 
     def embed(self, t, labels):
-        """The vector that every residual block sees, [B, 4 channels] float32."""
+        """The embedding of time and label that every residual block uses, [B, 4 channels] float32."""
         width = 4 * self.channels
         h = time_embedding(t, self.channels)
         h = nn.Dense(width, kernel_init=variance_scaling(), name="time_dense_1")(h)
@@ -158,7 +164,7 @@ class UNet(nn.Module):
 
     @property
     def groups(self) -> int:
-        """num_groups, or its default for this width."""
+        """num_groups, or its default."""
         if self.num_groups is not None:
             return self.num_groups
         return max(1, min(NUM_GROUPS, self.channels // 4))
@@ -168,18 +174,17 @@ class UNet(nn.Module):
         return [-(-min(image_size[:2]) // 2**level) for level in range(len(self.channel_mults))]
 
     def attended(self, image_size: tuple[int, ...]) -> tuple[int, ...]:
-        """attention_resolutions, or their default for this size."""
+        """attention_resolutions, or the default for images (H, W)."""
         if self.attention_resolutions is not None:
             return tuple(self.attention_resolutions)
         sides = self.sides(image_size)
         return (next((side for side in sides if side <= 16), sides[-1]),)
 
     def init_params(self, key: jax.Array, image_shape: tuple[int, int, int]) -> dict:
-        """Draws the parameters, a tree of float32, for images of `image_shape` (H, W, C).
+        """Initialises the parameters, a tree of float32, for images of shape (H, W, C).
 
-        Structure, shapes and distribution are those of `self.init(...)["params"]`, but the network is only traced and
-        never compiled: CIFAR-10's network takes 3 s instead of 17 to 34 s. A leaf depends on `key`, its path and its
-        shape only.
+        The tree and the distributions are those of `self.init(...)["params"]`, but nothing is compiled: the CIFAR-10
+        network takes 3 s instead of 17 to 34 s. A leaf depends only on `key`, its path and its shape.
         """
         x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         t = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -192,7 +197,7 @@ class UNet(nn.Module):
         )
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Raises ValueError, in one line, if the network does not fit images of this shape."""
+        """Raises ValueError, of one line, if fields are impossible or do not fit images of shape (H, W, C)."""
         self._check_numbers(image_shape)
         sides, attended = self.sides(image_shape), self.attended(image_shape)
         if min(image_shape[:2]) < 2 ** (len(sides) - 1):
@@ -246,7 +251,7 @@ class UNet(nn.Module):
         if self.num_heads > 1 and self.head_channels > 0:
             raise ValueError(
                 f"num_heads={self.num_heads} and head_channels={self.head_channels} are both set; "
-                "give one, and leave num_heads=1 or head_channels=0"
+                "set only one, and leave num_heads=1 or head_channels=0"
             )
         widths = {
             self.channels * mult
@@ -274,14 +279,14 @@ def _is_integer(value, least: int) -> bool:
 
 
 def _draw(key: jax.Array, path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """A parameter of the U-Net, by the name of its leaf and layer."""
+    """Draws a parameter by the name of its leaf and layer."""
     *_, layer, name = path
     leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
     if name == "embedding":
         return label_initializer(leaf_key, leaf.shape, jnp.float32)
     if name != "kernel":
         return jnp.full(leaf.shape, float(name == "scale"), jnp.float32)
-    # Drawn flat, in a power of two of numbers: nine generators to compile, not one per shape.
+    # The count of numbers is rounded up to a power of two: nine generators to compile, not one per shape.
     fan_avg = math.prod(leaf.shape[:-2]) * sum(leaf.shape[-2:]) / 2
     bound = math.sqrt(3 * (NEAR_ZERO if layer in NEAR_ZERO_LAYERS else 1.0) / fan_avg)
     drawn = 2 ** math.ceil(math.log2(leaf.size))

@@ -1,25 +1,33 @@
-"""Which S of the T steps: those with the lowest bound, by dynamic programming; Watson et al. 2021."""
+"""The S of T steps with the lowest bound, found by dynamic programming; Watson et al. 2021."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import ArrayLike, Float64, Int
 
 from ddpm_jax.process.schedules import Schedule
 
 
-def jump_bits(schedule: Schedule, x_0_error, variance: str) -> Float64[np.ndarray, "T T"]:
-    """The divergence of one step from t straight to s < t, in bits/dim, at [t, s]; inf where s ≥ t.
+def jump_bits(
+    schedule: Schedule, x_0_error: ArrayLike, variance: str
+) -> Float64[np.ndarray, "T T"]:
+    """The KL term of the bound for a single step from t to s, in bits/dim, at [t, s]; inf where s ≥ t.
 
-    A fixed or analytic variance makes it a function of E‖x_0 − x̂_0(x_t, t)‖² alone.
+    With a fixed or analytic variance it depends on the model only through E‖x_0 − x̂_0(x_t, t)‖².
 
     Args:
       schedule: the full chain.
-      x_0_error: [T], mean squared error of x̂_0 for each pixel at each of its steps.
+      x_0_error: [T], mean squared error of x̂_0 per dimension at each step.
       variance: "fixed_small", "fixed_large" or "analytic".
+
+    Raises:
+      ValueError: any other variance.
     """
     if variance not in ("fixed_small", "fixed_large", "analytic"):
-        raise ValueError(f"the cost of a jump is not known for variance {variance!r}")
+        raise ValueError(
+            f"the best steps are not defined for variance {variance!r}; use fixed_small, fixed_large or"
+            " analytic"
+        )
     error = np.asarray(x_0_error, np.float64)[:, None]
     alpha_t, sigma_t = schedule.alpha[:, None], schedule.sigma[:, None]
     alpha_s, sigma_s = schedule.alpha[None, :], schedule.sigma[None, :]
@@ -30,20 +38,18 @@ def jump_bits(schedule: Schedule, x_0_error, variance: str) -> Float64[np.ndarra
         total = 1.0
         if not schedule.is_variance_preserving:
             total = (alpha_s**2 + sigma_s**2) / (alpha_t**2 + sigma_t**2)
-        of_model = {"fixed_small": posterior, "fixed_large": step * total}
-        of_model["analytic"] = posterior + squared
-        of_model = of_model[variance]
-        ratio = posterior / of_model
-        nats = 0.5 * (squared / of_model + ratio - 1.0 - np.log(ratio))
+        model = {
+            "fixed_small": posterior,
+            "fixed_large": step * total,
+            "analytic": posterior + squared,
+        }[variance]
+        ratio = posterior / model
+        nats = 0.5 * (squared / model + ratio - 1.0 - np.log(ratio))
     return np.where(np.tri(len(schedule), k=-1, dtype=bool), nats / np.log(2.0), np.inf)
 
 
 def check_num_steps(num_steps: int, T: int) -> None:
-    """Refuses what `best_steps` cannot choose: its chains have a first and a last step.
-
-    Raises:
-      ValueError: one line.
-    """
+    """Raises ValueError unless 2 ≤ num_steps ≤ T, since chosen chains contain the first and the last step."""
     if T < 2:
         raise ValueError(f"a chain of {T} step leaves nothing to choose")
     if not 2 <= num_steps <= T:
@@ -51,27 +57,27 @@ def check_num_steps(num_steps: int, T: int) -> None:
 
 
 def best_steps(
-    schedule: Schedule, x_0_error, num_steps: int, *, variance: str
+    schedule: Schedule, x_0_error: ArrayLike, num_steps: int, *, variance: str
 ) -> Int[np.ndarray, " S"]:
     """The S steps with the lowest bound, by dynamic programming over `jump_bits`; Watson et al. 2021.
 
-    Every chain begins at step 0 and ends at T − 1: L_0 and L_T are then the same for all (but for the variance that a
-    fixed kind borrows from the second step at the first).
+    Steps 0 and T − 1 are always among them, so L_0 and L_T are the same for all choices (except that a fixed variance at
+    step 0 is that of the second chosen step).
 
     Args:
       schedule, x_0_error, variance: see `jump_bits`.
       num_steps: S in 2 … T.
 
     Returns:
-      strictly increasing from 0 to T − 1.
+      [S], strictly increasing from 0 to T − 1.
 
     Raises:
-      ValueError: S is outside.
+      ValueError: S is out of range.
     """
     T = len(schedule)
     check_num_steps(num_steps, T)
     bits = jump_bits(schedule, x_0_error, variance)
-    cost = np.where(np.arange(T) == 0, 0.0, np.inf)  # of the best chain that ends at each step
+    cost = np.where(np.arange(T) == 0, 0.0, np.inf)  # of the best chain from 0 to each step
     came_from = []
     for _ in range(num_steps - 1):
         through = bits + cost

@@ -1,24 +1,38 @@
 """Gaussians: Kullback-Leibler divergences, and the likelihood of 8-bit images under a normal density."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import log_ndtr
+from jaxtyping import Array, Float
+
+Values = Float[Array, "..."] | float | np.floating
 
 
-def kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) for each dimension, in nats; any broadcast shape.
+def kl(
+    mean_1: Values, log_variance_1: Values, mean_2: Values, log_variance_2: Values
+) -> Float[Array, ...]:
+    """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) of each dimension, in nats; shapes broadcast.
 
-    Summed over n dimensions with variance_i = σ_i² it is the isotropic formula
-    ½[‖Δμ‖²/σ_2² + nσ_1²/σ_2² − n ln(σ_1²/σ_2²) − n].
+    ½[(μ_1 − μ_2)²/σ_2² + σ_1²/σ_2² − ln(σ_1²/σ_2²) − 1].
     """
     log_ratio = log_variance_1 - log_variance_2
     squared = jnp.square(mean_1 - mean_2) * jnp.exp(-log_variance_2)
-    # expm1 keeps the difference of nearly equal variances, where exp(r) − 1 − r cancels.
+    # For nearly equal variances exp(r) − 1 − r cancels; expm1 keeps its digits.
     return 0.5 * (squared + jnp.expm1(log_ratio) - log_ratio)
 
 
-def kl_full(mean_1, covariance_1, mean_2, covariance_2):
-    """KL of two n-dimensional Gaussians with any covariances, in nats.
+def kl_full(
+    mean_1: Float[Array, " n"],
+    covariance_1: Float[Array, "n n"],
+    mean_2: Float[Array, " n"],
+    covariance_2: Float[Array, "n n"],
+) -> Float[Array, ""]:
+    """KL of two n-dimensional Gaussians with full covariances, in nats.
 
     Args:
       mean_1, mean_2: [n].
@@ -37,23 +51,30 @@ def _tanh_log_ndtr(z):
     return jax.nn.log_sigmoid(2.0 * jnp.sqrt(2.0 / jnp.pi) * (z + 0.044715 * z**3))
 
 
-def discretized_log_likelihood(x, mean, log_variance, *, cdf: str = "normal"):
-    """log P of 8-bit values under a normal density integrated over their bins; Ho et al. (13), in nats.
+def discretized_log_likelihood(
+    x: Float[Array, ...],
+    mean: Float[Array, ...],
+    log_variance: Float[Array, ...],
+    *,
+    cdf: str = "normal",
+) -> Float[Array, ...]:
+    """log P of 8-bit values under a normal density integrated over their bins, in nats; Ho et al. (13).
 
-    The 256 levels are k/127.5 − 1; each bin reaches 1/255 to both sides, the outermost two to ±∞, so the
-    256 probabilities sum to one.
+    The 256 levels are k/127.5 − 1. A bin extends 1/255 to each side of its level, and the first and last extend to ∓∞, so
+    the 256 probabilities sum to one.
 
     Args:
-      x: values of the 256 levels in [−1, 1]; any shape.
+      x: any of the 256 levels in [−1, 1]; any shape.
       mean, log_variance: of the density, broadcastable to `x`.
-      cdf: "normal" for the exact Φ, "tanh" for the approximation of the reference code.
+      cdf: "normal" for the exact Φ, "tanh" for the approximation in Ho et al.'s code.
     """
-    log_cdf = {"normal": log_ndtr, "tanh": _tanh_log_ndtr}[cdf]
+    cdfs: dict[str, Callable] = {"normal": log_ndtr, "tanh": _tanh_log_ndtr}
+    log_cdf = cdfs[cdf]
     inverse_std = jnp.exp(jnp.minimum(-0.5 * log_variance, 60.0))
-    bound = 1e6  # far beyond any density that float32 can tell from zero; keeps z³ finite
+    bound = 1e6  # where the density is 0 in float32; keeps z³ finite
     lower = jnp.clip((x - mean - 1.0 / 255.0) * inverse_std, -bound, bound)
     upper = jnp.clip((x - mean + 1.0 / 255.0) * inverse_std, -bound, bound)
-    # Mirrored into the left tail, where log Φ keeps its digits.
+    # Bins in the right tail are mirrored into the left one, where log Φ is accurate.
     mirror = lower + upper > 0
     near, far = jnp.where(mirror, -lower, upper), jnp.where(mirror, -upper, lower)
     log_near = log_cdf(near)

@@ -1,7 +1,7 @@
-"""Training losses over a Schedule and its `denoise_fn(x_t, t)`.
+"""Training losses: functions (schedule, denoise_fn, x_0, t, eps) that return the loss of each example, [B].
 
-Each returns one number for each example; x_0 and eps are [B, H, W, C], t is int [B], a step of the schedule. A loss of
-one's own has the signature of `simple` or `vlb` and is named `module:NAME` in config.diffusion.loss.
+x_0 and eps are [B, H, W, C], and t is a step of the schedule, int [B] or a scalar. A loss of your own has the signature of
+`vlb`; config.diffusion.loss names it, as module:NAME.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PerExample = Float[Array, " B"]
 
 
 def mean_over_pixels(x: Images) -> PerExample:
-    """[B, H, W, C] -> [B]."""
+    """Averages [B, H, W, C] to [B]."""
     return jnp.mean(x, axis=(1, 2, 3))
 
 
 def target(
     schedule: Schedule, prediction: str | Callable, x_0: Images, t: Times, eps: Images
 ) -> Images:
-    """The right output of the network for x_t: u_t x_0 + w_t ε, see `predictions`."""
+    """The training target of the network at x_t: u_t x_0 + w_t ε, see `predictions`."""
     tables = predictions.named(prediction)(schedule, schedule)
     if tables.is_eps:
         return eps
@@ -49,10 +49,11 @@ def simple(
     prediction: str | Callable = "eps",
     min_snr_gamma: float | None = None,
 ) -> PerExample:
-    """L_simple, Ho et al. (14): the squared error of what the network predicts, averaged over pixels.
+    """L_simple: the squared error of the network's output, averaged over pixels; Ho et al. (14).
 
     Args:
-      min_snr_gamma: γ of `min_snr_weight`; None for no weight.
+      prediction: what the network predicts, which sets the target.
+      min_snr_gamma: γ of `min_snr_weight`; None for no weights.
     """
     denoised = denoise_fn(diffusion.q_sample(schedule, x_0, t, eps), t)
     return _simple(schedule, denoised, x_0, t, eps, prediction, min_snr_gamma)
@@ -70,24 +71,24 @@ def _simple(schedule, denoised: Denoised, x_0, t, eps, prediction, min_snr_gamma
 def min_snr_weight(
     schedule: Schedule, prediction: str | Callable, gamma: float = 5.0
 ) -> Float64[np.ndarray, " S"]:
-    """Min-SNR-γ: for any prediction, ‖x_0 − x̂_0‖² has the weight min(SNR_t, γ); Hang et al. 2023.
+    """Min-SNR-γ weights of the output's squared error: ‖x_0 − x̂_0‖² has the weight min(SNR_t, γ); Hang et al. 2023.
 
-    An error of the output is that of x̂_0 divided by its factor there, so the weight is multiplied by the factor squared.
+    x̂_0 contains the output times `from_output`, so the weight of the output's error is min(SNR_t, γ) from_output².
     """
     tables = predictions.named(prediction)(schedule, schedule)
-    _, of_output = tables.to_x_0(schedule)
+    _, from_output = tables.to_x_0(schedule)
     with np.errstate(invalid="ignore"):
-        weight = np.minimum(schedule.snr, gamma) * of_output**2
-    return np.where(np.isfinite(weight), weight, 1.0)  # eps where nothing of x_0 is left
+        weight = np.minimum(schedule.snr, gamma) * from_output**2
+    return np.where(np.isfinite(weight), weight, 1.0)  # not finite for eps where α = 0
 
 
 def vlb(
     schedule: Schedule, denoise_fn: DenoiseFn, x_0: Images, t: Times, eps: Images
 ) -> PerExample:
-    """S times one term of the bound: its mean over t is the bound less L_T, in bits/dim.
+    """L_vlb: S times the bound's term of step t, in bits/dim. The mean over t is the bound minus L_T.
 
-    It includes the other constant of a fixed variance, the divergence that is left when the means agree. The
-    denoise_fn must give a log_variance.
+    It includes the constant KL that a fixed variance leaves when the means agree. `denoise_fn` must return a
+    log_variance.
     """
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     return len(schedule) * likelihood.term(schedule, denoise_fn(x_t, t), x_0, x_t, t)
@@ -103,16 +104,16 @@ def hybrid(
     prediction: str | Callable = "eps",
     min_snr_gamma: float | None = None,
 ) -> tuple[PerExample, PerExample]:
-    """L_simple for the mean and L_vlb for the variance alone; see `simple` and `vlb`.
+    """The two parts of L_hybrid: L_simple, and L_vlb with no gradient through the mean; see `simple` and `vlb`.
 
-    L_hybrid = L_simple + λ L_vlb with λ = `HYBRID_WEIGHT`, Nichol & Dhariwal (16); in L_vlb the mean is a constant. The
-    factor T/1000 of their code on a single term is the same: λ times the T terms that it stands for.
+    L_hybrid = L_simple + λ L_vlb with λ = `HYBRID_WEIGHT`; Nichol & Dhariwal (16). Their code multiplies a single term by
+    T/1000, which is the same as λ L_vlb with λ = 0.001.
     """
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     denoised = denoise_fn(x_t, t)
-    of_mean = _simple(schedule, denoised, x_0, t, eps, prediction, min_snr_gamma)
+    loss_simple = _simple(schedule, denoised, x_0, t, eps, prediction, min_snr_gamma)
     frozen = denoised._replace(x_0=jax.lax.stop_gradient(denoised.x_0))
-    return of_mean, len(schedule) * likelihood.term(schedule, frozen, x_0, x_t, t)
+    return loss_simple, len(schedule) * likelihood.term(schedule, frozen, x_0, x_t, t)
 
 
 def weighted(
@@ -124,14 +125,14 @@ def weighted(
     *,
     gamma: Float64[np.ndarray, " S"],
 ) -> PerExample:
-    """S γ_t ‖ε − ε̂(x_t, t)‖², summed over pixels: its mean over t is L_γ.
+    """L_γ: S γ_t ‖ε − ε̂(x_t, t)‖², summed over dimensions.
 
-    L_γ = Σ_t γ_t E‖ε − ε̂‖², Song et al. 2021 (5), Liu (2.12). With γ_t = 1/(S D) for D pixels it is Ho et al.'s L_simple;
-    with `ddim_gamma` the bound of DDIM.
+    The mean over t is L_γ = Σ_t γ_t E‖ε − ε̂‖², Song et al. 2021 (5), Liu (2.12). With γ_t = 1/(S D) for D dimensions it is
+    Ho et al.'s L_simple, with `ddim_gamma` the bound of DDIM.
     """
     if np.shape(gamma) != (len(schedule),):
         raise ValueError(
-            f"gamma has the shape {np.shape(gamma)}, one weight for each of {len(schedule)} steps is needed"
+            f"gamma must hold one weight for each of the {len(schedule)} steps, got shape {np.shape(gamma)}"
         )
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     squared_error = jnp.sum(jnp.square(denoise_fn(x_t, t).eps - eps), axis=(1, 2, 3))
@@ -139,34 +140,29 @@ def weighted(
 
 
 def ddim_gamma(schedule: Schedule, eta: float) -> Float64[np.ndarray, " S"]:
-    """The γ_t(σ) with which `weighted` is DDIM's objective J_σ up to a constant, in nats.
+    """Weights γ_t for which `weighted` is DDIM's objective J_σ, in nats, up to a constant independent of the network.
 
-    J_σ = E_{q_σ}[log q_σ(x_{1:T} | x_0) − log p_θ(x_{0:T})] for the noise of `diffusion.ddim_std`; Song et al. 2021,
-    Theorem 1, Liu (2.15): γ_t = ½ ((√(1−ᾱ_{t−1}−σ_t²) − √((1−ᾱ_t)/α_t))/σ_t)². The constant does not depend on the
-    network. The noise of the first step, which the family has at 0, is that of "fixed_small", and p(x_0 | x_1) the
-    normal density.
+    J_σ = E_{q_σ}[log q_σ(x_{1:T} | x_0) − log p_θ(x_{0:T})] with the noise σ_t of `diffusion.ddim_std`, and
+    γ_t = ½ ((√(1−ᾱ_{t−1}−σ_t²) − √((1−ᾱ_t)/α_t))/σ_t)²; Song et al. 2021, Theorem 1, Liu (2.15). p(x_0 | x_1) is a normal
+    density. At step 0, where DDIM adds no noise, σ is that of "fixed_small".
 
     Args:
-      eta: above 0, to 1; at 0 there is no noise that a difference of means could be compared with.
+      eta: in (0, 1]. At 0 the objective is infinite: both distributions of a step have variance 0.
     """
-    of_eps, std = diffusion.ddim_std(schedule, eta)
+    from_eps, std = diffusion.ddim_std(schedule, eta)
     if eta == "hat" or not eta > 0:
-        raise ValueError(f"the objective of DDIM needs eta above 0, up to 1; got {eta!r}")
+        raise ValueError(f"DDIM's objective needs eta in (0, 1], got {eta!r}")
     first = np.exp(0.5 * diffusion.fixed_log_variance(schedule, "fixed_small")[0])
     std = np.append(first, std[1:])
-    return 0.5 * ((of_eps - schedule.sigma / schedule.step_alpha) / std) ** 2
+    return 0.5 * ((from_eps - schedule.sigma / schedule.step_alpha) / std) ** 2
 
 
 def check(loss: str | Callable, variance: str, min_snr_gamma: float | None) -> None:
-    """Refuses a loss, variance and weight that do not go together.
-
-    Raises:
-      ValueError: one line with the reason and what to choose.
-    """
+    """Raises ValueError, with the reason and what to choose, if loss, variance and weight are incompatible."""
     if variance == "analytic":
         raise ValueError(
-            "variance 'analytic' is measured on a trained model, not trained: train with fixed_large"
-            " and give --variance=analytic afterwards"
+            "variance 'analytic' is measured on a trained model, not trained: train with fixed_large,"
+            " then sample or evaluate with --variance=analytic"
         )
     learned = variance in diffusion.LEARNED
     if loss == "simple" and learned:
@@ -181,6 +177,6 @@ def check(loss: str | Callable, variance: str, min_snr_gamma: float | None) -> N
         )
     if min_snr_gamma is not None and (loss not in ("simple", "hybrid") or not min_snr_gamma > 0):
         raise ValueError(
-            f"min_snr_gamma={min_snr_gamma} must be positive, and weighs 'simple' and 'hybrid' only;"
-            f" the loss is {loss!r}"
+            f"min_snr_gamma must be positive and needs loss 'simple' or 'hybrid'; got {min_snr_gamma} and"
+            f" loss {loss!r}"
         )

@@ -1,8 +1,8 @@
-"""What a network predicts, as tables over a chain: F(c_t x_t, t) = u_t x_0 + w_t ε.
+"""What the network is trained to predict, as coefficients at each step: F(c_t x_t, time_t) = u_t x_0 + w_t ε.
 
-With x_t = α x_0 + σ ε the image follows as x̂_0 = (w x_t − σ F)/(α w − σ u), and ε̂ from it.
+With x_t = α x_0 + σ ε it follows that x̂_0 = (w x_t − σ F)/(α w − σ u) and ε̂ = (x_t − α x̂_0)/σ.
 
-    name       u                    w                    c                    network's time
+    name       u                    w                    c                    time
     eps        0                    1                    1                    t            Ho et al. 2020
     x_0        1                    0                    1                    t
     mean       k_0 + k_t α          k_t σ                1                    t            of q(x_s | x_t, x_0), Ho et al. (7)
@@ -10,8 +10,9 @@ With x_t = α x_0 + σ ε the image follows as x̂_0 = (w x_t − σ F)/(α w �
     velocity   α'                   σ'                   1                    t            dx/du, u = t/T; Lipman et al. 2023
     edm        s/(d √(s² + d²))     −d/√(s² + d²)        1/(α √(s² + d²))     ¼ ln s       Karras et al. 2022, Table 1
 
-where s = σ/α, and d = 0.5 is the standard deviation of the data. A prediction of one's own is a function
-(trained, chain) -> Prediction, named `module:NAME`.
+where s = σ/α, and d = 0.5 is the standard deviation of the data. A prediction is a function (trained, chain) ->
+Prediction: the schedule that the network was trained on, and the chain to evaluate it on. One of your own is named
+module:NAME.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Num
 
 from ddpm_jax.names import find
 from ddpm_jax.process.schedules import Schedule
 
-DATA_STD = (
-    0.5  # standard deviation of the data in EDM's preconditioning; Karras et al. 2022, Table 1
-)
+DATA_STD = 0.5  # of the data, in EDM's preconditioning; Karras et al. 2022, Table 1
 
 
 class Prediction(NamedTuple):
-    """F(scale x_t, time) = of_x_0 x_0 + of_eps ε, for each step of a chain."""
+    """Coefficients for each step of a chain: F(scale x_t, time) = of_x_0 x_0 + of_eps ε."""
 
-    of_x_0: Float64[np.ndarray, " S"]
-    of_eps: Float64[np.ndarray, " S"]
-    time: np.ndarray  # [S], what the network is given
-    scale: Float64[np.ndarray, " S"] | None = None  # of the network's input; None for 1
+    of_x_0: Float64[np.ndarray, " S"]  # u
+    of_eps: Float64[np.ndarray, " S"]  # w
+    time: Num[np.ndarray, " S"]  # input of the network beside x
+    scale: Float64[np.ndarray, " S"] | None = None  # c; None for 1
 
     @property
     def is_eps(self) -> bool:
         """Whether the network predicts the noise itself."""
         return not self.of_x_0.any() and (self.of_eps == 1.0).all()
 
-    def to_x_0(self, chain: Schedule) -> tuple[np.ndarray, np.ndarray]:
-        """The factors of x_t and of the output in x̂_0: two float64 [S].
+    def to_x_0(
+        self, chain: Schedule
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        """The coefficients of x_t and of the output in x̂_0.
 
-        They are infinite where the prediction says nothing of x_0, as the noise does where α = 0.
+        They are infinite where x_0 cannot be recovered, as from ε where α = 0.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             inverse = 1.0 / (chain.alpha * self.of_eps - chain.sigma * self.of_x_0)
@@ -66,20 +67,20 @@ def x_0(trained: Schedule, chain: Schedule) -> Prediction:
 
 
 def mean(trained: Schedule, chain: Schedule) -> Prediction:
-    """The mean of q(x_s | x_t, x_0) for a step of the trained chain.
+    """The mean of q(x_s | x_t, x_0) for one step of the trained chain.
 
     Raises:
-      ValueError: the chain has times that the trained one does not have.
+      ValueError: the chain has times that are not in the trained one.
     """
     rows = np.searchsorted(trained.times, chain.times)
     if (trained.times[np.minimum(rows, len(trained) - 1)] != chain.times).any():
         raise ValueError(
-            "prediction 'mean' is known at the steps of the trained chain only; this sampler needs others"
+            "prediction 'mean' is defined at the steps of the trained chain only; this sampler needs others"
         )
     variance = trained.sigma**2
-    of_x_0 = (trained.alpha_prev * trained.step_variance / variance)[rows]
-    of_x_t = (trained.step_alpha * trained.sigma_prev**2 / variance)[rows]
-    return Prediction(of_x_0 + of_x_t * chain.alpha, of_x_t * chain.sigma, chain.times)
+    k_0 = (trained.alpha_prev * trained.step_variance / variance)[rows]
+    k_t = (trained.step_alpha * trained.sigma_prev**2 / variance)[rows]
+    return Prediction(k_0 + k_t * chain.alpha, k_t * chain.sigma, chain.times)
 
 
 def v(trained: Schedule, chain: Schedule) -> Prediction:
@@ -89,18 +90,18 @@ def v(trained: Schedule, chain: Schedule) -> Prediction:
 
 
 def velocity(trained: Schedule, chain: Schedule) -> Prediction:
-    """dx_t/du = α' x_0 + σ' ε along the trained path, with u = t/T; ε − x_0 of a straight path."""
+    """dx_t/du = α' x_0 + σ' ε along the trained path, with u = t/T; for a straight path ε − x_0."""
     if len(trained) < 2:
         raise ValueError("prediction 'velocity' needs a chain of at least two steps")
-    slopes = []
-    for table in (trained.alpha, trained.sigma):
-        slope = np.gradient(table, trained.times) * len(trained)
-        slopes.append(np.interp(chain.times, trained.times, slope))
-    return Prediction(*slopes, chain.times)
+    d_alpha, d_sigma = (
+        np.interp(chain.times, trained.times, np.gradient(table, trained.times) * len(trained))
+        for table in (trained.alpha, trained.sigma)
+    )
+    return Prediction(d_alpha, d_sigma, chain.times)
 
 
 def edm(trained: Schedule, chain: Schedule, *, data_std: float = DATA_STD) -> Prediction:
-    """EDM's preconditioned output: of unit variance for data of standard deviation `data_std`; Karras et al. 2022, Table 1."""
+    """EDM's preconditioned output, of unit variance for data with standard deviation `data_std`; Karras et al. 2022."""
     del trained
     if not chain.alpha[-1] > 0:
         raise ValueError("prediction 'edm' scales x_t by 1/alpha, and alpha is 0 at the last step")
@@ -113,19 +114,19 @@ PREDICTIONS = {f.__name__: f for f in (eps, x_0, mean, v, velocity, edm)}
 
 
 def named(prediction: str | Callable) -> Callable:
-    """The function of a name of `PREDICTIONS`, of module:NAME, or the function itself.
+    """The prediction by its name, a key of `PREDICTIONS` or module:NAME; a function is returned as it is.
 
     Raises:
-      ValueError: there is no such prediction.
+      ValueError: an unknown name.
     """
     return find(prediction, PREDICTIONS, "prediction")
 
 
 def check(schedule: Schedule, prediction: str | Callable) -> None:
-    """Refuses a schedule whose last steps leave too little in x_t to compute x_0 in float32.
+    """Checks that x_0 can be recovered in float32 at every step of a schedule.
 
     Raises:
-      ValueError: a factor of x̂_0 is beyond 1e30, as with "eps" where α is 0.
+      ValueError: a coefficient of x̂_0 exceeds 1e30, as with "eps" where α is 0.
     """
     tables = named(prediction)(schedule, schedule)
     factors = np.abs(np.stack(tables.to_x_0(schedule)))

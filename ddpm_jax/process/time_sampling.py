@@ -1,7 +1,7 @@
-"""How the time t of each training example is drawn: `TimeSampler`s.
+"""Time samplers: how the step t of each training example is drawn.
 
-A time sampler of one's own is a frozen dataclass with the three methods of `TimeSampler`, named `module:NAME` in
-config.diffusion.t_sampling.
+A time sampler of your own is a frozen dataclass with the three methods of `TimeSampler`; config.diffusion.t_sampling names
+it, as module:NAME.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ddpm_jax.process.schedules import PRIOR_STREAM, Schedule
 
 
 class TimeSampler(Protocol):
-    """Draws t; its state is part of the TrainState, so that a resumed run draws the same."""
+    """Draws t for each training example. Its state is saved in checkpoints, so a resumed run draws the same t."""
 
     def init(self, schedule: Schedule) -> Any:
-        """The state before the first step: a tree of arrays, often ()."""
+        """The initial state: a tree of arrays, by default ()."""
         return ()
 
     def draw(
@@ -32,22 +32,23 @@ class TimeSampler(Protocol):
         keys: Key[Array, " B"],
         position: Float32[Array, " B"],
     ) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
-        """A step of the schedule for each example, and the weight that its loss gets.
+        """Draws a step of the schedule for each example, with the weight of its loss.
 
         Args:
           key: of the training step, the same for the whole batch.
-          keys: one of each example; t may depend on them and on `key` alone.
-          position: [0, 1), where the example stands in the batch of all devices.
+          keys: one for each example. `key` and `keys` are the only sources of randomness.
+          position: the example's index in the global batch (of all devices) divided by the batch size.
         """
+        ...
 
     def update(self, state: Any, t: Int[Array, " B"], losses: Float[Array, " B"]) -> Any:
-        """The state after the losses [B] of the whole batch, over all devices, in its order."""
+        """The state after a training step, from t and the losses of the whole global batch, in order."""
         return state
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(TimeSampler):
-    """t uniform in 0 … T−1, independent for each example; Ho et al. Algorithm 1."""
+    """t is uniform in 0 … T−1 and independent for each example; Ho et al. 2020, Algorithm 1."""
 
     def draw(self, schedule, state, key, keys, position):
         t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(schedule)))(keys)
@@ -56,9 +57,9 @@ class Uniform(TimeSampler):
 
 @dataclasses.dataclass(frozen=True)
 class Antithetic(TimeSampler):
-    """t at even distances around the whole range from one random start; Kingma et al. 2021 §I.1.
+    """The t of a batch are evenly spaced, modulo T, from one random start; Kingma et al. 2021 §I.1.
 
-    Each t is uniform, and a batch covers the range evenly, so the mean loss varies less.
+    Each t is still uniform, and the loss of a batch has a lower variance.
     """
 
     def draw(self, schedule, state, key, keys, position):
@@ -69,19 +70,19 @@ class Antithetic(TimeSampler):
 
 
 class LossHistory(NamedTuple):
-    """The last losses seen at each t."""
+    """The last losses at each t."""
 
-    losses: Float32[Array, "T 10"]  # each row a ring
-    count: Int32[Array, " T"]  # losses seen at each t so far
+    losses: Float32[Array, "T 10"]  # each row is a ring buffer
+    count: Int32[Array, " T"]  # type: ignore[assignment]  # losses seen so far at each t
 
 
 @dataclasses.dataclass(frozen=True)
 class Importance(TimeSampler):
-    """t by the loss history, p_t ∝ √E[L_t²], Nichol & Dhariwal (18), weighted by 1/(T p_t).
+    """Importance sampling by the loss history: p_t ∝ √E[L_t²], weights 1/(T p_t); Nichol & Dhariwal 2021 (18).
 
     Attributes:
-      size: losses remembered for each t.
-      uniform: share of the uniform distribution in p_t.
+      size: number of losses kept for each t.
+      uniform: weight of the uniform distribution mixed into p_t.
     """
 
     size: int = 10
@@ -89,27 +90,27 @@ class Importance(TimeSampler):
 
     def init(self, schedule) -> LossHistory:
         T = len(schedule)
-        return LossHistory(np.zeros((T, self.size), np.float32), np.zeros(T, np.int32))
+        losses, count = np.zeros((T, self.size), np.float32), np.zeros(T, np.int32)
+        return LossHistory(losses, count)  # type: ignore[arg-type]
 
     def update(self, state: LossHistory, t, losses) -> LossHistory:
-        """The history after a batch. Where a t occurs more often than a row is long, its last losses count."""
+        """Adds the losses of a batch. If a t occurs more than `size` times, its last losses are kept."""
         size = state.losses.shape[1]
         same = t[:, None] == t[None, :]
         earlier = jnp.sum(jnp.tril(same, -1), axis=1)  # examples before this one with the same t
         later = jnp.sum(jnp.triu(same, 1), axis=1)
-        column = jnp.where(later < size, (state.count[t] + earlier) % size, size)  # size: dropped
+        column = jnp.where(later < size, (state.count[t] + earlier) % size, size)  # size drops it
         rings = state.losses.at[t, column].set(losses, mode="drop")
         return LossHistory(rings, state.count.at[t].add(1))
 
     def probabilities(self, state: LossHistory) -> UInt32[Array, " T"]:
-        """p_t as whole numbers of 2⁻³² that sum to 2³², the sum understood modulo 2³².
+        """2³² p_t as whole numbers, whose sum is 2³² (0 in uint32).
 
-        All are equal until every t has a full row, and while the rows say nothing: all zero, or one not finite. Whole
-        numbers, because a float32 distribution function has too few digits for the least likely t, and its sample would
-        not follow p_t.
+        They are equal until every t has a full row, and if the losses are all zero or not finite. A float32 cumulative
+        distribution would be too coarse for the least likely t.
         """
         T, size = state.losses.shape
-        largest = jnp.max(jnp.abs(state.losses))  # whose squares neither overflow nor vanish
+        largest = jnp.max(jnp.abs(state.losses))  # scaled by it, squares do not overflow
         root = jnp.sqrt(jnp.mean(jnp.square(state.losses / largest), axis=1))
         total = jnp.sum(root)
         learned = (1.0 - self.uniform) * root / total + self.uniform / T
@@ -119,12 +120,12 @@ class Importance(TimeSampler):
         return parts.at[0].add(0 - jnp.sum(parts))  # … and t = 0 takes the rest
 
     def draw(self, schedule, state, key, keys, position):
-        """t from `probabilities`, with the weight 1/(T p_t) that leaves the expected loss as it is."""
+        """Draws t from `probabilities`. The weights 1/(T p_t) keep the expected loss that of uniform t."""
         parts = self.probabilities(state)
-        last = jnp.cumsum(parts) - np.uint32(1)  # the last word that belongs to each t
+        last = jnp.cumsum(parts) - np.uint32(1)  # the largest of the 32-bit words that mean each t
         words = jax.vmap(jax.random.bits)(keys)
         t = jnp.searchsorted(last, words, side="left").astype(jnp.int32)
-        count = (parts[t] - np.uint32(1)).astype(jnp.float32) + 1.0  # all 2³² words wrap to 0
+        count = (parts[t] - np.uint32(1)).astype(jnp.float32) + 1.0  # 2³² is stored as 0
         return t, (2.0**32 / len(parts)) / count
 
 

@@ -9,43 +9,45 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ddpm_jax.names import check_choice
 from ddpm_jax.process.schedules import Schedule
 
-# How S times are spread over a chain, and the prefix that stands for it in a text of steps.
+# {name of a spacing: its prefix before a number of steps}
 SPACINGS = {"uniform": "", "linear": "ddim", "quadratic": "quad", "log_snr": "logsnr"}
+
+Steps = int | str | Sequence[int] | np.ndarray
 
 
 def subsequence(
-    steps: int | str | Sequence[int], num_timesteps: int, *, snr: np.ndarray | None = None
+    steps: Steps, num_timesteps: int, *, snr: Float[np.ndarray, " T"] | None = None
 ) -> Int[np.ndarray, " S"]:
-    """The rows τ of a shortened chain: [S] int, strictly increasing in 0 … T−1, for any S ≤ T.
+    """The steps τ of the full chain that a shortened one visits: [S], strictly increasing in 0 … T−1.
 
     Args:
       steps: one of
-        50 or "50": S evenly rounded times from 0 to T−1 (Nichol & Dhariwal §4);
-        "10,15,20": so many from each of three equal parts of the chain, the first T mod 3 of which are longer by one;
-          `space_timesteps` of their code, and rounded as there;
-        "ddim50": every k-th time from 0 where some k gives exactly S of them, otherwise ⌊iT/S⌋ (Song et al. App. D.2,
+        50 or "50": S evenly spaced steps from 0 to T−1, rounded (Nichol & Dhariwal §4);
+        "10,15,20": 10, 15 and 20 evenly spaced steps of the first, second and last third of the chain, for any number of
+          parts; the first T mod 3 of them are longer by one (`space_timesteps` in Improved DDPM's code);
+        "ddim50": every k-th step from 0 if some k gives exactly S of them, otherwise ⌊iT/S⌋ (Song et al. App. D.2,
           linear);
-        "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code), each moved up or down by the
-          least that keeps them distinct;
-        "logsnr50": the times nearest to evenly spaced values of log SNR (Lu et al. 2022), kept distinct in the same way;
-        a list of the times themselves, or such a list as text: "[0,20,41]".
-        A single step, with any spacing, is T−1: only there does noise have the level that the chain begins with.
+        "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code);
+        "logsnr50": the steps nearest to evenly spaced values of log SNR (Lu et al. 2022);
+        the list of steps itself, or that list as text: "[0,20,41]".
+        Equal steps of "quad50" and "logsnr50" are moved to neighbours that are free. A single step is always T−1, where
+        sampling begins.
       num_timesteps: T.
-      snr: [T], the signal-to-noise ratio of the chain, for "logsnr50".
+      snr: the signal-to-noise ratio of the full chain, for "logsnr50".
 
     Raises:
-      ValueError: S outside 1 … T, times repeated, unordered or out of range, unreadable text.
+      ValueError: S outside 1 … T; steps that repeat, decrease or are out of range; text that cannot be read.
     """
     T = num_timesteps
     if isinstance(steps, (int, np.integer)):
         steps = str(int(steps))
     if isinstance(steps, str) and steps.startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):  # unreadable text is refused below
+        with contextlib.suppress(json.JSONDecodeError):  # text that cannot be read is refused below
             steps = json.loads(steps)
     if not isinstance(steps, str):
         return _listed(steps, T)
@@ -80,22 +82,24 @@ def subsequence(
     return _distinct(T - 1 - nearest[::-1], T)
 
 
-def as_text(steps: int | str | Sequence[int]) -> str:
-    """Steps as text, by which 5, "5" and NumPy's 5 are the same, and so are a list and a tuple."""
+def as_text(steps: Steps) -> str:
+    """Steps as text, which is the same for 5, "5" and NumPy's 5, and for a list, a tuple and an array."""
     return (steps if isinstance(steps, str) else str(np.asarray(steps).tolist())).replace(" ", "")
 
 
-def _checked(count: int, room: int, steps) -> int:
-    if not 1 <= count <= room:
-        raise ValueError(f"steps={steps!r} asks for {count} of {room} steps; choose 1 to {room}")
+def _checked(count: int, available: int, steps: Steps) -> int:
+    if not 1 <= count <= available:
+        raise ValueError(
+            f"steps={steps!r} asks for {count} of {available} steps; choose 1 to {available}"
+        )
     return count
 
 
-def _listed(steps, T: int) -> np.ndarray:
-    """A list of the times themselves."""
+def _listed(steps, T: int) -> Int[np.ndarray, " S"]:
+    """The steps of a list, after a check."""
     try:
         tau = np.asarray(steps)
-    except ValueError:  # lists of several lengths in it
+    except ValueError:  # a list of lists of different lengths
         tau = np.zeros((0, 0))
     if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.integer):
         raise ValueError(f"a list of steps must hold whole numbers, got {list(steps)!r}")
@@ -106,77 +110,77 @@ def _listed(steps, T: int) -> np.ndarray:
     return tau.astype(np.int64)
 
 
-def _distinct(tau: np.ndarray, T: int) -> np.ndarray:
-    """Times moved up where two fell together, and never past T − 1."""
+def _distinct(tau: Int[np.ndarray, " S"], T: int) -> Int[np.ndarray, " S"]:
+    """Moves equal steps up to free ones, or down at T − 1."""
     i = np.arange(len(tau))
     tau = np.maximum.accumulate(tau - i) + i
     return np.minimum(tau, T - len(tau) + i)
 
 
-def _parts(counts: list[int], T: int, steps: str) -> np.ndarray:
-    """So many evenly rounded times from each of equal parts of the chain."""
+def _parts(counts: list[int], T: int, steps: str) -> Int[np.ndarray, " S"]:
+    """counts[i] evenly spaced steps, rounded, from the i-th of equal parts of the chain."""
     _checked(sum(counts), T, steps)
-    tau, first = [], 0
+    tau: list[int] = []
+    first = 0
     for part, count in enumerate(counts):
         size = T // len(counts) + (part < T % len(counts))
         if count:  # a part may have none
             _checked(count, size, steps)
-        # Added up one by one, as their code does: i * stride can round the other way at a half.
+        # Summed as in Improved DDPM's code: i * stride can round differently at a half.
         stride = [0.0, *(count - 1) * [(size - 1) / max(count - 1, 1)]]
-        tau.extend(first + round(at) for at in itertools.accumulate(stride[:count]))
+        tau.extend(first + round(offset) for offset in itertools.accumulate(stride[:count]))
         first += size
     return np.asarray(tau)
 
 
 def respace(schedule: Schedule, tau: Sequence[int]) -> Schedule:
-    """The chain that visits only the rows `tau` of `schedule`, with the same (α, σ) and times.
+    """The chain that visits only the steps `tau` of `schedule`, with their α, σ and times.
 
-    Its σ²_{t|s} follow from its own neighbours (for β: Nichol & Dhariwal (19)).
+    σ²_{t|s} is that between its own neighbouring steps; for β: Nichol & Dhariwal (19).
     """
-    tau = subsequence(np.asarray(tau), len(schedule))
-    return Schedule(schedule.alpha[tau], schedule.sigma[tau], schedule.times[tau])
+    rows = subsequence(np.asarray(tau), len(schedule))
+    return Schedule(schedule.alpha[rows], schedule.sigma[rows], schedule.times[rows])
 
 
-@functools.lru_cache(maxsize=256)  # a chain is compared by identity, and equal ones compile once
+@functools.lru_cache(maxsize=256)  # schedules are compared by identity: equal chains compile once
 def _respaced(schedule: Schedule, tau: tuple[int, ...]) -> Schedule:
     return respace(schedule, tau)
 
 
 def shorten(
-    schedule: Schedule,
-    steps: int | str | Sequence[int] | None,
-    *,
-    spacing: str | None = None,
-    last: int | None = None,
+    schedule: Schedule, steps: Steps | None, *, spacing: str | None = None, last: int | None = None
 ) -> Schedule:
-    """The chain that a user asks for: `respace` of `subsequence`.
+    """Shortens a chain to some of its steps, for sampling or the bound in fewer network calls.
 
     Args:
-      steps: as `subsequence`; None for all of them.
-      spacing: a name of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50". The steps of parts,
-        "10,15,20", are "uniform" in each part.
-      last: the row of `schedule` where a chain begins that does not come from pure noise: of the steps those below it
-        are kept, and it is the last.
+      steps: see `subsequence`; None for all.
+      spacing: a key of `SPACINGS`, for a plain number of steps: 50 with "quadratic" is "quad50". For steps of parts, such
+        as "10,15,20", only "uniform".
+      last: keep only steps below `last`, and end with it: for sampling that begins from x_t with t = last.
 
     Raises:
-      ValueError: as `subsequence`; a spacing without a plain number of steps; a row outside 0 … T−1.
+      ValueError: as `subsequence`; a spacing without a number of steps; `last` outside 0 … T−1.
+
+    >>> schedule = dj.linear_schedule(1000)
+    >>> dj.shorten(schedule, 5).times.tolist()
+    [0, 250, 500, 749, 999]
+    >>> dj.shorten(schedule, 5, spacing="quadratic", last=600).times.tolist()
+    [0, 50, 200, 450, 600]
     """
     T = len(schedule)
     if spacing is not None:
         check_choice("spacing", spacing, list(SPACINGS))
-        of_parts = spacing == "uniform" and "," in str(steps) and isinstance(steps, str)
-        if not (str(steps).isdecimal() or of_parts):
+        has_parts = spacing == "uniform" and "," in str(steps) and isinstance(steps, str)
+        if not (str(steps).isdecimal() or has_parts):
             raise ValueError(
-                f"spacing={spacing!r} spreads a number of steps, such as steps=50; got steps={steps!r}"
+                f"spacing={spacing!r} needs a number of steps, such as steps=50; got steps={steps!r}"
             )
         steps = f"{SPACINGS[spacing]}{steps}"
     tau = np.arange(T) if steps is None else subsequence(steps, T, snr=schedule.snr)
     if isinstance(steps, str) and not steps.startswith("[") and not schedule.is_variance_preserving:
-        tau = np.append(
-            tau[:-1], T - 1
-        )  # elsewhere less noise than the prior would begin the chain
+        tau = np.append(tau[:-1], T - 1)  # the prior has the noise level of step T − 1
     if last is not None:
         if not 0 <= last < T:
-            raise ValueError(f"from_t={last} is not a time of the chain; choose 0 to {T - 1}")
+            raise ValueError(f"from_t={last} is not a step of the chain; choose 0 to {T - 1}")
         tau = np.append(tau[tau < last], last)
     return schedule if len(tau) == T else _respaced(schedule, tuple(tau.tolist()))

@@ -1,4 +1,4 @@
-"""What a run keeps, whatever ends it: refusals before anything is lost, and states saved on errors."""
+"""Protection of a run: errors before anything is lost, and states saved on errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainingError(RuntimeError):
 
 
 def check_finite(state: TrainState, directory: str) -> None:
-    """Before anything is made of a state.
+    """Checks a state before it is used or saved.
 
     Raises:
       TrainingError: a loss or a gradient was not finite; names the step.
@@ -47,7 +47,7 @@ def check_finite(state: TrainState, directory: str) -> None:
 
 @contextlib.contextmanager
 def out_of_memory_advice():
-    """Turns the device's own error into one line that says what to change, in this order."""
+    """Turns the device's out-of-memory error into one line that says what to change, in order."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -59,10 +59,10 @@ def out_of_memory_advice():
 
 
 def check_memory(needed: float, state: TrainState) -> None:
-    """Refuses a step that cannot fit, before the system kills the program for it.
+    """Refuses a step that does not fit in memory, before the system kills the program.
 
     Args:
-      needed: bytes on each device, of which the state has its part already.
+      needed: bytes on each device, including the state, which is already allocated.
 
     Raises:
       TrainingError: names the settings to change.
@@ -81,8 +81,8 @@ def run_directory(workdir: str):
     """Makes and locks a run directory.
 
     Yields:
-      a function that takes back what a start makes in it, and the directory itself if it was made here. What
-      other programs have put there stays.
+      a function that removes what a failed start created, and the directory itself if it was created here. Files of
+      other programs stay.
 
     Raises:
       CheckpointError: another process trains there.
@@ -108,7 +108,7 @@ def run_directory(workdir: str):
 
 
 def what_is_saved(directory: str) -> str:
-    """What a run continues from, in words."""
+    """Describes the checkpoint that a run would continue from."""
     step = checkpoints.latest_step(directory)
     if step is None:
         return "nothing is saved: the same command begins at step 0"
@@ -117,9 +117,9 @@ def what_is_saved(directory: str) -> str:
 
 @contextlib.contextmanager
 def save_on_error(current: Callable, directory: str, keep: int, signals: Signals, say: Callable):
-    """Saves the state that `current` returns if an error ends the loop that is not the state's own.
+    """Saves the state that `current` returns if an error not caused by the state ends the loop.
 
-    Not one that is not finite, that went into a step which failed, or that could not be saved already; nor in a
+    A state is not saved if it is not finite, was donated to a step that failed, or could not be saved before; nor in a
     job of several processes, which can only save together.
     """
     try:
@@ -140,7 +140,7 @@ def save_on_error(current: Callable, directory: str, keep: int, signals: Signals
 
 @contextlib.contextmanager
 def not_worth_a_run(say: Callable[[str], None]):
-    """Turns an OSError into a warning: training needs no picture and no line of numbers."""
+    """Turns an OSError into a warning: training continues without a picture or a log line."""
     try:
         yield
     except OSError as error:

@@ -31,7 +31,7 @@ from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.names import check_choice
 from ddpm_jax.options import ConfigError
-from ddpm_jax.process import schedules
+from ddpm_jax.process import schedules, terminal
 from ddpm_jax.training import guards, parallel, preview, resume
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.signals import Signals
@@ -48,7 +48,7 @@ HEARTBEAT_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Length:
-    """config.training: how long a run is, and how often it looks up."""
+    """config.training: the length of a run and its intervals."""
 
     num_steps: int
     batch_size: int
@@ -64,7 +64,7 @@ class Length:
 
 
 def check(config) -> None:
-    """Checks all of a config that can be checked without its data, unless it leaves a field to them.
+    """Checks a config without training; reads its data only if the config leaves fields to them.
 
     Raises:
       ConfigError, DataError: one line that says what to do.
@@ -84,15 +84,15 @@ def train(
     method: Method | None = None,
     dataset: data.Dataset | None = None,
 ) -> TrainState:
-    """Trains what a ConfigDict says in a directory, from its last checkpoint if it has one.
+    """Trains the model of a ConfigDict in a run directory, from its last checkpoint if it has one.
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with 128 + the
-    signal's number. So is a good state when anything else ends the run, such as a picture that cannot be read. A start
-    that fails takes back the files that it made, and the directory if it made that.
+    signal's number. A good state is also saved when any other error ends the run, such as a picture that cannot be
+    read. A failed start removes the files that it created, and the directory if it created it.
 
     Args:
-      change: what may differ from the run that is continued: "data" for other images at the same or at another place.
-      method, dataset: the model and the training data themselves; None for those of the config.
+      change: what may differ from the run that is continued: "data" for other images.
+      method, dataset: the model and the training data as objects; None for those of the config.
 
     Returns:
       the state after the last step, on the devices.
@@ -100,6 +100,15 @@ def train(
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
       KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
+
+    >>> import tempfile
+    >>> from ddpm_jax.configs import digits
+    >>> config = digits.get_config("smoke")
+    >>> config.model.update(channels=8, num_groups=2)
+    >>> config.training.num_steps = 2
+    >>> state = train(config, tempfile.mkdtemp())
+    >>> int(state.step)
+    2
     """
     with options.errors_at("--change"):
         for what in change:
@@ -113,7 +122,7 @@ def train(
     with guards.run_directory(workdir) if leader else contextlib.nullcontext(lambda: None) as undo:
 
         def leave(words: str) -> str:
-            """Undoes a start that came to nothing, and adds to the words what is saved."""
+            """Undoes a failed start, and adds to the message what is saved."""
             if not signals.begun:
                 undo()
             return f"{words}; {guards.what_is_saved(os.path.join(workdir, 'checkpoints'))}"
@@ -141,7 +150,7 @@ def train(
 
 @dataclasses.dataclass
 class Trainer:
-    """A training run in a directory: `prepare` refuses whatever is wrong, `run` is the loop."""
+    """A training run in a directory: `prepare` checks everything, `run` is the loop."""
 
     config: Any
     workdir: str
@@ -154,7 +163,7 @@ class Trainer:
         return os.path.join(self.workdir, *names)
 
     def prepare(self, method: Method | None, dataset: data.Dataset | None) -> None:
-        """Makes the parts and compiles the step. Whatever is wrong is said here, before anything is computed."""
+        """Makes all parts. Whatever is wrong is reported here, before anything is computed."""
         config, self.leader = self.config, jax.process_index() == 0
         self.say(parallel.banner())
         self.directory = self.path("checkpoints")
@@ -193,7 +202,7 @@ class Trainer:
         )
 
     def prepare_data(self, dataset, continues: bool, own_shape: bool) -> None:
-        """The training data, compared with those that the run began with, and a line on the schedule."""
+        """Loads the training data, compares them with those of the run, and logs the schedule."""
         dataset = dataset or run_data.load_data(self.config)
         if continues:
             dataset = run_data.as_numbered(self.workdir, dataset)
@@ -246,7 +255,7 @@ class Trainer:
         self.state = parallel.place(state)
 
     def begin(self) -> None:
-        """Writes the first files of the run, once nothing is left to be refused."""
+        """Writes the first files of the run, after all checks."""
         if not self.leader:
             return
         self.say.begin()
@@ -277,8 +286,8 @@ class Trainer:
         guards.check_memory(needed, self.state)
 
     def run(self) -> TrainState:
-        """The loop. It waits for the step before the last, never for the one just sent: the device always has work, and
-        the clock still tells the truth.
+        """The loop. It waits for an earlier step, never for the one just dispatched: the device always has work, and the times
+        are still right.
         """
         length = self.length
         if self.step >= length.num_steps:
@@ -313,7 +322,7 @@ class Trainer:
         return self.state
 
     def after_step(self, loss) -> None:
-        """Log line, checkpoint and pictures, where they are due; leaves if a signal has asked for it."""
+        """Writes the log line, checkpoint and pictures that are due; exits if a signal requested it."""
         length, end = self.length, self.step == self.length.num_steps
         if self.step % length.log_every == 0 or end:
             jax.block_until_ready(loss)
@@ -356,7 +365,7 @@ class Trainer:
         self.saved = time.perf_counter()
 
     def log(self) -> None:
-        """Ends a span of steps: a line of metrics.jsonl, and none of them counted twice."""
+        """Writes the means since the last log line to metrics.jsonl and clears them."""
         guards.check_finite(self.state, self.directory)
         rate, values = self.progress.rate(), step_lib.means(self.state.metrics)
         text = f"loss {values['loss']:.4f}  gradient norm {values['grad_norm']:.3g}"
@@ -373,7 +382,7 @@ class Trainer:
         self.state = self.state.replace(metrics=cleared)
 
     def look(self, early: bool) -> None:
-        """Pictures of where the model is."""
+        """Writes preview samples and loss.png."""
         guards.check_finite(self.state, self.directory)
         if not self.leader:
             return
@@ -392,7 +401,7 @@ class Trainer:
 
 def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
     """One line on the health of a chain, and a warning if it has one."""
-    health = schedules.health(schedule, second_moment=second_moment)
+    health = terminal.health(schedule, second_moment=second_moment)
     line = f"schedule: {len(schedule)} steps, "
     if schedule.is_variance_preserving:
         line += (
@@ -407,10 +416,10 @@ def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str
 
 
 def check_types(config) -> None:
-    """Checks fields that are read before what they configure is made.
+    """Checks the types of fields that are read directly from the config.
 
     Raises:
-      ConfigError: one of another type, such as None.
+      ConfigError: a field of the wrong type, such as None.
     """
     given = ("method", "tx", "key", "axis_name")
     options.bind(step_lib.make_update, config.step, "config.step", given=given)

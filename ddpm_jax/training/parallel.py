@@ -1,4 +1,4 @@
-"""The devices: the only file that says pmap.
+"""The devices; the only file that uses pmap.
 
 State and parameters have no device axis: they are put once on every local device by `place` and enter a
 mapped function unbatched. Batches are cut along their first axis by `shard`.
@@ -24,7 +24,7 @@ AXIS = "batch"
 
 
 def place(tree):
-    """A copy of a tree on each local device. The only way into a mapped function for state and parameters.
+    """A copy of a tree on each local device. State and parameters enter mapped functions only through it.
 
     Unplaced arrays are sent anew with each call (0.27 s for 128 MiB on 4 CPU devices), and donating them
     fails in a job of several processes.
@@ -45,10 +45,10 @@ def shard(batch):
 
 
 def check_batch_size(name: str, batch_size: int, accumulate: int = 1) -> None:
-    """Refuses a global batch that does not divide over all devices (and the parts of accumulation).
+    """Checks that the global batch divides evenly over devices and accumulation parts.
 
     Raises:
-      ValueError: with the nearest sizes that do.
+      ValueError: names the nearest sizes that do.
     """
     unit = jax.device_count() * accumulate
     if batch_size < 1 or batch_size % unit:
@@ -98,13 +98,13 @@ def memory(compiled) -> float:
 
 
 def free_memory(root: str = "/") -> float:
-    """Bytes that one device can still give to a step; inf where nobody says.
+    """Free bytes on one device; inf if unknown.
 
     A CPU has what the system calls available, with swap, within the limits of the process's control groups,
     and its devices share it.
 
     Args:
-      root: of the file system in which the system says so.
+      root: root of the file system in which the operating system reports memory.
     """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
@@ -187,7 +187,7 @@ def map_examples(function: Callable) -> Callable:
 
 
 def examples_at_once() -> int:
-    """How many images a command works on at a time unless told: few where a word of progress is rare."""
+    """The default number of images that a command computes at a time: small on a CPU, so that progress is shown often."""
     return (16 if jax.devices()[0].platform == "cpu" else 64) * jax.local_device_count()
 
 
@@ -199,7 +199,7 @@ def any_process(flag: bool) -> bool:
 
 
 def banner() -> str:
-    """Versions and devices, in one line; a warning if an accelerator is there and not used."""
+    """Versions and devices, in one line; a warning if an accelerator is present but unused."""
     packages = ("ddpm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = []
     for package in packages:
@@ -218,10 +218,10 @@ def banner() -> str:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs for the next start, unless JAX_COMPILATION_CACHE_DIR already says where.
+    """Keeps compiled programs for the next start, unless JAX_COMPILATION_CACHE_DIR is already set.
 
-    The folder carries the version of jaxlib and the kind of processor: programs of another version or
-    for other instructions must not be loaded.
+    The folder carries the version of jaxlib and the kind of processor: programs of another version or for
+    another instruction set must not be loaded.
     """
     if jax.config.jax_compilation_cache_dir:
         return

@@ -1,4 +1,4 @@
-"""Pictures of a run: the data as the network is shown them, the forward process, samples while it trains."""
+"""Pictures of a run: the data as the network sees them, the forward process, samples during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
 
 
 def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:
-    """The first images that the network is shown, uint8 [N, H, W, C] for at most 64: as the loss has them."""
+    """The first training images as the network sees them, uint8 [N, H, W, C], N ≤ 64."""
     count = min(len(dataset), 64)
     steps = -(-count // batch_size)
     images = []
@@ -50,7 +50,7 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
     Raw and EMA parameters draw from the same noise at every preview, so that rows can be compared.
 
     Raises:
-      ConfigError: options that this Method cannot have.
+      ConfigError: options that do not fit this Method.
     """
     section = dict(section)
     every, count = section.pop("every"), section.pop("num_images")
@@ -75,7 +75,7 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
 
 
 def check_sampling(method: Method, sampling, where: str) -> None:
-    """Refuses options of sampling that a Method cannot have, before anything is computed.
+    """Checks that options of sampling fit a Method, before anything is computed.
 
     Raises:
       ConfigError: one line.

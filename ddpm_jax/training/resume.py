@@ -1,4 +1,4 @@
-"""Whether a config continues a run: which of its fields may differ from those that it began with."""
+"""Checks whether a config continues a run: which fields may differ from the saved ones."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ FREE_TO_CHANGE = (
 )
 
 
-def reader_of(section: str, config):
-    """What a section of a config is the keyword arguments of; None if that is not known."""
+def readers_of(section: str, config) -> tuple:
+    """The functions or classes that take a section of a config as keyword arguments; empty if unknown."""
     name = config.get(section, {}).get("name") if section in ("model", "schedule") else None
     if section == "schedule":
-        return find(name or "linear", schedules.SCHEDULES, "schedule")
+        return find(name or "linear", schedules.SCHEDULES, "schedule"), schedules.make
     if section == "model":
-        return find(name or "unet", NETWORKS, "network")
+        return (find(name or "unet", NETWORKS, "network"),)
     readers = {"data": data.load, "diffusion": DDPM, "optimizer": step.make_optimizer}
-    readers["preview"] = Sampling
-    readers |= {"step": step.make_update}
-    return readers.get(section)
+    readers |= {"preview": Sampling, "step": step.make_update}
+    return (readers[section],) if section in readers else ()
 
 
 def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
-    """A run keeps the config it began with, but for `FREE_TO_CHANGE`.
+    """Refuses a config that differs from the saved one beyond `FREE_TO_CHANGE`.
 
     Args:
-      moved: the data may have another name or place: they are compared themselves, by `run_data.check_data`.
+      moved: the data may have another name or path; `run_data.check_data` compares the data themselves.
 
-    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does the
-    num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands for
-    its default.
+    An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does
+    the num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands
+    for its default.
 
     Raises:
       ConfigError: names the fields, what is saved and what was given.
@@ -80,9 +79,9 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
 
 
 def as_saved(config, path: str) -> None:
-    """Gives the sections that recipes digest the fields that the run began with, not those of a newer program.
+    """Replaces the sections that recipes digest by the saved ones, without fields of a newer version.
 
-    They mean the same, by `refuse_another_config`; but results of the same weights are to stay theirs.
+    They mean the same, by `refuse_another_config`, but results of the same weights must keep their digest.
     """
     saved = config_lib.load(path)
     for section in ("model", "schedule", "diffusion"):
@@ -102,9 +101,9 @@ def _or_default(field: str, value, config):
         return json.loads(json.dumps(ONCE_DEFAULT[name]))
     if value not in (config_lib.MISSING, None):
         return value
-    reader = reader_of(section, config)
-    for one in options.options_of(reader) if reader else ():
-        if one.name == name and one.default is not options.EMPTY:
-            default = options.name_of(one.default, one.choice) if one.choice else one.default
-            return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
+    for reader in readers_of(section, config):
+        for one in options.options_of(reader):
+            if one.name == name and one.default is not options.EMPTY:
+                default = options.name_of(one.default, one.choice) if one.choice else one.default
+                return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
     return None if value == config_lib.MISSING else value

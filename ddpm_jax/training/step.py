@@ -19,14 +19,14 @@ STEP_METRICS = ("grad_norm", "update_norm", "param_norm", "ema_decay")
 
 
 class Metrics(NamedTuple):
-    """What one step says of itself, or several steps together: see `merge` and `means`."""
+    """Sums of the metrics of one or several steps: see `merge` and `means`."""
 
     sums: dict[str, jax.Array]  # float32 [2] each: weighted sum, sum of weights
     bad_step: jax.Array  # int32 [], first step with a loss or gradient that is not finite, or NEVER
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The only thing that changes, and the only thing that a checkpoint holds. No device axis, no key."""
+    """The whole state of training, and all that a checkpoint holds. No device axis, no key."""
 
     step: jax.Array  # int32 [], updates done so far
     params: Any
@@ -88,7 +88,7 @@ def optimizer_of(config) -> tuple[optax.GradientTransformation, optax.Schedule]:
 
 
 class Keys(NamedTuple):
-    """The random streams of a seed. Sampling has its own: image i of a seed is no training noise."""
+    """The random streams of a seed; sampling does not share any with training."""
 
     init: jax.Array
     train: jax.Array
@@ -101,7 +101,7 @@ def make_keys(seed: int) -> Keys:
     """The streams of a seed in 0 … 2³² − 1 (larger ones would repeat).
 
     Raises:
-      ValueError: the seed is outside.
+      ValueError: the seed is out of range.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {seed}")
@@ -156,10 +156,10 @@ def make_update(
       accumulate: parts that the shard is cut into, their gradients averaged before the one update; a
         loop in Python, since XLA:CPU runs gradient convolutions inside lax.scan ten times slower.
       clip: "global" scales the averaged gradient to a norm of at most `max_grad_norm`; "per_replica"
-        does so to each device's own before they are averaged, as Ho et al.'s code; "none".
+        scales each device's gradient before they are averaged, as Ho et al.'s code; "none".
       ema_decay: of the exponential moving average of the parameters, in [0, 1).
-      ema_warmup: use min(ema_decay, (1 + step)/(10 + step)), so that the average of a short run has
-        forgotten where it began; the paper does without.
+      ema_warmup: use min(ema_decay, (1 + step)/(10 + step)), so that the average of a short run does not
+        contain its initial values; the paper does not use it.
 
     Raises:
       ValueError: an unknown choice or a number out of range.
@@ -172,21 +172,6 @@ def make_update(
             f"accumulate must be at least 1 and max_grad_norm positive, got {accumulate}, {max_grad_norm}"
         )
 
-    def mean_over_devices(tree):
-        return jax.lax.pmean(tree, axis_name) if axis_name else tree
-
-    def of_all_devices(record):
-        if not axis_name:
-            return record
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), record)
-
-    def with_position(batch):
-        """Adds where each example stands in the batch of all devices."""
-        size = batch["index"].shape[0]
-        first = size * jax.lax.axis_index(axis_name) if axis_name else 0
-        total = size * (jax.lax.axis_size(axis_name) if axis_name else 1)
-        return {**batch, "position": (first + jnp.arange(size)) / np.float32(total)}
-
     def loss_and_more(params, loss_state, key, batch):
         loss, metrics, record = method.loss_fn(params, loss_state, key, batch)
         return jnp.mean(loss), (_sums(loss, metrics), record)
@@ -195,16 +180,10 @@ def make_update(
 
     def update(state: TrainState, batch) -> tuple[TrainState, jax.Array]:
         step_key = jax.random.fold_in(key, state.step)
-        batch, size = with_position(batch), batch["index"].shape[0]
-        assert size % accumulate == 0, (size, accumulate)
+        batch = _with_position(batch, axis_name)
         parts = [
-            gradient(
-                state.params,
-                state.loss_state,
-                step_key,
-                jax.tree.map(lambda x: x[i : i + size // accumulate], batch),  # noqa: B023
-            )
-            for i in range(0, size, size // accumulate)
+            gradient(state.params, state.loss_state, step_key, part)
+            for part in _parts(batch, accumulate)
         ]
         records = [record for _, (_, record) in parts]
         grads, sums = jax.tree.map(
@@ -214,7 +193,7 @@ def make_update(
 
         if clip == "per_replica":
             grads = clip_by_norm(grads, norm(grads), max_grad_norm)
-        grads, sums = mean_over_devices((grads, sums))
+        grads, sums = _mean_over_devices((grads, sums), axis_name)
         grad_norm = norm(grads)
         if clip == "global":
             grads = clip_by_norm(grads, grad_norm, max_grad_norm)
@@ -234,10 +213,37 @@ def make_update(
         bad_step = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), NEVER, state.step)
         metrics = merge(state.metrics, Metrics(sums, bad_step))
         record = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
-        loss_state = method.update_loss_state(state.loss_state, of_all_devices(record))
+        record = _of_all_devices(record, axis_name)
+        loss_state = method.update_loss_state(state.loss_state, record)
         return TrainState(state.step + 1, params, ema_params, opt_state, loss_state, metrics), loss
 
     return update
+
+
+def _mean_over_devices(tree, axis_name: str | None):
+    return jax.lax.pmean(tree, axis_name) if axis_name else tree
+
+
+def _of_all_devices(record, axis_name: str | None):
+    if not axis_name:
+        return record
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), record)
+
+
+def _with_position(batch: dict, axis_name: str | None) -> dict:
+    """Adds the position, in [0, 1), of each example in the batch of all devices."""
+    size = batch["index"].shape[0]
+    first = size * jax.lax.axis_index(axis_name) if axis_name else 0
+    total = size * (jax.lax.axis_size(axis_name) if axis_name else 1)
+    return {**batch, "position": (first + jnp.arange(size)) / np.float32(total)}
+
+
+def _parts(batch: dict, count: int) -> list[dict]:
+    """A batch cut into equal parts."""
+    size = batch["index"].shape[0]
+    assert size % count == 0, (size, count)
+    cuts = [slice(i, i + size // count) for i in range(0, size, size // count)]
+    return [{name: values[cut] for name, values in batch.items()} for cut in cuts]
 
 
 # ---- metrics ---------------------------------------------------------------------------------------

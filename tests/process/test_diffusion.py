@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from ddpm_jax.process import diffusion, losses, predictions, schedules, timesteps
+from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
 
 SCHEDULES = [
     schedules.make("linear"),
@@ -93,7 +93,7 @@ def test_reverse_variances_at_both_ends():
     np.testing.assert_allclose(small[:2], 5.45318766e-5, rtol=1e-8)
     assert (small[1:] < large[1:]).all()
     for other in ("large", "learned"):
-        with pytest.raises(ValueError, match="only fixed_small and fixed_large"):
+        with pytest.raises(ValueError, match="expected fixed_small or fixed_large"):
             diffusion.fixed_log_variance(schedule, other)
 
 
@@ -222,6 +222,31 @@ def test_everything_is_float32_and_jits():
 
     assert f(x, jnp.array([3, 999])).dtype == jnp.float32
     np.testing.assert_allclose(f(x, jnp.array([3, 3]))[0], f(x, jnp.array(3))[0], rtol=1e-6)
+
+
+def test_a_step_is_one_number_for_all_images_or_one_for_each():
+    schedule, x, eps = SCHEDULES[2], images(11, 3, 2, 2, 1), images(12, 3, 2, 2, 1)
+    keys = jax.random.split(jax.random.key(2), 3)
+    denoised = diffusion.Denoised(eps, 0.5 * x, eps, diffusion.at(np.full(10, -2.0), 0, x))
+    functions = {
+        "q_sample": lambda t: diffusion.q_sample(schedule, x, t, eps),
+        "q_step": lambda t: diffusion.q_step(schedule, x, t, eps),
+        "q_step_ddim": lambda t: diffusion.q_step_ddim(schedule, x, 0.5 * x, t, eps, eta=0.5),
+        "noise": lambda t: diffusion.noise(keys, t, x.shape[1:]),
+        "step_noise": lambda t: diffusion.step_noise(schedule, keys, t, x.shape[1:]),
+        "posterior_mean": lambda t: diffusion.posterior_mean(schedule, x, eps, t),
+        "noise_of": lambda t: diffusion.noise_of(schedule, 0.5 * x, x, t),
+        "term": lambda t: likelihood.term(
+            schedule, denoised, diffusion.from_uint8(diffusion.to_uint8(x)), eps, jnp.asarray(t)
+        ),
+    }
+    steps = (7, 0, 4)
+    for name, function in functions.items():
+        each = function(jnp.array(steps))
+        for i, t in enumerate(steps):
+            np.testing.assert_allclose(function(t)[i], each[i], rtol=1e-6, atol=1e-7, err_msg=name)
+            np.testing.assert_array_equal(function(t), function(jnp.full(3, t)), err_msg=name)
+        assert not np.array_equal(function(7), function(4)), name
 
 
 # ---- DDIM's forward process ------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_own_weights():
     gamma[50] = 0.0
     loss = losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma)
     np.testing.assert_allclose(loss, np.where(T_S == 50, 0.0, simple), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"\(999,\), one weight for each of 1000"):
+    with pytest.raises(ValueError, match=r"each of the 1000 steps, got shape \(999,\)"):
         losses.weighted(FULL, network, X_0, T_S, EPS, gamma=gamma[1:])
     for eta in (0, "hat", 1.5):
         with pytest.raises(ValueError, match="eta"):
@@ -242,7 +242,7 @@ def test_hybrid_trains_the_mean_by_simple_and_the_variance_by_the_bound(predicti
         (("simple", "learned_range", 5.0), "'hybrid' or 'vlb'"),
         (("hybrid", "fixed_large", None), "'learned_range'"),
         (("vlb", "analytic", None), "--variance=analytic"),
-        (("vlb", "learned", 5.0), "weighs 'simple' and 'hybrid' only"),
+        (("vlb", "learned", 5.0), "needs loss 'simple' or 'hybrid'; got 5.0 and loss 'vlb'"),
         (("simple", "fixed_small", 0.0), "must be positive"),
         (("hybrid", "learned", float("nan")), "must be positive"),
     ],

@@ -13,7 +13,15 @@ import oracle
 import pytest
 from compiling import optimized
 
-from ddpm_jax.process import budget, diffusion, likelihood, predictions, schedules, timesteps
+from ddpm_jax.process import (
+    budget,
+    diffusion,
+    likelihood,
+    predictions,
+    schedules,
+    terminal,
+    timesteps,
+)
 from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver, Heun
 from ddpm_jax.process.samplers.inversion import encode
 from ddpm_jax.process.samplers.repaint import inpaint, resampling
@@ -609,7 +617,7 @@ def test_zero_terminal_snr():
     )
     np.testing.assert_allclose(path.alpha, stretched, rtol=1e-12)
     assert (schedules.make("linear", zero_snr=True).alpha == path.alpha).all()
-    assert path.beta[-1] == 1 and schedules.health(path).prior_bits_per_dim == 0
+    assert path.beta[-1] == 1 and terminal.health(path).prior_bits_per_dim == 0
     with pytest.raises(ValueError, match="use prediction 'x_0', 'v' or 'velocity'") as error:
         predictions.check(path, "eps")
     assert "\n" not in str(error.value)

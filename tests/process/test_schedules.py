@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.process import diffusion, schedules, timesteps
+from ddpm_jax.process import diffusion, schedules, terminal, timesteps
 
 BETAS = [  # the schedules that are given by β, with their names in older configs
     *("linear", "quad", "const", "jsd", "warmup10", "warmup50", "sigmoid", "cosine"),
@@ -100,13 +100,13 @@ def test_own_betas_and_immutability():
 
 @pytest.mark.parametrize("second_moment, bits", [(0.25, 7.28e-6), (0.5, 1.456e-5), (1, 2.911e-5)])
 def test_prior_term(second_moment, bits):
-    health = schedules.health(make("linear"), second_moment=second_moment)
+    health = terminal.health(make("linear"), second_moment=second_moment)
     np.testing.assert_allclose(health.prior_bits_per_dim, bits, rtol=1e-3)
     assert not health.warning
 
 
 def test_a_chain_that_stops_short_is_reported():
-    health = schedules.health(make("linear", num_timesteps=100))
+    health = terminal.health(make("linear", num_timesteps=100))
     # KL(N(√ᾱ x, 1 − ᾱ) ‖ N(0, 1)) by quadrature over x_T, for |x_0| = 1.
     mean, var = health.alpha_T, 1 - health.alpha_T**2
     z = np.linspace(-12, 12, 200_001)
@@ -132,7 +132,7 @@ def test_the_product_goes_to_0_exactly_if_the_sum_diverges():
     ends = [sequences(n) for n in lengths]
     for diverges in (True, False):
         for betas in zip(*(end[diverges] for end in ends), strict=True):
-            health = [schedules.health(schedules.from_betas(beta)) for beta in betas]
+            health = [terminal.health(schedules.from_betas(beta)) for beta in betas]
             left = np.array([h.alpha_T**2 for h in health])
             sums = np.array([h.sum_beta for h in health])
             bits = np.array([h.prior_bits_per_dim for h in health])
@@ -156,7 +156,7 @@ def test_the_product_goes_to_0_exactly_if_the_sum_diverges():
 @pytest.mark.parametrize("name", BETAS)
 def test_the_sum_of_beta_bounds_what_is_left(name):
     schedule = make(name, num_timesteps=300)
-    health = schedules.health(schedule)
+    health = terminal.health(schedule)
     np.testing.assert_allclose(health.sum_beta, sum(schedule.beta.tolist()), rtol=1e-12)
     assert health.alpha_T**2 <= health.alpha_bar_bound == np.exp(-health.sum_beta)
     assert (health.alpha_T > 0) == (name != "jsd")

@@ -337,7 +337,7 @@ def test_every_sampler_clips(sampler, how):
         ("ddim", {"eta": 1.5}, "0 … 1"),
         ("ddim", {"eta": "hot"}, "'hat'"),
         ("dpm_solver", {"order": 4}, "1, 2 or 3"),
-        ("dpm_solver", {"order": 3, "singlestep": True}, "order 2 only"),
+        ("dpm_solver", {"order": 3, "singlestep": True}, "singlestep needs order=2"),
         ("ancestral", {"clip_x0": "soft"}, "'dynamic'"),
     ],
 )

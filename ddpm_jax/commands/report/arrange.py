@@ -15,7 +15,7 @@ from ddpm_jax.commands.report.charts import Curve, chart
 from ddpm_jax.commands.report.find import Picture, Run
 from ddpm_jax.commands.report.words import is_number, number, plus_minus
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.process import schedules
+from ddpm_jax.process import terminal
 from ddpm_jax.stats import mean_and_error
 
 PICTURES = 12  # maximum number of pictures of one kind
@@ -198,7 +198,7 @@ def schedule(found: list[Run]) -> list:
         curves = [Curve(*chain) for chain in chains]
         charts.append(chart(title, curves, x_label="t", y_scale=scale))
     for run in found:
-        health = schedules.health(run.chain)
+        health = terminal.health(run.chain)
         line = f"T = {len(run.chain):,}; α² at the end {health.alpha_T**2:.3g}"
         if health.sum_beta is not None:
             line += f" (Σβ = {health.sum_beta:.4g} bounds it by {health.alpha_bar_bound:.3g})"

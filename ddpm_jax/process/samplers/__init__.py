@@ -1,7 +1,7 @@
-"""Samplers: from x_T to x_0, each one `lax.scan` over a Schedule.
+"""Samplers: from x_T to x_0, by one `lax.scan` over a Schedule.
 
-A sampler is a frozen dataclass in a file of its own: its fields are its options, its `__call__` is the algorithm. One
-of your own is named `module:NAME` wherever these names are.
+A sampler is a frozen dataclass in a file of its own: its fields are its options, and its `__call__` is the algorithm. One
+of your own is named module:NAME wherever a sampler is named.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from ddpm_jax.process.schedules import Schedule
 
 
 class Sampler(Protocol):
-    """What a sampler offers. A field called `variance` is resolved by the model: see `Denoised.log_variance`."""
+    """The interface of a sampler.
+
+    If it has a field `variance`, the denoiser computes `Denoised.log_variance` of that kind, by default the model's own.
+    A method `check(chain)`, if it has one, is called before anything is compiled.
+    """
 
     def __call__(
         self,
@@ -33,22 +37,23 @@ class Sampler(Protocol):
         clip_x0: bool | str = True,
         keep: Sequence[int] | None = None,
     ) -> Images | tuple[Images, Trajectory]:
-        """Runs the reverse chain; pure, and traced once.
+        """Runs the reverse chain. It must be a pure function that jax can trace.
 
         Args:
           chain: the chain to run, full or shortened.
-          denoiser: of a model; `denoiser(chain)` is its denoise_fn(x_t, row).
-          x_T: [B, H, W, C] of the prior; or any x_t of the last step of the chain.
-          keys: one for each example, and the only source of randomness, by `diffusion.step_noise`.
-          clip_x0: how x̂_0 is brought back to [−1, 1]; see `chain.clip`.
-          keep: K steps of the chain to be remembered, as a Trajectory.
+          denoiser: the model; `denoiser(chain)` is denoise_fn(x_t, t) -> Denoised.
+          x_T: [B, H, W, C], x_t at the last step of the chain, such as a draw from the prior.
+          keys: one for each image, the only source of randomness; see `diffusion.step_noise`.
+          clip_x0: how x̂_0 is clipped; see `chain.clip`.
+          keep: K steps of the chain to return as a Trajectory.
 
         Returns:
-          x_0 [B, H, W, C], or (x_0, Trajectory) with `keep`.
+          x_0 [B, H, W, C]; with `keep`, (x_0, Trajectory).
 
         Raises:
           ValueError: one line, for a chain or an option that it cannot use.
         """
+        ...
 
 
 SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM, "dpm_solver": DPMSolver, "heun": Heun}

@@ -1,4 +1,4 @@
-"""The one loop of all samplers: a `lax.scan` that evaluates the network once per iteration."""
+"""The loop that all samplers share: a `lax.scan` that evaluates the network once per iteration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Float64, Num
 
 from ddpm_jax.process import diffusion
 from ddpm_jax.process.diffusion import Denoiser, Images
@@ -18,25 +18,25 @@ DYNAMIC_PERCENTILE = 99.5  # percentile of |x̂_0| in an image; Saharia et al. 2
 
 
 class Trajectory(NamedTuple):
-    """The chain at K of its steps."""
+    """x_t and x̂_0 at K steps of a chain."""
 
-    t: Num[Array, "B K"]  # the time of each
+    t: Num[Array, "B K"]  # the time of each step
     x_t: Float[Array, "B K H W C"]
     x_0: Float[Array, "B K H W C"]  # x̂_0(x_t), clipped if the sampler clips
 
 
 def check_clip(how: bool | str) -> None:
-    """Raises ValueError if `clip` does not know how."""
+    """Raises ValueError if `how` is not an argument of `clip`."""
     if how not in (True, False, "dynamic"):
-        raise ValueError(f"clip_x0 is True, False or 'dynamic', not {how!r}")
+        raise ValueError(f"clip_x0 must be True, False or 'dynamic', got {how!r}")
 
 
 def clip(x_0: Images, how: bool | str) -> Images:
-    """x̂_0 within [−1, 1] again.
+    """Clips x̂_0 to [−1, 1].
 
     Args:
-      how: True cuts off what lies beyond ±1 (Ho et al.'s code); "dynamic" cuts each image at the `DYNAMIC_PERCENTILE`
-        of its |x̂_0| if that is above 1, and divides by it (Saharia et al. 2022 §2.3); False does nothing.
+      how: True clips at ±1, as in Ho et al.'s code. "dynamic" clips each image at ±s, with s the `DYNAMIC_PERCENTILE` of its
+        |x̂_0| and at least 1, and divides it by s (Saharia et al. 2022 §2.3). False does nothing.
     """
     check_clip(how)
     if how == "dynamic":
@@ -57,14 +57,14 @@ def scan(
     rows: np.ndarray | None = None,
     carry=(),
 ):
-    """Runs x, carry = step(k, i, x, denoised, carry) for k = 0, 1, … at the rows i = rows[k].
+    """Runs x, carry = step(k, t, x, denoised, carry) for k = 0, 1, … with t = rows[k].
 
-    x̂_0 is clipped before `step` sees it, and ε̂ is then derived anew, so that both describe the same x_t.
+    `denoised` is the model at x and t, with clipped x̂_0 and the ε̂ that belongs to it.
 
     Args:
-      rows: int [K] rows of the chain at which the network is evaluated; None for all, from the last to the first.
-      keep: rows to be remembered.
-      carry: what a step leaves to the next one beside x.
+      rows: [K], the steps t of the chain at which the network is evaluated; by default all, from the last to the first.
+      keep: steps to return as a Trajectory.
+      carry: what a step passes to the next beside x, a tree of arrays.
 
     Returns:
       the last x; with `keep`, (x, Trajectory).
@@ -72,21 +72,21 @@ def scan(
     denoise_fn = denoiser(chain)
     rows = np.arange(len(chain))[::-1] if rows is None else rows
     kept = np.asarray([] if keep is None else keep, np.int32)
-    position = np.full(len(chain), len(kept), np.int32)  # out of range: not kept
-    position[kept] = np.arange(len(kept))
-    position = jnp.asarray(position)
+    table = np.full(len(chain), len(kept), np.int32)  # out of range: not kept
+    table[kept] = np.arange(len(kept))
+    position = jnp.asarray(table)
 
     def body(state, now):
-        (x, carry, frames), (k, i) = state, now
-        denoised = denoise_fn(x, i)
+        (x, carry, frames), (k, t) = state, now
+        denoised = denoise_fn(x, t)
         if clip_x0:
             x_0 = clip(denoised.x_0, clip_x0)
-            denoised = denoised._replace(x_0=x_0, eps=diffusion.noise_of(chain, x_0, x, i))
+            denoised = denoised._replace(x_0=x_0, eps=diffusion.noise_of(chain, x_0, x, t))
         frames = tuple(
-            frame.at[:, position[i]].set(image, mode="drop")
+            frame.at[:, position[t]].set(image, mode="drop")
             for frame, image in zip(frames, (x, denoised.x_0), strict=False)
         )
-        x, carry = step(k, i, x, denoised, carry)
+        x, carry = step(k, t, x, denoised, carry)
         return (x, carry, frames), None
 
     empty = jnp.zeros((x.shape[0], len(kept), *x.shape[1:]))
@@ -95,13 +95,16 @@ def scan(
     (x, _, frames), _ = jax.lax.scan(body, (x, carry, frames), counted)
     if keep is None:
         return x
-    t = jnp.broadcast_to(jnp.asarray(chain.times)[kept], (x.shape[0], len(kept)))
-    return x, Trajectory(t, *frames)
+    times = jnp.broadcast_to(jnp.asarray(chain.times)[kept], (x.shape[0], len(kept)))
+    return x, Trajectory(times, *frames)
 
 
 def flow(
-    alpha: np.ndarray, sigma: np.ndarray, to_alpha: np.ndarray, to_sigma: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of x and ε̂ in a step of Song et al. 2021 (13) from levels [S] to others."""
-    of_x = np.divide(to_alpha, alpha, out=np.zeros_like(alpha), where=alpha > 0)  # 0: never used
-    return of_x, to_sigma - of_x * sigma
+    alpha: Float64[np.ndarray, " S"],
+    sigma: Float64[np.ndarray, " S"],
+    to_alpha: Float64[np.ndarray, " S"],
+    to_sigma: Float64[np.ndarray, " S"],
+) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+    """The coefficients of x and ε̂ in an Euler step of the ODE from (α, σ) to others; Song et al. 2021 (13)."""
+    from_x = np.divide(to_alpha, alpha, out=np.zeros_like(alpha), where=alpha > 0)  # α = 0: unused
+    return from_x, to_sigma - from_x * sigma

@@ -12,10 +12,13 @@ from ddpm_jax.process.samplers.chain import scan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDIM:
-    """x_s = α_s x̂_0 + √(σ_s² − η² β̃_t) ε̂ + η √β̃_t z; Song et al. 2021 (12).
+    """DDIM: x_s = α_s x̂_0 + √(σ_s² − η² β̃_t) ε̂ + η √β̃_t z; Song et al. 2021 (12).
 
-    With η = 1 it shares all noise with ancestral sampling with "fixed_small". ε̂ is derived anew from the clipped x̂_0
-    (as Improved DDPM's code; Song et al. do not clip).
+    With η = 1 it is ancestral sampling with "fixed_small", and draws the same noise. ε̂ is computed from the clipped x̂_0,
+    as in Improved DDPM's code; Song et al. do not clip.
+
+    >>> dj.DDIM(), dj.DDIM(eta=0.5)
+    (DDIM(eta=0.0), DDIM(eta=0.5))
     """
 
     eta: float | Literal["hat"] = option(
@@ -24,17 +27,17 @@ class DDIM:
     )
 
     def check(self, chain) -> None:
-        """Raises ValueError for an η outside 0 … 1."""
+        """Raises ValueError if η is neither in 0 … 1 nor "hat"."""
         diffusion.ddim_std(chain, self.eta)
 
     def __call__(self, chain, denoiser, x_T, keys, **loop):
-        of_eps, std = diffusion.ddim_std(chain, self.eta)
+        from_eps, std = diffusion.ddim_std(chain, self.eta)
 
-        def step(k, i, x_t, denoised, carry):
+        def step(k, t, x_t, denoised, carry):
             at = diffusion.at
-            x = at(chain.alpha_prev, i, x_t) * denoised.x_0 + at(of_eps, i, x_t) * denoised.eps
+            x = at(chain.alpha_prev, t, x_t) * denoised.x_0 + at(from_eps, t, x_t) * denoised.eps
             if self.eta != 0:
-                x += at(std, i, x_t) * diffusion.step_noise(chain, keys, i, x_t.shape[1:])
+                x += at(std, t, x_t) * diffusion.step_noise(chain, keys, t, x_t.shape[1:])
             return x, carry
 
         return scan(chain, denoiser, x_T, step, **loop)

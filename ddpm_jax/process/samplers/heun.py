@@ -13,31 +13,33 @@ from ddpm_jax.process.samplers.chain import flow, scan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heun:
-    """Heun's method on dx̄/ds = ε̂, with x̄ = x/α and s = σ/α: 2S − 1 network calls, order 2.
+    """Heun's method for dx̄/ds = ε̂ with x̄ = x/α and s = σ/α: order 2, 2S − 1 network calls.
 
-    The ODE is Song et al. 2021 (14), the method Karras et al. 2022, Algorithm 1 without churn: a DDIM step, then the same
-    step with the mean of ε̂ at both of its ends. The last step, to where no network was trained, is DDIM's, and so is one
-    that falls to less than a tenth from s above 10, or from α = 0: the slope at its end would be weighted by a length of which the end
-    is a small part. (With the cosine schedule and 10 steps, for normal data of standard deviation 0.5, samples had 7.4
-    without that rule, 0.48 with it.)
+    The ODE is Song et al. 2021 (14), the method is Karras et al. 2022, Algorithm 1: a DDIM step, then the same step with
+    the mean of ε̂ at its two ends. The last step, to σ = 0, is a plain DDIM step. So is a step from s > 10 (or α = 0) to
+    less than s/10, since the ε̂ at its end holds for a small part of it only. (With the cosine schedule in 10 steps, data of
+    standard deviation 0.5 gave samples of standard deviation 0.48, and 7.4 without this rule.)
+
+    >>> dj.Heun()
+    Heun()
     """
 
     def __call__(self, chain, denoiser, x_T, keys, **loop):
         S, at = len(chain), diffusion.at
         ratio_prev = chain.sigma_prev / chain.alpha_prev
         too_far = jnp.asarray((chain.ratio > 10.0) & (chain.ratio > 10.0 * ratio_prev))
-        of_x, of_eps = flow(chain.alpha, chain.sigma, chain.alpha_prev, chain.sigma_prev)
-        # The network is evaluated at the last step, then twice at each below: where Euler's step ends, and where the
-        # corrected one does.
+        from_x, from_eps = flow(chain.alpha, chain.sigma, chain.alpha_prev, chain.sigma_prev)
+        # The network is evaluated once at step S − 1, and twice at each other step: at the end of the Euler step to it,
+        # and at the end of the corrected one.
         rows = np.append(S - 1, np.repeat(np.arange(S - 1)[::-1], 2))
 
-        def step(k, i, x, denoised, carry):
-            start, slope = carry  # of the step that is being corrected
-            euler = at(chain.alpha_prev, i, x) * denoised.x_0
-            euler += at(chain.sigma_prev, i, x) * denoised.eps
-            above = jnp.minimum(i + 1, S - 1)
+        def step(k, t, x, denoised, carry):
+            start, slope = carry  # x and ε̂ at the beginning of the step to correct
+            euler = at(chain.alpha_prev, t, x) * denoised.x_0
+            euler += at(chain.sigma_prev, t, x) * denoised.eps
+            above = jnp.minimum(t + 1, S - 1)
             mean_slope = 0.5 * (slope + denoised.eps)
-            corrected = at(of_x, above, x) * start + at(of_eps, above, x) * mean_slope
+            corrected = at(from_x, above, x) * start + at(from_eps, above, x) * mean_slope
             corrected = jnp.where(too_far[above], x, corrected)
             return jnp.where(k % 2 == 1, corrected, euler), (x, denoised.eps)
 
