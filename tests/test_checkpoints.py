@@ -204,7 +204,7 @@ def test_what_orbax_returns_is_verified_too(run, monkeypatch, warned):
 
     monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", wrong)
     assert_restores(run, 2)
-    assert "params/conv_in/kernel is not as it was saved" in warned[0]
+    assert "params/conv_in/kernel does not have its saved SHA-256" in warned[0]
 
 
 def cut(path):

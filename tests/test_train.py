@@ -472,7 +472,7 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
     state = loop.train(make_config(preview__every=2), full)
     out, err = capsys.readouterr()
     assert int(state.step) == 6 and checkpoints.latest_step(full / "checkpoints") == 6
-    assert out.count("WARNING: not written, and training goes on: ") == 4, out
+    assert out.count("WARNING: a file could not be written; training continues: ") == 4, out
     assert "samples" in out and "loss" in out
     assert err.count("log.txt cannot be written: [Errno 28] No space left on device") == 1
     same(state, loop.train(make_config(), tmp_path / "straight"))
@@ -497,7 +497,7 @@ def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_an_early_preview_says_that_it_is_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "FIRST_PREVIEW_SECONDS", 0.0)
     loop.train(make_config(preview__every=4), tmp_path)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early look" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early preview" in line]
     assert "step_00000001.png" in line and "every 4 steps" in line
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["step_00000001.png", "step_00000004.png", "step_00000006.png"]
