@@ -316,7 +316,7 @@ def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
     [
         ((), "no config.json"),
         (("config.json",), "nothing in metrics.jsonl"),
-        (None, "is given twice"),
+        (None, "is listed twice"),
     ],
 )
 def test_a_directory_that_is_not_a_run_gives_one_line(trained, tmp_path, keep, words):
