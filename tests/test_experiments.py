@@ -191,7 +191,7 @@ def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     ):
         (place / "c/eval/p.json").write_text(text)
         line = refused(capsys, *arguments)
-        assert line.startswith(f"error: {place}/c/eval/p.json is no result ({problem}")
+        assert line.startswith(f"error: {place}/c/eval/p.json is not a result ({problem}")
         assert line.endswith("delete it and evaluate again")
 
 
