@@ -1,4 +1,4 @@
-"""A run directory of version 0.1.0 is read, gives the numbers that it gave, and its results are continued.
+"""A run directory of version 0.1.0 can be read, gives the same numbers, and its results can be continued.
 
 tests/old_run was made by that version: digits, a network of four channels, T = 20, four steps; without its pictures.
 """
