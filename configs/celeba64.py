@@ -25,7 +25,7 @@ With img_align_celeba/ and list_eval_partition.txt of the official download in t
         face = Image.open(f"img_align_celeba/{name}").crop((89 - 64, 121 - 64, 89 + 64, 121 + 64))
         face.resize((64, 64), Image.Resampling.BILINEAR).save(folder / f"{name[:-4]}.png")
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10, variants

@@ -43,9 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.dropout = 0.1
     config.model.scale_shift = False
     config.model.num_classes = 0  # 0: unconditional; -1: the number of classes of the data
-    config.model.num_groups = (
-        32  # of each norm; if it does not divide the channels, the next lower divisor
-    )
+    config.model.num_groups = 32  # of each norm, or the next lower divisor of its channels
     config.model.dtype = "float32"  # or "bfloat16"
     config.model.remat = False
 

@@ -8,7 +8,7 @@
 Two differences from the paper's code: it multiplies t by 1000/T before the embedding, while here the embedding
 takes t = 0 … T−1; and the embedding and the initial weights here are those of Ho et al.
 
-Measured: not run (no accelerator at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10, variants

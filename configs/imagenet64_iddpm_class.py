@@ -11,7 +11,7 @@ use your own copy with --config.data.name=image_folder:PATH. If 2048 images do n
 --config.step.accumulate=16.
 The paper's bits/dim are of the validation images: --mode=nll --split=validation.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import imagenet64_iddpm, variants

@@ -7,7 +7,7 @@ sets, this is the only one that the paper does not flip.
 The data set is tensorflow-datasets' lsun/bedroom, prepared beforehand, or your own copy with
 --config.data.name=image_folder:PATH.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import celebahq256, variants

@@ -7,7 +7,7 @@ for this set are from 4.4M steps; the paper trained for 1.2M.
 The data set is tensorflow-datasets' lsun/church_outdoor, prepared beforehand, or your own copy with
 --config.data.name=image_folder:PATH.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import celebahq256, variants

@@ -62,7 +62,7 @@ def errors_for(run: Run, chosen, variance: str | None):
     if "curve_x_0_error" not in file or any(saved.get(name) != wanted[name] for name in names):
         raise RunError(
             f"{file_path} was measured with another model, with other steps or, by an earlier version, on the"
-            f" first images of the files; measure it anew with {command}"
+            f" first images of the files; measure again with {command}"
         )
     errors, count = file["curve_x_0_error"], len(file["total"])
     digest = hashlib.sha256(errors.tobytes()).hexdigest()

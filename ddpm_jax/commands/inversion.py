@@ -78,7 +78,7 @@ def encode(
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
     print(
         f"x_T of {len(latents)} images: mean {latents.mean():.4f}, standard deviation"
-        f" {latents.std():.4f}; {out}, a picture in the .png beside it",
+        f" {latents.std():.4f}; {out}, and a picture in the .png of the same name",
         flush=True,
     )
     return out
@@ -236,7 +236,10 @@ def interpolate(
                 text += "; the images themselves are at both ends"
             rows.append((text, strip))
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(rows[0][1]))
-    print(f"{work.count // 2} interpolations in {out}, a picture in the .png beside it", flush=True)
+    count = work.count // 2
+    print(
+        f"{count} interpolations in {out}, and a picture in the .png of the same name", flush=True
+    )
     return out
 
 
@@ -247,10 +250,10 @@ class _Interpolation:
     run: Run
     sampling: Sampling
     images: Images
-    times: list  # of the chain, or [None] for latents
+    times: list  # times of the chain, or [None] for latents
     given: Given
     key: object
-    of_noise: bool  # the latents are drawn
+    of_noise: bool  # whether the latents are random
 
     @property
     def count(self) -> int:

@@ -112,7 +112,9 @@ def sample(
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
     if trajectory:
         _save_trajectory(run, plan, inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES))))
-    print(f"{num_samples} images in {plan.out}, a grid in the .png beside it", flush=True)
+    print(
+        f"{num_samples} images in {plan.out}, and a grid in the .png of the same name", flush=True
+    )
     return plan.out
 
 

@@ -43,7 +43,7 @@ class Output:
     )
     out: str | None = option(
         None,
-        "The file to write, in an existing folder, with pictures of the same name beside it. Default: a file in the"
+        "The file to write, in an existing folder; its pictures get the same name. Default: a file in the"
         " run directory, named after the settings.",
     )
 

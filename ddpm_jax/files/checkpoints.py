@@ -68,7 +68,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
     leaves = _describe(arrays)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove(directory.glob("[0-9]*.tmp"))  # of saves and deletions that were killed
+        _remove(directory.glob("[0-9]*.tmp"))  # left by killed saves and deletions
         fault = _fault(path, leaves) if path.exists() else None
         if path.exists() and fault is None:
             return
@@ -83,7 +83,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             if fault is not None:  # only now, so that a failed save leaves the old directory alone
                 _set_aside(path, *fault)
             temporary.rename(path)
-    except BaseException as error:  # OSError, and whatever orbax makes of one
+    except BaseException as error:  # OSError, or the error that orbax raises for it
         _remove([temporary])
         if not isinstance(error, Exception):  # Ctrl-C
             raise
@@ -119,7 +119,7 @@ def restore(
     directory = Path(directory).absolute()
     expected, structure = _flatten(template), jax.tree.structure(template)
     damaged: dict[int, str] = {}
-    # Listed anew each time: a run that trains meanwhile adds checkpoints and deletes old ones.
+    # Listed again each time: a running training adds checkpoints and deletes old ones.
     while untried := [s for s in _steps(directory) if s not in damaged and step in (None, s)]:
         newest = untried[-1]
         path = directory / str(newest)
@@ -195,7 +195,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, np.ndarray]) -> dict[str, list]:
-    """{name: [dtype, shape, SHA-256]}; 570 MB take 0.2 s on 2 cores, as hashlib frees the GIL."""
+    """{name: [dtype, shape, SHA-256]} of arrays; 570 MB take 0.2 s on 2 cores, since hashlib releases the GIL."""
 
     def sha256(array: np.ndarray) -> str:
         return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
@@ -209,7 +209,7 @@ def _describe(arrays: dict[str, np.ndarray]) -> dict[str, list]:
 
 
 def _sha256_files(path: Path) -> dict[str, str]:
-    """{file: SHA-256} of all files with something in them."""
+    """{file: SHA-256} of all non-empty files."""
 
     def sha256(file: Path) -> str:
         with open(file, "rb") as opened:

@@ -34,7 +34,7 @@ def path(text: str | os.PathLike) -> str:
 
 
 def find_file(name: str) -> str:
-    """FILE.py or FILE.py:VARIANT as a user names it; NAME alone stands for configs/NAME.py.
+    """The path of a config named as FILE.py, FILE.py:VARIANT, or NAME for configs/NAME.py.
 
     Files not found from the current folder are looked up in the installation, so `cifar10` works in any folder.
 

@@ -71,7 +71,7 @@ def in_progress(
     Args:
       out: the .npz that will be written, with its recipe as the JSON string `recipe`.
       recipe: the settings that affect the result. An existing folder or .npz must have the
-        same, apart from where the run lies.
+        same, apart from paths.
       named: the user has named `out`, so a result of another recipe is refused. Otherwise it is renamed to
         OUT.replaced, and the result is computed again.
       check: arrays of an existing .npz, finished or OUT.partial/tally.npz -> whether they are still valid.

@@ -24,7 +24,7 @@ about 5 at 50 steps (experiments/schedules), so the three are not distinguishabl
 decided (`clipped` is the same cell as in experiments/ddim_table1). L_simple was 0.041 at the end of the 4000 steps, by
 quarters of t 0.131, 0.025, 0.005, 0.001. Of the first 64 samples of Algorithm 2, about five in six are convincing
 shirts, trousers, dresses, shoes or bags; the others have holes or torn outlines.
-Measured, the full size: not run (no accelerator at hand).
+Measured, the full size: not run.
 """
 
 from ddpm_jax.configs import fashion_mnist

@@ -37,7 +37,7 @@ the others is that of the literature. L_0 is 1.61 and the error of x̂_0 equal i
 variance of the later steps. Training a row took 28 min and measuring it 7 min, on one core each. The second line is
 --mode=nll --num_images=64 --variance=fixed_small on the run of the first.
 Not run: the two cosine rows, and other seeds.
-Measured, the full size, which has FID of 50,000 samples too: not run (no accelerator at hand). `:smoke`: every row
+Measured, the full size, which has FID of 50,000 samples too: not run. `:smoke`: every row
 trains and is evaluated, 7 minutes on two cores of an AMD EPYC server beside other work.
 """
 

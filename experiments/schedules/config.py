@@ -34,7 +34,7 @@ become mottled lumps; without that of the linear chain it is not distinguishable
 5.2 and 30.6 ± 1.6): Sedykh's statement holds at 28×28. L_T, the cost of ᾱ_T, is 2e-5 and 1e-9 bits/dim, so Σβ_t = 10.05
 is enough. Not distinguishable are the samples of the two schedules in 50 steps, by DDIM (28.6 ± 5.7, 32.0 ± 4.9) and by
 the ancestral sampler (35.8 ± 5.2, 27.7 ± 3.1). The spread of the bounds between trainings was not measured (--seeds=3).
-Measured, the full size: not run (no accelerator at hand).
+Measured, the full size: not run.
 """
 
 import numpy as np

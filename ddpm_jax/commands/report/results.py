@@ -37,7 +37,7 @@ METRICS = ("Metrics of samples", "Metrics of other images")
 class Score(NamedTuple):
     """A number of a result, such as an FID."""
 
-    caption: str  # of the table that shows it
+    caption: str  # caption of its table
     name: str
     settings: dict[str, str]
     mean: float
