@@ -386,7 +386,7 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
     config = make_config("digits", **{"step.ema_warmup": False, "step.ema_decay": 0.9999})
     place = str(tmp_path / "run")
     loop.train(config, place)
-    assert "EMA weights are still 100 %" in capsys.readouterr().out
+    assert "100 % of the EMA weights are still the random initial ones" in capsys.readouterr().out
     call("sample", place, num_samples=2, steps="4")
     assert "use --weights=raw" in capsys.readouterr().out
     call("sample", place, num_samples=2, steps="4", weights="raw")
