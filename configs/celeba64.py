@@ -3,15 +3,15 @@
     python -m ddpm_jax.main --config=configs/celeba64.py
     python -m ddpm_jax.main --mode=sample --workdir=runs/celeba64 --sampler=ddim --steps=50 --spacing=linear
 
-78,700,803 parameters: five levels, CIFAR-10's network otherwise. The paper, Table 1, FID of DDIM in 10, 20, 50, 100
-and 1000 steps: 17.33, 13.73, 9.17, 6.53, 3.51; of σ̂ in 1000 steps 3.26. It does not say how many steps it trained,
-and its code has no end: the 500k here are ours. (A public attempt with its settings, github.com/ermongroup/ddim
-issue 19, reports FID 4.5 in 1000 steps as the best of checkpoints between 250k and 700k.)
+78,700,803 parameters: the network of CIFAR-10 with five levels. The paper, Table 1, FID of DDIM in 10, 20, 50, 100
+and 1000 steps: 17.33, 13.73, 9.17, 6.53, 3.51; of σ̂ in 1000 steps 3.26. It does not state the number of training
+steps, and its code sets no limit: the 500k here are our choice. (A public attempt with its settings,
+github.com/ermongroup/ddim issue 19, reports FID 4.5 in 1000 steps as the best of checkpoints between 250k and 700k.)
 
-Two things differ from the paper's code: it sums the squared error over pixels, so that its clip at 1.0 scales every
-gradient to that norm, where here it is the mean; and it draws t in pairs t, T − 1 − t.
+Two differences from the paper's code: it sums the squared error over pixels, so that its clip at 1.0 scales every
+gradient to that norm, while here the loss is the mean; and it draws t in pairs t, T − 1 − t.
 
-The pictures are a crop of the aligned ones that is not at their centre, 128×128 around (89, 121), reduced to half.
+The pictures are a 128×128 crop of the aligned ones around (89, 121), which is not their centre, reduced to half size.
 With img_align_celeba/ and list_eval_partition.txt of the official download in this folder:
 
     from pathlib import Path
@@ -25,7 +25,7 @@ With img_align_celeba/ and list_eval_partition.txt of the official download in t
         face = Image.open(f"img_align_celeba/{name}").crop((89 - 64, 121 - 64, 89 + 64, 121 + 64))
         face.resize((64, 64), Image.Resampling.BILINEAR).save(folder / f"{name[:-4]}.png")
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10, variants

@@ -6,7 +6,7 @@
 The data set is tensorflow-datasets' celeb_a_hq/256, prepared beforehand (manual download), or your own
 copy with --config.data.name=image_folder:PATH.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10, variants

@@ -25,12 +25,12 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # see ddpm_jax.data.load: also npz:PATH, image_folder:PATH, …
-    config.data.data_dir = "data"  # where archives are looked for, and downloaded to
-    config.data.image_shape = (32, 32, 3)  # None in your own config: whatever the data have
+    config.data.data_dir = "data"  # folder that archives are read from or downloaded to
+    config.data.image_shape = (32, 32, 3)  # None in your own config: the shape of the data
     config.data.flip = True  # mirror training images at random
     config.data.flatten = False  # image_folder: True takes pictures at any depth, without classes
-    config.data.skip_broken = False  # image_folder: True leaves out what cannot be decoded
-    config.data.background = "white"  # under transparent pictures; or "black", "#808080"
+    config.data.skip_broken = False  # image_folder: True leaves out pictures that cannot be decoded
+    config.data.background = "white"  # behind transparent pictures; or "black", "#808080"
     config.data.memory_limit_gb = 4.0  # larger data sets are decoded on demand
 
     config.model = ConfigDict()
@@ -39,28 +39,28 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.num_res_blocks = 2
     config.model.attention_resolutions = (16,)
     config.model.num_heads = 1
-    config.model.head_channels = 0  # above 0: channels of each head, in place of num_heads
+    config.model.head_channels = 0  # if above 0: channels of each head, instead of num_heads
     config.model.dropout = 0.1
     config.model.scale_shift = False
-    config.model.num_classes = 0  # 0: labels are not used; -1: as many as the data have
-    config.model.num_groups = 32  # of each norm, or the largest divisor of its channels below
+    config.model.num_classes = 0  # 0: unconditional; -1: the number of classes of the data
+    config.model.num_groups = 32  # of each norm, or the next lower divisor of its channels
     config.model.dtype = "float32"  # or "bfloat16"
     config.model.remat = False
 
     config.schedule = ConfigDict()
     config.schedule.name = "linear"  # see ddpm_jax.schedules: quad, cosine, betas, …
-    config.schedule.num_timesteps = 1000  # of "betas": as many as there are
-    config.schedule.start = placeholder(float)  # None: the schedule's own, 1e-4 …
-    config.schedule.end = placeholder(float)  # … and 0.02
-    config.schedule.betas = placeholder(tuple)  # your own list, with name "betas"
+    config.schedule.num_timesteps = 1000  # for "betas": set to the length of the list
+    config.schedule.start = placeholder(float)  # None: the schedule's default, here 1e-4
+    config.schedule.end = placeholder(float)  # None: the schedule's default, here 0.02
+    config.schedule.betas = placeholder(tuple)  # your own list, for the name "betas"
 
     config.diffusion = ConfigDict()
     config.diffusion.prediction = "eps"  # or "x_0", "mean", "v"
     config.diffusion.variance = "fixed_large"  # or "fixed_small", "learned", "learned_range"
     config.diffusion.loss = "simple"  # or "vlb"; "hybrid" with a learned variance
     config.diffusion.t_sampling = "uniform"  # or "antithetic", "importance"
-    config.diffusion.min_snr_gamma = placeholder(float)  # None: L_simple as it is
-    config.diffusion.label_dropout = 0.0  # with classes: 0.1 lets samples be guided
+    config.diffusion.min_snr_gamma = placeholder(float)  # None: L_simple without weights
+    config.diffusion.label_dropout = 0.0  # with classes: 0.1 allows guidance
     config.diffusion.clip_x0 = True
 
     config.optimizer = ConfigDict()
@@ -74,7 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # for "adamw"
 
     config.step = ConfigDict()
-    config.step.accumulate = 1  # parts of a batch, one after the other: less memory
+    config.step.accumulate = 1  # parts of a batch, computed one after the other to save memory
     config.step.clip = "global"  # or "per_replica", "none"
     config.step.max_grad_norm = 1.0
     config.step.ema_decay = 0.9999
@@ -85,10 +85,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.training.batch_size = 128  # over all devices
     config.training.log_every = 100
     config.training.checkpoint_every = 5000
-    config.training.checkpoint_minutes = 10.0  # and at least this often
+    config.training.checkpoint_minutes = 10.0  # maximum time between checkpoints
     config.training.keep = 3
 
-    config.preview = ConfigDict()  # samples while training; the rest goes to Method.sample
+    config.preview = (
+        ConfigDict()
+    )  # samples during training; other fields are options of Method.sample
     config.preview.every = 5000
     config.preview.num_images = 16
     config.preview.sampler = "ddim"

@@ -5,10 +5,10 @@
 52,546,438 parameters, 4000 steps of the cosine schedule, L_hybrid. The paper, Table 2: 500k steps, FID 3.19,
 3.17 bits/dim. The other rows of that table are experiments/iddpm_table2.
 
-Two things differ from the paper's code: it multiplies t by 1000/T before the embedding, which here sees
-t = 0 … T−1, and the embedding and the initial weights here are those of Ho et al.
+Two differences from the paper's code: it multiplies t by 1000/T before the embedding, while here the embedding
+takes t = 0 … T−1; and the embedding and the initial weights here are those of Ho et al.
 
-Measured: not run (no accelerator at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10, variants
@@ -29,7 +29,7 @@ def get_config(variant: str = ""):
     config.diffusion.variance = "learned_range"
     config.diffusion.loss = "hybrid"
 
-    config.optimizer.learning_rate = 1e-4  # their AdamW has a weight decay of 0: it is Adam
+    config.optimizer.learning_rate = 1e-4  # their AdamW has a weight decay of 0, so it is Adam
     config.optimizer.warmup_steps = 0
     config.step.clip = "none"
     config.training.num_steps = 500_000

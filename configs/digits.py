@@ -1,10 +1,10 @@
-"""Handwritten digits, 8×8 and real, out of scikit-learn's package: nothing to download.
+"""Real handwritten digits, 8×8, from scikit-learn's package: nothing to download.
 
     python -m ddpm_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Measured on two cores of an AMD EPYC server, jax 0.10.2: 1 minute 51 seconds from the command to the end,
-compiling (17 s) and pictures included; 856 images/s in training; L_simple 0.084 over the last 500 steps. Most
-of the samples can be read as digits.
+including compilation (17 s) and pictures; 856 images/s in training; L_simple 0.084 over the last 500 steps. Most
+of the samples are readable digits.
 """
 
 from ddpm_jax.configs import cifar10, variants
@@ -14,7 +14,7 @@ def get_config(variant: str = ""):
     config = cifar10.get_config()
     config.data.name = "digits"
     config.data.image_shape = (8, 8, 1)
-    config.data.flip = False  # a mirrored 3 is no digit
+    config.data.flip = False  # a mirrored 3 is not a digit
 
     config.model.channels = 24
     config.model.num_groups = 8

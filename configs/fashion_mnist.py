@@ -3,13 +3,13 @@
     python -m ddpm_jax.main --config=configs/fashion_mnist.py          one accelerator
     python -m ddpm_jax.main --config=configs/fashion_mnist.py:cpu      two CPU cores
 
-The archives are downloaded to data/fashion_mnist, 31 MB, or found there.
+The archives are read from data/fashion_mnist, or downloaded there (31 MB).
 
 Measured, `:cpu`, on two cores of an AMD EPYC server shared with other work, jax 0.10.2: 4000 steps of 32
-images in 64 minutes, 34 images/s in the median of the log lines and 50 in the best (at which the run takes
+images in 64 minutes, 34 images/s in the median log line and 50 in the best (at that speed the run takes
 43 minutes); compiled in 31 s; L_simple 0.041 over the last 500 steps, by quarters of t 0.131, 0.025, 0.005,
-0.001. Most of the images drawn by DDIM in 50 steps are plain shirts, trousers, dresses, shoes and bags; about
-one in four breaks up into a mottled texture.
+0.001. Most images drawn by DDIM in 50 steps are clearly shirts, trousers, dresses, shoes or bags; about one in
+four shows a mottled texture.
 Measured, the full config: 2,919 steps of 128 in bfloat16 on one H100 beside another training, two minutes, learning
 rate 6e-4 with a cosine; samples in docs/images. Not run at full length.
 """
@@ -35,7 +35,7 @@ def get_config(variant: str = ""):
 
 
 def cpu(config):
-    """A network and a run for two cores and forty minutes."""
+    """A network and a run of forty minutes on two CPU cores."""
     config.model.channels = 32
     config.model.num_groups = 8
     config.model.num_res_blocks = 1

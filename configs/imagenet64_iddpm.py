@@ -8,7 +8,7 @@ The data set is tensorflow-datasets' downsampled_imagenet/64x64, the files that 
 et al. 2016), prepared beforehand, or your own copy with --config.data.name=image_folder:PATH.
 The paper's bits/dim are of the validation images: --mode=nll --split=validation.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import cifar10_iddpm, variants

@@ -2,11 +2,12 @@
 
     python -m ddpm_jax.main --config=configs/lsun_cat.py
 
-113,673,219 parameters. The paper: 1,800,000 steps at 2.2 steps/s on a TPU v3-8, about 227 h, FID 19.75. The paper flips it; a comment in its script turns that off.
+113,673,219 parameters. The paper: 1,800,000 steps at 2.2 steps/s on a TPU v3-8, about 227 h, FID 19.75. According to the
+paper images are flipped; its script has flipping commented out.
 The data set is tensorflow-datasets' lsun/cat, prepared beforehand, or your own copy with
 --config.data.name=image_folder:PATH.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import celebahq256, variants

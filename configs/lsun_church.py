@@ -2,11 +2,12 @@
 
     python -m ddpm_jax.main --config=configs/lsun_church.py
 
-113,673,219 parameters. The paper: 1,200,000 steps at 2.2 steps/s on a TPU v3-8, about 152 h, FID 7.89. Weights of 4.4M steps circulate for this set; the paper trained 1.2M.
+113,673,219 parameters. The paper: 1,200,000 steps at 2.2 steps/s on a TPU v3-8, about 152 h, FID 7.89. Published weights
+for this set are from 4.4M steps; the paper trained for 1.2M.
 The data set is tensorflow-datasets' lsun/church_outdoor, prepared beforehand, or your own copy with
 --config.data.name=image_folder:PATH.
 
-Measured: not run (no accelerator and no copy of the data at hand).
+Measured: not run.
 """
 
 from ddpm_jax.configs import celebahq256, variants

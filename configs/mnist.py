@@ -2,11 +2,10 @@
 
     python -m ddpm_jax.main --config=configs/mnist.py
 
-The archives are downloaded to data/mnist, 12 MB, or found there. Hyper-parameters after configs/cifar10.py
-with half the channels and three levels (28, 14, 7).
+The archives are read from data/mnist, or downloaded there (12 MB). The settings are those of configs/cifar10.py, with
+half the channels and three levels (28, 14, 7).
 
-Measured: not run (no accelerator at hand). `:cpu` is the same network and run as that of
-configs/fashion_mnist.py, whose numbers stand there.
+Measured: not run. `:cpu` has the network and the settings of configs/fashion_mnist.py:cpu; see the numbers there.
 """
 
 from ddpm_jax.configs import fashion_mnist, variants

@@ -1,13 +1,13 @@
-"""Variants that every config has: `--config=configs/NAME.py:smoke`."""
+"""Variants of every config, such as `--config=configs/NAME.py:smoke`."""
 
 from ml_collections import ConfigDict
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The whole program within a minute on two CPU cores, and without a file of data.
+    """A run of the whole program within a minute on two CPU cores, without data files.
 
-    The same channels of data, loss and schedule; at most 32 pixels and two levels, attention at one, few
-    channels in the network, few steps, made-up images.
+    Image channels, loss and schedule stay; images are random, of at most 32 pixels, and the network has two levels, one
+    attention level and few channels.
     """
     height, width, channels = config.data.image_shape or (32, 32, 3)
     config.data.name = "synthetic"
@@ -31,13 +31,13 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def apply(config: ConfigDict, variant: str, **more) -> ConfigDict:
-    """The config itself, or changed by the variant of this name.
+    """The config, changed by the named variant; unchanged for an empty name.
 
     Args:
-      more: the config's own variants by name, functions as `smoke`.
+      more: further variants by name, functions like `smoke`.
 
     Raises:
-      ValueError: no such variant.
+      ValueError: an unknown variant.
     """
     variants = {"smoke": smoke, **more}
     if variant and variant not in variants:

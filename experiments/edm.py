@@ -3,8 +3,8 @@
     python -m ddpm_jax.main --config=experiments/edm.py --workdir=runs/edm
     python -m ddpm_jax.main --mode=sample --workdir=runs/edm --steps=18 --sampler=experiments.edm:HeunWithChurn --churn=10
 
-Their weight λ(σ) makes the loss the plain squared error of the preconditioned output, so it is `simple`. Noise levels are
-the rows of a fine table with their ρ = 7, so any number of uniformly spread steps has their spacing.
+Their weight λ(σ) makes the loss the plain squared error of the preconditioned output, which is `simple`. The noise levels
+are the rows of a fine table with their ρ = 7, so uniformly spread steps, in any number, have their spacing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def get_config(variant: str = ""):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogNormal(TimeSampler):
-    """ln σ ~ N(mean, std²), by the rows of the schedule; Karras et al. 2022, Table 1."""
+    """ln σ ~ N(mean, std²), on the rows of the schedule; Karras et al. 2022, Table 1."""
 
     mean: float = option(-1.2, "Mean of ln σ in training.")
     std: float = option(1.2, "Standard deviation of ln σ in training.")
 
     def draw(self, schedule, state, key, keys, position):
         level = np.log(schedule.ratio)
-        width = np.gradient(level)  # what a row stands for
+        width = np.gradient(level)  # width of ln σ that a row represents
         logits = -0.5 * ((level - self.mean) / self.std) ** 2 + np.log(width)
         logits = jnp.asarray(logits, jnp.float32)
         t = jax.vmap(lambda key: jax.random.categorical(key, logits))(keys)
@@ -62,7 +62,7 @@ class HeunWithChurn:
         sigma, S = chain.ratio, len(chain)
         gamma = np.where((sigma >= self.churn_from) & (sigma <= self.churn_to), self.churn / S, 0.0)
         gamma = np.minimum(gamma, np.sqrt(2) - 1)
-        # No network was trained with more noise than the chain begins with.
+        # The network was not trained with more noise than the chain begins with.
         lifted = np.minimum(sigma * (1.0 + gamma), sigma[-1])
         levels = np.unique(np.append(sigma, lifted))
         down = np.arange(S)[::-1]  # the step of iterations 0; 1, 2; 3, 4; …

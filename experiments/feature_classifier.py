@@ -1,12 +1,12 @@
-"""Features of small images: a classifier whose penultimate layer serves metrics where Inception's is no judge.
+"""Features of small images: a classifier whose penultimate layer replaces Inception's in metrics.
 
     python -m experiments.feature_classifier --data=fashion_mnist --data_dir=data --out=runs/fashion_mnist_classifier.npz
 
-What it writes is then named as --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz.
+Use the result as --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz.
 
-Two convolutions with stride, a layer of 64 units, which are the features, and the logits; no image sees another
-of its batch. A Fréchet distance of these features is not FID: it goes by the name of the Extractor, and compares
-only with others of the same weights, by their SHA-256.
+The network has two convolutions with stride, a layer of 64 units, which are the features, and the logits; images of a
+batch do not influence each other. A Fréchet distance of these features is not FID: its name begins with that of the
+Extractor, and it is comparable only for the same weights, identified by their SHA-256.
 
 Measured by the first command on one core of an AMD EPYC server beside other work, jax 0.10.2:
 
@@ -70,22 +70,22 @@ def train(
 ) -> float:
     """Trains on the train split, measures on test, and writes weights and recipe.
 
-    Adam with a cosine decay to 0. All that is random is a function of the seed and the step.
+    The optimizer is Adam with a cosine decay to 0. All randomness is a function of the seed and the step.
 
     Args:
       name, data_dir: see `data.load`; with labels.
       out: the .npz to write: the weights by their names, and `recipe` in JSON.
 
     Returns:
-      the share of the test images whose class is right.
+      the share of test images that are classified correctly.
 
     Raises:
       DataError, RunError: one line.
     """
-    out = results.out_path(out, ".npz")  # or fail before training
+    out = results.out_path(out, ".npz")  # fails before training
     train_set, test_set = (data.load(name, split=s, data_dir=data_dir) for s in ("train", "test"))
     if not train_set.num_classes:
-        raise data.DataError(f"{name} has no labels, and a classifier needs them")
+        raise data.DataError(f"{name} has no labels, but a classifier needs them")
     print(f"{train_set.describe()}\n{parallel.banner()}", flush=True)
 
     network, shape = Classifier(train_set.num_classes), train_set.image_shape
@@ -139,7 +139,7 @@ def train(
 
 
 def digest(weights: dict[str, np.ndarray]) -> str:
-    """SHA-256 over the bytes of the weights, in the order of their names."""
+    """The SHA-256 of the weights, in the order of their names."""
     sha256 = hashlib.sha256()
     for _, array in sorted(weights.items()):
         sha256.update(np.ascontiguousarray(array))
@@ -147,9 +147,9 @@ def digest(weights: dict[str, np.ndarray]) -> str:
 
 
 def make_features(network: Classifier, params, image_shape: tuple[int, int, int]) -> Callable:
-    """uint8 [B, H, W, C] -> features float32 [B, 64], logits float32 [B, K], for any B ≥ 1.
+    """A function uint8 [B, H, W, C] -> features float32 [B, 64], logits float32 [B, K], for any B ≥ 1.
 
-    The function raises a RunError for images of another shape.
+    It raises a RunError for images of another shape.
     """
 
     @jax.jit
@@ -177,7 +177,7 @@ def load(path: str) -> metrics.Extractor:
     """The Extractor of an .npz that `train` wrote; its SHA-256 is `digest` of the weights.
 
     Raises:
-      RunError: the file is missing, damaged, or of something else.
+      RunError: the file is missing, damaged, or not a classifier.
     """
     path = config_lib.path(path)
     if not os.path.isfile(path):
@@ -192,15 +192,15 @@ def load(path: str) -> metrics.Extractor:
         expected = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))
         expected = traverse_util.flatten_dict(expected["params"], sep="/")
     except (RunError, KeyError, TypeError, ValueError):
-        line = f"{path} is damaged or no classifier; make one with {COMMAND}"
+        line = f"{path} is damaged or not a classifier; make one with {COMMAND}"
         raise RunError(line) from None
-    described, there = (
+    wanted, found = (
         {key: (array.shape, array.dtype) for key, array in arrays.items()}
         for arrays in (expected, weights)
     )
-    if described != there or digest(weights) != sha256:
+    if found != wanted or digest(weights) != sha256:
         raise RunError(
-            f"{path} is damaged, or of another classifier; make it anew with {COMMAND} --data={name}"
+            f"{path} is damaged, or another classifier; make it again with {COMMAND} --data={name}"
         )
     params = {"params": traverse_util.unflatten_dict(weights, sep="/")}
     return metrics.Extractor(
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="data", help="where archives are (default: data)")
     parser.add_argument("--out", required=True, help="the .npz to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="of training (default: 4000)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of training (default: 4000)")
     args = parser.parse_args(argv)
     if args.steps < 1 or not 0 <= args.seed < 2**32:
         parser.error(f"--steps {args.steps} and --seed {args.seed}: at least 1, and 0 … 2³² − 1")

@@ -43,7 +43,7 @@ class Euler:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heun:
-    """Euler's step, then the same with the mean of the velocities at both of its ends; the last step is Euler's."""
+    """Euler's step, repeated with the mean of the velocities at both of its ends; the last step is Euler's."""
 
     def __call__(self, chain, denoiser, x_T, keys, **loop):
         S, length = len(chain), chain.sigma_prev - chain.sigma

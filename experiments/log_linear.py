@@ -1,18 +1,18 @@
-"""A new schedule from idea to result, in one file: log SNR falls in even steps.
+"""A new schedule from idea to result, in one file: log SNR decreases in even steps.
 
-Idea: the linear schedule was chosen for T = 1000; what if every step takes away the same share of what is
-left, so that log SNR falls evenly from `config.schedule.start` to `config.schedule.end`, whatever T is?
+Idea: the linear schedule was chosen for T = 1000. What if log SNR decreases evenly from `config.schedule.start` to
+`config.schedule.end`, for any T?
 
     python -m experiments.sweep experiments/log_linear.py --size=smoke --run     in minutes, without data
     python -m experiments.sweep experiments/log_linear.py --size=cpu --run --table
 
     row          schedule
-    linear       of configs/digits.py, which the idea is measured against
+    linear       that of configs/digits.py, for comparison
     log_linear   the idea
 
-The columns are bits/dim of the test split with the analytic variance: of the whole chain, of 50 and of 10 steps.
+The columns are bits/dim of the test split with the analytic variance: for the whole chain, 50 steps and 10 steps.
 
-Expected: a similar bound on the full chain, and a better one where few steps are left, since no step is wide.
+Expected: a similar bound on the full chain, and a better one for few steps, since no step is large.
 Measured by these commands, one by one, on an AMD EPYC server, jax 0.10.2; EMA weights, 2000 steps of training each:
 
     steps             linear           log-linear
@@ -20,9 +20,10 @@ Measured by these commands, one by one, on an AMD EPYC server, jax 0.10.2; EMA w
     50 (297)          5.543 ± 0.026    4.514 ± 0.027
     10 (297)          6.431 ± 0.024    5.505 ± 0.028
 
-± is the standard error over images; it is one training of each. The difference is 4 to 30 times that error: better in
-few steps, as hoped, and on the full chain too, of which 0.14 is L_0, since more of the training goes to the times that
-cost bits. Between trainings it was not measured (--seeds=3). It does not say how samples look. L_simple cannot be compared: its mean is over other times.
+± is the standard error over images; each was trained once. The difference is 4 to 30 times that error: log-linear is
+better with few steps, as expected, and on the full chain too (0.14 of it in L_0), since more of the training is spent on
+the times that contribute most bits. The spread between trainings was not measured (--seeds=3), nor the quality of
+samples. L_simple cannot be compared, since it averages over other times.
 """
 
 import numpy as np
@@ -34,7 +35,7 @@ from ddpm_jax.process.schedules import Schedule, from_betas
 def get_config(variant: str = ""):
     config = digits.get_config(variant)
     config.schedule.name = "experiments.log_linear:log_linear"
-    config.schedule.start = 9.2  # log SNR at both ends, as that of the linear schedule
+    config.schedule.start = 9.2  # log SNR at both ends, those of the linear schedule
     config.schedule.end = -10.1
     return config
 
@@ -46,13 +47,13 @@ def log_linear(num_timesteps: int = 1000, *, start: float, end: float) -> Schedu
 
 
 def rows(size: str) -> dict[str, dict]:
-    """For `experiments.sweep`: what is compared."""
-    del size  # the same at all
+    """The rows of the table, for `experiments.sweep`."""
+    del size  # the same for every size
     return {"linear": {"config": "configs/digits.py"}, "log_linear": {}}
 
 
 def evaluations(size: str, row: str) -> dict[str, list[str]]:
-    """For `experiments.sweep`: what is asked of each."""
+    """The measurements of each row, for `experiments.sweep`."""
     del row  # the same for both
     if size == "smoke":
         return {"steps_10": ["--mode=nll", "--num_images=8", "--steps=10"]}

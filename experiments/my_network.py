@@ -1,4 +1,4 @@
-"""A network of one's own in one file: a small diffusion transformer with its own initialisers; Peebles & Xie 2023.
+"""A new network in one file: a small diffusion transformer with its own initialisers; Peebles & Xie 2023.
 
 python -m ddpm_jax.main --config=experiments/my_network.py --workdir=runs/dit
 """

@@ -1,22 +1,22 @@
-"""The rows of a table, each a training and its evaluations: prints the commands, runs them, collects results.
+"""Tables of experiments: each row is a training and its evaluations. Prints the commands, runs them, collects results.
 
     python -m experiments.sweep experiments/ho2020_table2                      prints the command lines
     python -m experiments.sweep experiments/ho2020_table2 --size=cpu --run     runs them, one after another
-    python -m experiments.sweep experiments/ho2020_table2 --size=cpu --table   a table of what is there
+    python -m experiments.sweep experiments/ho2020_table2 --size=cpu --table   prints the results so far as a table
 
-An experiment is a file, or a folder with a config.py, that has, for the sizes "" (full), "cpu" and "smoke",
+An experiment is a file, or a folder with a config.py, with these functions of the size, "" (full), "cpu" or "smoke":
 
-    get_config(size)            the config that the rows have in common
-    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, what each changes in it, or
-                                {"config": "configs/digits.py", …} in another
-    evaluations(size, row)      {column: ["--mode=nll", …]}, what is asked of it: --mode=nll or --mode=eval
+    get_config(size)            the config that the rows share
+    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, the changes of each row in it, or in
+                                another config with {"config": "configs/digits.py", …}
+    evaluations(size, row)      {column: ["--mode=nll", …]}, the measurements of a row: --mode=nll or --mode=eval
 
---seeds=3 trains each row with three seeds. Its table has the mean and the standard deviation over seeds, and
-below them each row less the first one, seed by seed: the mean difference, its standard error, and whether it
-differs from 0 by Student's t at 95 %. What does not is not a finding.
+--seeds=3 trains each row with three seeds. The table then has the mean and the standard deviation over seeds and, below
+them, each row minus the first one, seed by seed: the mean difference, its standard error, and whether it differs from 0
+by Student's t at 95 %.
 
-A row is the run runs/EXPERIMENT/SIZE/ROW, with _seed1 and so on for other seeds than 0, and a result the file
-eval/COLUMN.json in it, where --mode=report finds it too. Training and evaluations take up where they were stopped, so the same command continues.
+The run directory of a row is runs/EXPERIMENT/SIZE/ROW, with _seed1 and so on for seeds other than 0. Its results are the
+files eval/COLUMN.json, which --mode=report shows too. The same command continues interrupted trainings and evaluations.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def fail(line: str):
 
 def tables() -> list[str]:
     """The experiments here that have rows: files, and folders with a config.py."""
-    here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), *here.glob("*/config.py")])
+    folder = Path(__file__).parent
+    files = sorted([*folder.glob("*.py"), *folder.glob("*/config.py")])
     with_rows = [file for file in files if "\ndef rows(" in file.read_text(encoding="utf-8")]
     return [str(file.parent if file.name == "config.py" else file) for file in with_rows]
 
@@ -69,7 +69,7 @@ def load(experiment: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "rows"):
-        fail(f"{experiment} is no table: it has no rows(size) (choose from {names})")
+        fail(f"{experiment} is not a table: it has no rows(size) (choose from {names})")
     return module
 
 
@@ -81,22 +81,17 @@ class Sweep:
     """
 
     def __init__(
-        self,
-        path: str,
-        size: str,
-        root: str = "runs",
-        data_dir: str | None = None,
-        seeds: int = 1,
+        self, path: str, size: str, root: str = "runs", data_dir: str | None = None, seeds: int = 1
     ):
         self.path, self.variant = os.path.normpath(config_lib.path(path)), SIZES[size]
         self.data_dir, root = data_dir, config_lib.path(root)
         self.seeds = range(seeds)
         self.experiment = load(self.path)
         self.rows = self.experiment.rows(self.variant)
-        self.place = os.path.join(root, Path(self.path).absolute().stem, size)
+        self.folder = os.path.join(root, Path(self.path).absolute().stem, size)
 
     def workdir(self, row: str, seed: int = 0) -> str:
-        return os.path.join(self.place, f"{row}_seed{seed}" if seed else row)
+        return os.path.join(self.folder, f"{row}_seed{seed}" if seed else row)
 
     def train(self, row: str, seed: int = 0) -> list[str]:
         """The command that trains a row."""
@@ -132,7 +127,7 @@ class Sweep:
 
 
 def check(commands: dict[str, list[list[str]]]) -> None:
-    """Exits with one line if a command of any row is wrong, before the first row is trained."""
+    """Exits with one line if a command of any row is wrong, before any training."""
     for row, of_row in commands.items():
         for command in of_row:
             try:
@@ -144,7 +139,7 @@ def check(commands: dict[str, list[list[str]]]) -> None:
 def run(commands: list[list[str]]) -> None:
     """Runs one command after another, and exits with the status of the first that fails.
 
-    A command that is told to stop saves first and is waited for. Ctrl-C reaches it without us.
+    On SIGTERM the running command is asked to stop and awaited, so that it can save; Ctrl-C reaches it directly.
     """
     caught, running = [], []
 
@@ -171,10 +166,9 @@ def run(commands: list[list[str]]) -> None:
 
 
 def numbers(path: str) -> dict[str, tuple[float, str]]:
-    """The numbers of a result by name, "" for that of a bound, each as a mean and as a cell of a table.
+    """The numbers of a result as {name: (mean, cell of the table)}; the name of a bound is "". Empty without a file.
 
-    A cell is mean ± standard error (images) of a bound, mean ± standard deviation over seeds of a metric.
-    Nothing where there is no file.
+    A cell is mean ± standard error (images) for a bound, mean ± standard deviation over seeds for a metric.
     """
     if not os.path.exists(path):
         return {}
@@ -187,11 +181,11 @@ def numbers(path: str) -> dict[str, tuple[float, str]]:
         mean, error, count = (result[key] for key in ("total", "total_stderr", "num_images"))
         return {"": (mean, f"{cell(mean, error)} ({count})")}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        fail(f"{path} is no result ({problem!r}); delete it and evaluate again")
+        fail(f"{path} is not a result ({problem!r}); delete it and evaluate again")
 
 
 def cell(mean: float, spread: float | None) -> str:
-    """A number with its spread, which a single image or seed has none of."""
+    """A number with its spread, which is None for a single image or seed."""
     return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
@@ -202,7 +196,7 @@ def over_seeds(values: list[float]) -> str:
 
 
 def difference(values: dict[int, float], first: dict[int, float]) -> str:
-    """A row less the first one, seed by seed: mean ± standard error, and whether it is one (Student's t, 95 %)."""
+    """A row minus the first one, seed by seed: mean ± standard error, and whether it is significant (t test, 95 %)."""
     paired = [values[seed] - first[seed] for seed in values.keys() & first.keys()]
     if len(paired) < 2:
         return "—"
@@ -213,7 +207,7 @@ def difference(values: dict[int, float], first: dict[int, float]) -> str:
 
 
 def table(sweep: Sweep, rows: list[str]) -> str:
-    """Markdown: a line for each row, a column for each number that any of its evaluations gives."""
+    """The table in Markdown: a line for each row, a column for each number of its evaluations."""
     found = {}  # (row, (column, name)): {seed: (mean, cell)}
     columns = {row: list(sweep.evaluations(row)) for row in rows}
     for row in rows:
@@ -221,7 +215,7 @@ def table(sweep: Sweep, rows: list[str]) -> str:
             for seed in sweep.seeds:
                 for name, number in numbers(sweep.out(row, column, seed)).items():
                     found.setdefault((row, (column, name)), {})[seed] = number
-    heads = {}  # (column, name of the number): what stands above it
+    heads = {}  # {(column, name of the number): its heading}
     for column in dict.fromkeys(column for row in rows for column in columns[row]):
         names = dict.fromkeys(name for _, (other, name) in found if other == column)
         heads |= {(column, name): f"{column} {name}".strip() for name in names or ("",)}

@@ -1,4 +1,4 @@
-"""How a test compiles, where it runs longer than it compiles."""
+"""Full optimization for tests that run longer than they compile."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import jax
 
 @contextlib.contextmanager
 def optimized():
-    """Programs compiled within are optimized, as production's are; conftest.py saves the time of it elsewhere."""
+    """A context in which programs are compiled with full optimization, which conftest.py turns off elsewhere."""
     name = "jax_disable_most_optimizations"
     jax.config.update(name, False)
     try:

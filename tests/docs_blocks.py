@@ -65,7 +65,7 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The name of the file that a Python block is."""
+        """The file name in the first line of a Python block."""
         match = re.match(r"# (\w+\.py)\b", self.text)
         return match[1] if match and self.language == "python" else None
 
@@ -119,7 +119,7 @@ def run_python(words: list[str]) -> None:
 
 
 def forked(function, *args) -> tuple[int, str]:
-    """The status and output of a function in a process of its own, which need not import the package again."""
+    """The status and output of a function in a forked process, which need not import the package again."""
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this process has threads; none has begun

@@ -117,7 +117,7 @@ def exact_x_0(x, a):
 
 
 def flow(x, a, to):
-    """Where the probability-flow ODE takes x from ᾱ = a to another: deviations keep their size in deviations."""
+    """The exact solution of the probability-flow ODE from x at ᾱ = a to another ᾱ: (x − mean)/std is constant."""
     spread, spread_to = (np.sqrt(v * STD**2 + 1 - v) for v in (a, to))
     return np.sqrt(to) * MEAN + spread_to * (x - np.sqrt(a) * MEAN) / spread
 
@@ -141,7 +141,7 @@ def ddim_moments(alpha_bar, eta=0.0):
 
 
 def there_and_back(x_0, alpha_bar):
-    """x_0 encoded and decoded over the given ᾱ, ε̂ always asked at the noisier end of a step."""
+    """x_0 encoded and decoded over the given ᾱ, with ε̂ evaluated at the noisier end of each step."""
     previous = np.append(1.0, alpha_bar[:-1])
 
     def move(x, a, start, end):

@@ -1,4 +1,4 @@
-"""Commands by their modes, with flat keyword arguments, as a command line gives them."""
+"""Calls commands by their mode with flat keyword arguments, like a command line."""
 
 from ddpm_jax import main
 from ddpm_jax.files import runs

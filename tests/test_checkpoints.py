@@ -1,4 +1,4 @@
-"""Every way in which a checkpoint is known to go wrong, done to a real one."""
+"""Checkpoints under every known kind of damage and interruption."""
 
 import functools
 import logging
@@ -72,7 +72,7 @@ def save_steps(directory, *steps, **kwargs):
 
 
 def listing(directory):
-    """Everything in a directory that a change would alter."""
+    """A snapshot of a directory, which any change alters."""
     return {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
 
 
@@ -105,7 +105,7 @@ def warned():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory with checkpoints 1, 2 and 3, not to be changed."""
+    """A directory with checkpoints 1, 2 and 3, which tests must not change."""
     directory = tmp_path_factory.mktemp("saved")
     save_steps(directory, 1, 2, 3)
     return directory
@@ -180,7 +180,7 @@ def test_keep(tmp_path):
 
 
 def test_one_flipped_byte_anywhere_is_never_wrong_numbers(run, saved, warned):
-    """Whatever byte of whatever file."""
+    """Any byte of any file may be flipped."""
     files = [path for path in (run / "3").rglob("*") if path.is_file() and path.stat().st_size]
     assert len(files) > 5
     for file in files:
@@ -193,7 +193,7 @@ def test_one_flipped_byte_anywhere_is_never_wrong_numbers(run, saved, warned):
 
 
 def test_what_orbax_returns_is_verified_too(run, monkeypatch, warned):
-    """Should its files be intact and its answer wrong all the same."""
+    """The files are intact, but orbax returns a wrong array."""
     real = checkpoints.ocp.Checkpointer.restore
 
     def wrong(self, path, **kwargs):
@@ -204,7 +204,7 @@ def test_what_orbax_returns_is_verified_too(run, monkeypatch, warned):
 
     monkeypatch.setattr(checkpoints.ocp.Checkpointer, "restore", wrong)
     assert_restores(run, 2)
-    assert "params/conv_in/kernel is not as it was saved" in warned[0]
+    assert "params/conv_in/kernel does not have its saved SHA-256" in warned[0]
 
 
 def cut(path):
@@ -341,7 +341,7 @@ def test_two_leaves_of_one_path(tmp_path):
 
 
 def start(code: str, directory: Path) -> subprocess.Popen:
-    """A second process, at work on `directory`."""
+    """A second process that works on `directory`."""
     imports = "import sys, time, pathlib, numpy as np\nfrom ddpm_jax.files.checkpoints import *\n"
     return subprocess.Popen(
         [
@@ -358,7 +358,7 @@ def start(code: str, directory: Path) -> subprocess.Popen:
 
 
 def test_disk_full(run):
-    """A file-size limit is what a test may do to a disk; orbax reports both in the same way."""
+    """A file-size limit stands for a full disk; orbax reports both in the same way."""
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -443,7 +443,7 @@ def test_lock_without_support_warns(tmp_path, monkeypatch, warned):
 
 
 def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):
-    """Even a checkpoint of the same step, which the new one would have replaced."""
+    """This includes a checkpoint of the same step, which the new one would have replaced."""
     save(tmp_path, make_state(1), step=1)
     save(tmp_path, make_state(2), step=2)
 
@@ -459,7 +459,7 @@ def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    """Passing over it for an older one would train its steps again."""
+    """Skipping it for an older checkpoint would repeat its training steps."""
     save(tmp_path, make_state(1), step=1)
     save(tmp_path, make_state(2), step=2)
     read = Path.read_text

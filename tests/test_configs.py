@@ -1,4 +1,4 @@
-"""Every config builds, at full size, without computing anything; and the papers' numbers are in them."""
+"""Every config builds at full size, without computing anything, and has the numbers of its paper."""
 
 import importlib
 import os
@@ -92,7 +92,7 @@ def test_each_docstring_says_what_to_run_and_what_came_of_it(name):
 
 
 def test_celeba_is_cut_as_its_docstring_says(tmp_path, monkeypatch):
-    """The code in it, on faces of the official size: a pixel in the middle of the crop becomes the middle."""
+    """The code in its docstring, on images of the official size: the centre of the crop becomes the centre."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "img_align_celeba").mkdir()
     face = np.zeros((218, 178, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Every source on small real data, every kind of damage named, and the order of the examples."""
+"""Every source of data on small real data, the message for every kind of damage, and the order of the examples."""
 
 import functools
 import gzip
@@ -38,13 +38,13 @@ def needs(folder):
 
 @pytest.fixture(autouse=True)
 def no_other_data(monkeypatch, tmp_path):
-    """Keeps this machine's own prepared data sets, and waiting, out of the tests."""
+    """Hides this machine's prepared data sets, and skips waiting times."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds-default"))
     monkeypatch.setattr(data.archives, "BACKOFF", 0.0)
 
 
 def error(*args, **kwargs):
-    """The one line that `load` complains with."""
+    """The one-line error message of `load`."""
     with pytest.raises(data.DataError) as info:
         data.load(*args, **kwargs)
     assert "\n" not in str(info.value)
@@ -89,7 +89,7 @@ def test_any_step_at_once():
 
 
 def test_consecutive_positions_are_uncorrelated():
-    """Where example i stands in one epoch says nothing of where it stands in the next."""
+    """The positions of example i in two epochs are uncorrelated."""
     n = 20_000
     epochs = [data.batch_indices(n, seed=1, step=step, batch_size=n) for step in range(3)]
     epochs.append(data.batch_indices(n, seed=2, step=0, batch_size=n))
@@ -318,7 +318,7 @@ CIFAR = "cifar-10-binary.tar.gz"
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A CIFAR-10 archive of 10 + 2 records and what it holds: (bytes, images, labels)."""
+    """A CIFAR-10 archive of 10 + 2 records and its contents: (bytes, images, labels)."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(12, dtype=np.uint8) % 10
@@ -390,7 +390,7 @@ def test_an_idx_archive_read_back(monkeypatch, tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Replies to come, as (status, body); a body of None hangs up. Keeps the paths asked for."""
+    """A server with a queue of replies (status, body); a body of None hangs up. Records the requested paths."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -498,7 +498,7 @@ def paint(path, pixels, **options):
 
 
 def only(path, **options):
-    """Loads the one picture of a folder."""
+    """Loads the only picture of a folder."""
     [pixels] = data.load(f"image_folder:{path}", **options).images
     return pixels
 
@@ -796,7 +796,7 @@ def test_resizing_is_antialiased(tmp_path):
 
 
 def test_large_jpegs_are_resized_right(tmp_path):
-    """Decoding JPEG at a reduced size first changes the result by at most a few grey levels."""
+    """Decoding JPEG at a reduced size changes the result by at most a few grey levels."""
     y, x = np.mgrid[0:600, 0:800]
     photo = (
         127 + 60 * np.sin(x / 30 + y / 50)[..., None] * [1, 0.5, -1] + 30 * np.cos(y / 9)[..., None]

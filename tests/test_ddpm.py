@@ -47,7 +47,7 @@ def make_batch(n=8):
 
 
 def far_from_zero(params):
-    """Parameters as after training, so that the near-zero layers hide nothing."""
+    """Random parameters instead of initial ones, whose near-zero layers would hide errors."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(9), len(leaves))
     moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -74,7 +74,7 @@ def bound_of(method, x_0_error=None, **values):
 
 
 def says(method, params, label, x, t, **options):
-    """What the network of these parameters says of x_t."""
+    """The network's estimates for x_t with these parameters."""
 
     def call(params, label, x, t):
         return method.denoiser(params, label, **options)(method.schedule)(x, t)
@@ -573,7 +573,7 @@ def test_any_path_trains_samples_and_has_a_bound(schedule, prediction, variance)
 
 
 def a_history(method, T=20):
-    """As if the early times had cost much more: nothing for the other ways to draw t."""
+    """A loss state in which early times have much larger losses; unchanged for samplers of t without a state."""
     if not jax.tree.leaves(method.init_loss_state()):
         return method.init_loss_state()
     rows = np.tile(10.0 / np.arange(1, T + 1, dtype=np.float32)[:, None], 10)
@@ -622,7 +622,7 @@ def test_hybrid_is_simple_and_a_thousandth_of_the_bound(t_sampling):
 
 @functools.cache
 def importance_step(devices, accumulate):
-    """The first state and the step of a run whose t are drawn by importance, of four times."""
+    """The initial state and the step of a run with four times, drawn by importance."""
     changes = {"schedule__num_timesteps": 4, "diffusion__t_sampling": "importance"}
     changes |= {"diffusion__variance": "learned_range", "diffusion__loss": "vlb"}
     method = tiny.make(make_config(**changes))

@@ -29,7 +29,7 @@ def where(block):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A folder with what a clone has and with the files that the pages write."""
+    """A folder with the contents of a clone and the files that the pages write."""
     for name in docs_blocks.LINKED:
         (tmp_path / name).symlink_to(ROOT / name)
     for block in PYTHON:
@@ -87,7 +87,7 @@ def test_python_compiles_and_its_names_exist(block, clone):
 
 
 def anchors(text):
-    """The names that headings have as targets of links."""
+    """The anchors of the headings."""
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -149,7 +149,7 @@ def test_blocks_that_are_not_run_have_a_reason_and_are_few():
 
 
 def test_fences_are_of_known_languages():
-    """A block of another language would be run by nobody."""
+    """Blocks in other languages would not be run."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)

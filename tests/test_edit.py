@@ -1,4 +1,4 @@
-"""What is done with given images, on a run of a network of one matrix: files, recipes, what must stay."""
+"""Commands on input images, on a run of a one-matrix network: files, recipes, and what must not change."""
 
 import json
 
@@ -57,7 +57,7 @@ DIGITS = data.load("digits", split="test")
 
 
 def chosen(values, count):
-    """What stands for `count` images of the test split."""
+    """The `count` images that are chosen from the test split."""
     return values[data.choose(len(DIGITS), count)]
 
 
@@ -328,7 +328,7 @@ def test_a_method_that_is_no_diffusion(tmp_path):
 
 
 def test_nearest_of_data_without_a_test_split(tmp_path):
-    """Its DataError became a ConfigError on the way, which nobody awaited, after all the work."""
+    """The DataError must not become a ConfigError, which is not caught, after all the work."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n, pixels in enumerate(DIGITS.images[:20]):

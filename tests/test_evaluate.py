@@ -1,4 +1,4 @@
-"""Evaluation of run directories: what is printed is what the Method says, whatever interrupts it."""
+"""Evaluation of run directories: the printed numbers are those of the Method, also after interruptions."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """They take longer than the numbers."""
+    """Drawing takes longer than computing the numbers."""
     monkeypatch.setattr(writers, "save_panels", lambda *args: None)
 
 

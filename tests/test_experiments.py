@@ -1,4 +1,4 @@
-"""Every row of every experiment builds, its printed command means what it says, and results become a table."""
+"""Every row of every experiment builds, its printed command trains it, and results become a table."""
 
 import importlib
 import json
@@ -191,12 +191,12 @@ def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     ):
         (place / "c/eval/p.json").write_text(text)
         line = refused(capsys, *arguments)
-        assert line.startswith(f"error: {place}/c/eval/p.json is no result ({problem}")
+        assert line.startswith(f"error: {place}/c/eval/p.json is not a result ({problem}")
         assert line.endswith("delete it and evaluate again")
 
 
 def test_several_seeds_say_what_is_a_finding(tmp_path, capsys):
-    """b is lower than a by about 1 for each seed, c by as much on average and not for each."""
+    """b is lower than a by about 1 for each seed; c is lower by as much on average, but not for each seed."""
     file = tmp_path / "mine.py"
     file.write_text(
         "def rows(size):\n    return {'a': {}, 'b': {}, 'c': {}}\n"
@@ -279,7 +279,7 @@ def test_run_stops_at_the_first_failure(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_for_the_command_and_runs_no_other(number, tmp_path, capfd):
-    """The command signals its parent, as a terminal or a scheduler would, and then takes its time to save."""
+    """The command signals its parent, as a terminal or a scheduler would, and then saves slowly."""
     file = tmp_path / "saved"
     save = f"lambda *_: (time.sleep(0.2), open({str(file)!r}, 'w'), os._exit(0))"
     stop = f"os.kill(os.getppid(), {number:d}); os.kill(os.getpid(), {signal.SIGINT:d})"

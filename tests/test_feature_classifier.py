@@ -1,4 +1,4 @@
-"""A classifier that learns, its file, and features that belong to one image each."""
+"""The classifier learns, its file is verified, and the features of an image do not depend on the batch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ DIGITS = data.load("digits", split="test").images
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What 60 steps on digits leave: the file, the accuracy and the lines that were printed."""
+    """The result of 60 steps on digits: the file, the accuracy and the printed lines."""
     path = str(tmp_path_factory.mktemp("classifier") / "digits.npz")
     accuracy = feature_classifier.train("digits", out=path, num_steps=60, batch_size=64)
     return path, accuracy
@@ -114,7 +114,7 @@ def cut(path):
 
 
 def flip(path):
-    """One bit of a weight, in a file that is whole: only the digest can tell."""
+    """One flipped bit of a weight in an intact file, which only the digest detects."""
     with np.load(path) as file:
         arrays = dict(file)
     kernel = arrays["Dense_0/kernel"].copy()

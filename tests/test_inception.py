@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def uniform(seed, *shape):
-    """float32 in [−1, 1): the bits of a generator are promised to stay, its distributions are not."""
+    """float32 in [−1, 1), from raw bits: NumPy guarantees those across versions, but not its distributions."""
     bits = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
     return ((bits >> np.uint64(40)) * 2.0**-23 - 1).astype(np.float32).reshape(shape)
 
@@ -100,7 +100,7 @@ def write(path, state, layout="legacy"):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A file like the published one but for its random weights, 96 MB."""
+    """A file of 96 MB like the published one, with random weights."""
     return write(tmp_path_factory.mktemp("inception") / "weights.pth", random_state())
 
 
@@ -177,7 +177,7 @@ def test_published_parameter_count():
 )
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_pools_of_the_branches_see_no_padding(block, is_max, side):
-    """All but the last branch is zero, and that passes on what was pooled."""
+    """All branches but the last are zero, and the last returns the pooled input."""
     x = np.abs(uniform(2, 2, side, 4, 8))
     tree = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tree)
@@ -334,7 +334,7 @@ def test_other_networks_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def as_published(published, tmp_path, monkeypatch):
-    """The random file stands in for the published one, and nothing is in any cache: its path."""
+    """The path of the random file, which replaces the published one; all caches are empty."""
     with open(published, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     monkeypatch.setattr(inception, "SIZE", published.stat().st_size)
@@ -393,7 +393,7 @@ def test_the_published_names_tell_the_sum():
 
 
 def torch_state():
-    """random_state with what else PyTorch keeps of a norm."""
+    """random_state with the other entries that PyTorch saves for a norm."""
     import torch
 
     state = {name: torch.tensor(array) for name, array in random_state().items()}

@@ -1,4 +1,4 @@
-"""The library: the whole way in a few lines, on arrays, without flags."""
+"""The library: training, sampling and bounds in a few lines, on arrays, without flags."""
 
 import os
 import subprocess

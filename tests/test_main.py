@@ -1,4 +1,4 @@
-"""The command line as people type it: one line for each mistake, its status, and no traceback."""
+"""The command line: one line and a status for each mistake, and no traceback."""
 
 import json
 import os
@@ -168,7 +168,7 @@ def test_no_attention_trains(tmp_path):
 
 
 def test_pictures_of_ones_own_have_their_own_size(tmp_path, monkeypatch, capfd):
-    """They were trained as 8×8 and grey, as configs/digits.py has them, without a word."""
+    """They must not be trained as 8×8 and grey, like configs/digits.py, without a message."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n in range(12):
@@ -197,7 +197,7 @@ def test_pictures_of_ones_own_have_their_own_size(tmp_path, monkeypatch, capfd):
 
 
 def test_a_run_of_the_config_files_own_size_goes_on(tmp_path):
-    """The size that a run began with holds, also where the command leaves it to the data."""
+    """The saved image size applies, also if the command leaves it to the data."""
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 1), np.uint8))
     name = f"npz:{tmp_path}/x.npz"
     loop.train(make_config(num_steps=1, data__name=name), tmp_path / "run")
@@ -267,7 +267,7 @@ def get_config(): return make_config(num_steps=2)
 
 @pytest.mark.slow
 def test_a_closed_pipe_does_not_end_training(tmp_path):
-    """`… 2>&1 | head -1`: the run goes on, and log.txt has it all."""
+    """`… 2>&1 | head -1`: the run continues, and log.txt is complete."""
     (tmp_path / "mine.py").write_text(AFFINE)
     arguments = [f"--config={tmp_path}/mine.py", f"--workdir={tmp_path / 'run'}"]
     script = shlex.join([sys.executable, "-m", "ddpm_jax.main", *arguments])
@@ -294,7 +294,7 @@ def test_ctrl_c_is_said_as_it_is(command, monkeypatch):
 
 
 def test_a_run_that_cannot_be_written(command, monkeypatch, tmp_path):
-    """The mistake that a user without the rights meets; root, as in a container, does not."""
+    """The error for a user without permissions; root, as in a container, does not get it."""
     loop.train(make_config(num_steps=1), tmp_path / "run")
 
     def refuse(directory):

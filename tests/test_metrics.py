@@ -1,4 +1,4 @@
-"""Metrics against closed forms for Gaussians, explicit loops over images, and what no metric may depend on."""
+"""Metrics against closed forms for Gaussians and explicit loops over images, and their invariances."""
 
 import functools
 import itertools
@@ -148,7 +148,7 @@ def test_short_names(num_images, name):
 
 
 def unpermuted(logits):
-    """Logits that `inception_score` brings into this order before it cuts them."""
+    """Logits in an order that `inception_score` permutes into the given one before splitting."""
     result = np.empty_like(logits)
     result[data.choose(len(logits))] = logits
     return result
@@ -177,7 +177,7 @@ def test_inception_score_is_its_definition(splits):
 
 
 def test_inception_score_does_not_depend_on_how_a_folder_is_sorted():
-    """Images sorted by class: each split in file order would hold one class alone, a score of 1."""
+    """Images sorted by class: in file order each split would hold a single class, with a score of 1."""
     by_class = 1e4 * np.eye(10, dtype=np.float32)[np.repeat(np.arange(10), 100)]
     assert 9.0 < metrics.inception_score(by_class)[0] <= 10.0
 

@@ -1,4 +1,4 @@
-"""The page without the library has its losses and its samples, on the same keys."""
+"""experiments/one_page.py gives the same losses and samples as the library on the same keys."""
 
 import pathlib
 

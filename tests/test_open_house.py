@@ -1,4 +1,4 @@
-"""An idea is one file: a sampler with an option from outside the package, flow matching, EDM, a network of one's own."""
+"""Ideas in one file: a sampler with an option from outside the package, flow matching, EDM, a new network."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class Lazy:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
-    """A folder with a run and the file of an idea, and a program that runs there."""
+    """A folder with a run and the file of an idea, and a function that runs commands there."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "my_idea.py").write_text(MINE)
     loop.train(make_config(), folder / "run")

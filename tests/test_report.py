@@ -259,7 +259,7 @@ def test_a_comparison_lists_the_fields_that_differ_and_no_others(trained, tmp_pa
 
 
 def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
-    """Chains and bounds stand beside one another; what is the same in both is drawn once."""
+    """Chains and bounds are compared; equal curves are drawn once."""
     for name in ("linear", "cosine"):
         shutil.copytree(trained[1], tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -316,7 +316,7 @@ def test_metrics_of_several_runs_stand_beside_one_another(trained, tmp_path):
     [
         ((), "no config.json"),
         (("config.json",), "nothing in metrics.jsonl"),
-        (None, "is given twice"),
+        (None, "is listed twice"),
     ],
 )
 def test_a_directory_that_is_not_a_run_gives_one_line(trained, tmp_path, keep, words):

@@ -1,4 +1,4 @@
-"""Sampling from run directories: restartable, one recipe a file, image i always the same."""
+"""Sampling from run directories: restartable, one recipe per file, and image i is always the same."""
 
 import json
 

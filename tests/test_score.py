@@ -1,4 +1,4 @@
-"""Metrics as a command: what is compared, how it is named, that it is kept, and what is refused."""
+"""Metrics as a command: the compared images, the names, the saved results, and the errors."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Runs on data that lie in an unlucky order, place or size: two classes of pictures, sorted into folders."""
+"""Runs on data in an unfavourable order, path or size: two classes of pictures, sorted into folders."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def make_config(name, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures():
-    """Diagrams take longer than the numbers."""
+    """Drawing takes longer than computing the numbers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writers, "save_panels", lambda *args: None)
         patch.setattr(writers, "save_loss_curve", lambda *args: None)
@@ -300,7 +300,7 @@ def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, caps
 
 
 def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
-    """Test pictures overwritten under the same names: the old numbers are set aside, not repeated."""
+    """Test pictures are overwritten under the same names: the old results are renamed, not repeated."""
     folder, place = make_folder(tmp_path / "p", per_class=10), str(tmp_path / "run")
     loop.train(make_config(f"image_folder:{folder}"), place)
     before = total(place, num_images=8)
@@ -345,7 +345,7 @@ def test_errors_of_another_chain_are_not_used(workdir):
 
 
 def test_a_process_at_work_is_left_alone(tmp_path):
-    """Another recipe under the same name, while the first is at it, and afterwards."""
+    """Another recipe under the same name, during the first command and after it."""
     out = str(tmp_path / "x.npz")
     with results.in_progress(out, {"a": 1}) as (folder, _):
         open(f"{folder}/half", "w").close()
@@ -386,7 +386,7 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
     config = make_config("digits", **{"step.ema_warmup": False, "step.ema_decay": 0.9999})
     place = str(tmp_path / "run")
     loop.train(config, place)
-    assert "EMA weights are still 100 %" in capsys.readouterr().out
+    assert "100 % of the EMA weights are still the random initial ones" in capsys.readouterr().out
     call("sample", place, num_samples=2, steps="4")
     assert "use --weights=raw" in capsys.readouterr().out
     call("sample", place, num_samples=2, steps="4", weights="raw")
@@ -395,7 +395,7 @@ def test_an_average_that_has_not_forgotten_its_start_says_so(tmp_path, capsys):
 
 @contextlib.contextmanager
 def broken_bias(workdir, value):
-    """Every command finds one parameter of the run to be this value."""
+    """Sets one parameter of the run to this value for every command."""
     run = runs.load(workdir, allow_code=True)
     dense = {**run.params["Dense_0"], "bias": np.full(1, value, np.float32)}
     with pytest.MonkeyPatch.context() as patch:
@@ -473,7 +473,7 @@ def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys
     capsys.readouterr()
     call("sample", workdir, num_samples=3, steps="4", out=out)
     said = capsys.readouterr().out
-    assert "3 images of this recipe are there already" in said and "recipe:" not in said
+    assert "3 images of this recipe exist already" in said and "recipe:" not in said
 
 
 def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Every line of experiments/theory: the right formula is the truth, the printed one is not, ddpm_jax has the right one."""
+"""Every line of experiments/theory: the right formula and ddpm_jax agree with the truth, the printed formula does not."""
 
 import ast
 import importlib

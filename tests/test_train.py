@@ -1,4 +1,4 @@
-"""Whole runs, with the tiny Method of affine.py: what a directory holds, resuming, stopping, refusing."""
+"""Whole runs with the tiny Method of affine.py: files of a run directory, resuming, stopping, errors."""
 
 import dataclasses
 import functools
@@ -379,7 +379,7 @@ def test_the_run_directory_is_printed_once_before_an_error(tmp_path, capsys):
 
 
 def stop_reading(monkeypatch, error, step):
-    """The data come to an end with an error, as a picture does that cannot be decoded."""
+    """The data end with an error, like that of a picture that cannot be decoded."""
     batches = data.batches
 
     def until(dataset, *, start, stop, **given):
@@ -408,7 +408,7 @@ def test_an_error_that_is_not_the_states_own_saves_the_state(tmp_path, monkeypat
 
 
 def test_a_truncated_picture_met_on_the_way(tmp_path, capsys):
-    """One of three hundred, decoded on demand; which step meets it is the permutation's to say."""
+    """One of three hundred pictures, decoded on demand at a step that the permutation determines."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for n in range(300):
@@ -463,7 +463,7 @@ def test_a_state_that_went_into_a_failing_step_is_not_saved(tmp_path, monkeypatc
 
 
 def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, capsys):
-    """A log and metrics on a full disk, and a file where the folder of previews belongs."""
+    """Log and metrics are on a full disk, and a file has the name of the preview folder."""
     full = tmp_path / "full"
     full.mkdir()
     os.symlink("/dev/full", full / "log.txt")
@@ -472,7 +472,7 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
     state = loop.train(make_config(preview__every=2), full)
     out, err = capsys.readouterr()
     assert int(state.step) == 6 and checkpoints.latest_step(full / "checkpoints") == 6
-    assert out.count("WARNING: not written, and training goes on: ") == 4, out
+    assert out.count("WARNING: a file could not be written; training continues: ") == 4, out
     assert "samples" in out and "loss" in out
     assert err.count("log.txt cannot be written: [Errno 28] No space left on device") == 1
     same(state, loop.train(make_config(), tmp_path / "straight"))
@@ -497,7 +497,7 @@ def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_an_early_preview_says_that_it_is_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "FIRST_PREVIEW_SECONDS", 0.0)
     loop.train(make_config(preview__every=4), tmp_path)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early look" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "an early preview" in line]
     assert "step_00000001.png" in line and "every 4 steps" in line
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["step_00000001.png", "step_00000004.png", "step_00000006.png"]
@@ -710,7 +710,7 @@ def get_config():
     ],
 )
 def test_a_first_step_that_never_ends_is_left(tmp_path, while_compiling, numbers):
-    """No handler runs while the main thread is in a compilation, nor does an orderly exit end a step."""
+    """No handler runs while the main thread compiles, and an orderly exit would wait for the running step."""
     workdir, file = tmp_path / "run", tmp_path / "endless.py"
     file.write_text(ENDLESS.replace("{while_compiling}", str(while_compiling)))
     command = [sys.executable, "-m", "ddpm_jax.main", f"--config={file}", f"--workdir={workdir}"]

@@ -1,4 +1,4 @@
-"""The step: its optimiser, averages and clips by their algebra; many devices and parts against one."""
+"""The step: optimiser, averages and clipping against their formulas; many devices and parts against one."""
 
 import functools
 import types

@@ -1,4 +1,4 @@
-"""The auto-encoder against quadrature over its one latent, and whole runs of it."""
+"""The auto-encoder with one latent against quadrature, and whole runs of it."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def make_config(shape=(2, 2, 1), **changes):
 
 @pytest.fixture(scope="module")
 def one_latent():
-    """A Method, its network, parameters that make a bent decoder and a poor encoder, and an image."""
+    """A Method, its network, parameters of a nonlinear decoder and a poor encoder, and an image."""
     config = make_config()
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(from_config(config).init, jax.random.key(0))
@@ -84,7 +84,7 @@ def batch_of(image, count):
 
 
 def close(values, expected):
-    """Whether a mean of independent draws is within four standard errors of what is expected."""
+    """Whether the mean of independent draws is within four standard errors of the expected value."""
     values = np.asarray(values, np.float64)
     return abs(values.mean() - expected) < 4 * values.std() / np.sqrt(len(values))
 

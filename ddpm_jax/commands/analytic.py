@@ -30,10 +30,10 @@ def path(run: Run, kept: Bounding) -> str:
 
 
 def errors_for(run: Run, chosen, variance: str | None):
-    """x_0_error [S] for options that ask for the analytic variance, and its origin for a recipe; or two None.
+    """The measured x_0_error [S] and its origin for the recipe; (None, None) for other variances than "analytic".
 
     Raises:
-      RunError: nothing has been measured yet, with the command that does; or of another model.
+      RunError: the errors are not measured yet, or were measured with another model; names the command that does it.
     """
     if variance != "analytic":
         return None, None
@@ -55,14 +55,14 @@ def errors_for(run: Run, chosen, variance: str | None):
             f" {command}"
         )
     file = results.read_npz(file_path)
-    there, wanted = json.loads(str(file.get("recipe", "{}"))), run.recipe()
+    saved, wanted = json.loads(str(file.get("recipe", "{}"))), run.recipe()
     wanted |= {"chosen": results.CHOSEN, "steps": kept.steps}
     wanted["clip_x0"] = run.method.resolve(kept).clip_x0
     names = ("weights_sha256", "model_sha256", "chosen", "steps", "clip_x0")
-    if "curve_x_0_error" not in file or any(there.get(name) != wanted[name] for name in names):
+    if "curve_x_0_error" not in file or any(saved.get(name) != wanted[name] for name in names):
         raise RunError(
             f"{file_path} was measured with another model, with other steps or, by an earlier version, on the"
-            f" first images of the files; measure it anew with {command}"
+            f" first images of the files; measure again with {command}"
         )
     errors, count = file["curve_x_0_error"], len(file["total"])
     digest = hashlib.sha256(errors.tobytes()).hexdigest()

@@ -3,9 +3,9 @@
     python -m ddpm_jax.benchmark --config=configs/cifar10.py --batch_size=8
 
 Prints the time to start, training and sampling speed, operations, memory, and three ratios: the training step over the
-bare forward and backward pass of its network and loss, one network call of each sampler over a bare forward pass, and
-the textbook form of the network over the one that is used. Times are medians after a warm-up; what is compared runs in
-turns. Images are made up; data are loaded only for a shape or classes that the config leaves to them.
+bare forward and backward pass of its network, one network call of each sampler over a bare forward pass, and the
+textbook form of the network over the form that is used. Times are medians after a warm-up; the calls that a ratio
+compares run in turns. Images are random; data are loaded only if the config takes its image shape or classes from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training import step as step_lib
 
 CHAIN_STEPS = 10  # steps of the reverse chains that are timed; all steps cost the same
-TWO_CALLS = ("heun",)  # samplers that evaluate the network twice a step, but for the last
+TWO_CALLS = ("heun",)  # samplers that evaluate the network twice in every step but the last
 
 
 def benchmark(
@@ -49,7 +49,7 @@ def benchmark(
 
     Args:
       batch_size: over all local devices.
-      sampling: a sampler to be timed beside the built-in ones.
+      sampling: a sampler to time together with the built-in ones.
 
     Returns:
       numbers by name; the names end in their units.
@@ -86,7 +86,7 @@ class Benchmark:
     """A config prepared for timing."""
 
     method: Any
-    steps: int  # of the chains that are timed
+    steps: int  # number of steps of the timed chains
     batch_size: int
     accumulate: int
     state: Any
@@ -179,15 +179,15 @@ class Benchmark:
         samplers = {name: cls() for name, cls in SAMPLERS.items()}
         samplers |= {"ddim_eta": DDIM(eta=0.5), "dpm_solver_3": DPMSolver(order=3)}
         if sampling != Sampling():
-            chosen = options.describe(sampling)["sampler"]
-            samplers["yours" if chosen in samplers else str(chosen)] = sampling.sampler
+            own = options.describe(sampling)["sampler"]
+            samplers["yours" if own in samplers else str(own)] = sampling.sampler
         guided = {"guided": 3.0} if self.method.label_dropout else {}
         calls, steps = {}, str(self.steps)
         for name, guidance in {**dict.fromkeys(samplers, 1.0), **guided}.items():
-            one = Sampling(sampler=samplers.get(name, DDIM()), steps=steps, guidance=guidance)
+            chosen = Sampling(sampler=samplers.get(name, DDIM()), steps=steps, guidance=guidance)
 
-            def draw(params, key, index, label, one=one):
-                return self.method.sample(params, key, index, label, one)
+            def draw(params, key, index, label, chosen=chosen):
+                return self.method.sample(params, key, index, label, chosen)
 
             calls[name] = self.mapped(draw, self.batch["index"], self.batch["label"])
 

@@ -5,7 +5,7 @@
     python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits
     python -m ddpm_jax.main --mode=interpolate --workdir=runs/digits --from_t=250,500,750
 
-Each command writes an .npz with what it made, what it was made of and the recipe, and a picture as .png.
+Each command writes an .npz with its results, its input images and the recipe, and a picture as .png.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ddpm_jax.process.diffusion import from_uint8, to_uint8
 from ddpm_jax.process.samplers import DDIM, Ancestral, inversion
 from ddpm_jax.stats import mean_and_error
 
-PAIRED = 8  # images between which is interpolated by default
+PAIRED = 8  # default number of images that are paired for interpolation
 FRACTIONS = 9  # images in a row of an interpolation, both ends included
-FEW = 50  # steps of a deterministic chain by default
+FEW = 50  # default number of steps of a deterministic chain
 
 
 def encode(
@@ -78,7 +78,7 @@ def encode(
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
     print(
         f"x_T of {len(latents)} images: mean {latents.mean():.4f}, standard deviation"
-        f" {latents.std():.4f}; {out}, a picture in the .png beside it",
+        f" {latents.std():.4f}; {out}, and a picture in the .png of the same name",
         flush=True,
     )
     return out
@@ -92,7 +92,7 @@ def few_steps(model, chosen):
 
 
 def make_encoder(model, chosen: Chain, where: str):
-    """(params, label, x_0) -> x_T, and the chain that it follows, after a check of the options."""
+    """A function (params, label, x_0) -> x_T and its chain; checks the options."""
     chosen = model.resolve(chosen)
     with options.errors_at(where):
         steps = model.chain(chosen)
@@ -105,17 +105,13 @@ def make_encoder(model, chosen: Chain, where: str):
 
 
 def reconstruct(
-    run: Run,
-    *,
-    chain: Chain = Chain(),
-    images: Images = Images(),
-    output: Output = Output(),
+    run: Run, *, chain: Chain = Chain(), images: Images = Images(), output: Output = Output()
 ) -> dict[int | str, tuple[float, float]]:
     """Encodes and decodes images, and prints the error for several numbers of steps; Song et al. 2021, Table 2.
 
     Args:
-      chain: its steps are the numbers S, with commas; 10, 20, 50 and 100 by default. With semicolons between them,
-        chains in any notation of `timesteps.subsequence`: "10,15,20;45".
+      chain: its steps are the numbers S, separated by commas; 10, 20, 50 and 100 by default. Semicolons separate chains
+        in any notation of `timesteps.subsequence`: "10,15,20;45".
 
     Returns:
       {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}, where S is an int, or the
@@ -131,22 +127,22 @@ def reconstruct(
     elif steps is not None:
         counts = shared.numbers("steps", steps)
     pairs = {}
-    for S in counts:  # whatever can be refused is, before anything is computed
-        one = dataclasses.replace(chain, steps=str(S))
-        there, _ = make_encoder(model, one, "reconstruction")
-        back = Sampling(sampler=DDIM(), **options.describe(model.resolve(one)))
-        pairs[S] = there, back
+    for S in counts:  # all options are checked before anything is computed
+        short = dataclasses.replace(chain, steps=str(S))
+        encoder, _ = make_encoder(model, short, "reconstruction")
+        pairs[S] = encoder, Sampling(sampler=DDIM(), **options.describe(model.resolve(short)))
     given = shared.load_images(run, images, default=64)
     images = dataclasses.replace(images, num_images=len(given.images))
     index = np.arange(len(given.images))
     chosen = options.describe(model.resolve(dataclasses.replace(chain, steps=None)))
 
-    def there_and_back(S):
-        there, back = pairs[S]
+    def encode_and_decode(S):
+        encoder, decoding = pairs[S]
 
         def function(params, key, index, label, image):
             x_0 = from_uint8(image)
-            x = model.sample(params, key, index, label, back, x_T=there(params, label, x_0))
+            x_T = encoder(params, label, x_0)
+            x = model.sample(params, key, index, label, decoding, x_T=x_T)
             return shared.as_saved(x), ((x - x_0) ** 2).mean(axis=(1, 2, 3)) / 4
 
         return function
@@ -157,7 +153,7 @@ def reconstruct(
             print(f"S = {S}", flush=True)
             arrays[f"images_{S}"], arrays[f"error_{S}"] = shared.map_images(
                 run,
-                there_and_back(S),
+                encode_and_decode(S),
                 shared.sample_key(0),
                 *(index, given.labels, given.images),
                 batch_size=output.batch_size,
@@ -203,14 +199,14 @@ def interpolate(
 ) -> str:
     """Interpolates between the images 2k and 2k + 1, or between two random latents.
 
-    Without `from_t` along the great circle between their latents, decoded by a deterministic sampler (Song et al. 2021,
-    App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from
-    there (Ho et al. 2020 §4.4); all images of a row share their noise.
+    Without `from_t`, latents are interpolated along a great circle and decoded by a deterministic sampler (Song et al.
+    2021, App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from
+    that time (Ho et al. 2020 §4.4); all images of a row share their noise.
 
     Args:
       sampling: by default DDIM in 50 steps without from_t, and the whole ancestral chain with it.
       images: None for random latents, or for "data" if from_t is given; num_images is an even number.
-      from_t: times of the chain; a row for each and pair.
+      from_t: times of the chain; one row for each time and pair.
 
     Returns:
       the path of the .npz: images uint8 [N/2, R, `FRACTIONS`, H, W, C] for R times, or 1.
@@ -234,13 +230,16 @@ def interpolate(
         how = "between their latents" if t is None else f"mixed with the noise of t = {t}"
         for k in range(work.count // 2):
             strip, text = arrays["images"][k, n], f"pair {k}, {how}"
-            if not work.of_noise:  # between what they are images of
+            if not work.of_noise:  # put the images themselves at both ends
                 pair = work.given.images[2 * k : 2 * k + 2]
                 strip = np.concatenate([pair[:1], strip, pair[1:]])
                 text += "; the images themselves are at both ends"
             rows.append((text, strip))
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(rows[0][1]))
-    print(f"{work.count // 2} interpolations in {out}, a picture in the .png beside it", flush=True)
+    count = work.count // 2
+    print(
+        f"{count} interpolations in {out}, and a picture in the .png of the same name", flush=True
+    )
     return out
 
 
@@ -251,10 +250,10 @@ class _Interpolation:
     run: Run
     sampling: Sampling
     images: Images
-    times: list  # of the chain, or [None] for latents
+    times: list  # times of the chain, or [None] for latents
     given: Given
     key: object
-    of_noise: bool  # the latents are drawn
+    of_noise: bool  # whether the latents are random
 
     @property
     def count(self) -> int:
@@ -265,7 +264,9 @@ class _Interpolation:
         model, key = shared.diffusion_of(run), shared.sample_key(seed)
         count = images.num_images
         if count is not None and count % 2:
-            raise RunError(f"interpolation is between pairs of images; num_images is {count}")
+            raise RunError(
+                f"interpolation needs pairs of images, but num_images is {count}, an odd number"
+            )
         times = [None] if from_t is None else shared.numbers("from_t", from_t)
         if from_t is None:
             sampling = dataclasses.replace(sampling, sampler=sampling.sampler or DDIM())
@@ -294,7 +295,7 @@ class _Interpolation:
             given = shared.load_images(run, images, key=key, default=PAIRED)
             pairs = len(given.images) // 2
             if not pairs:
-                raise RunError(f"interpolation needs two images, and {images.images} has one")
+                raise RunError(f"interpolation needs two images, but {images.images} has one")
             given = Given(*(values[: 2 * pairs] for values in given[:3]), given.recipe)
             images = dataclasses.replace(images, num_images=2 * pairs)
         return cls(run, sampling, images, times, given, key, of_noise)

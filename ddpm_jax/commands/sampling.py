@@ -5,9 +5,9 @@
     python -m ddpm_jax.main --mode=progressive --workdir=runs/digits
 
 The first writes one .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid as .png. While
-it runs, finished images stand in FILE.partial/, and the same command goes on from there. `--trajectory` adds the chain
-of the first images as a strip and as an animation. The third writes what the model predicts on the way, Ho et al.
-Figure 6.
+it runs, finished images are kept in FILE.partial/, and the same command continues from there. `--trajectory` adds the
+chain of the first images as a strip and as an animation. The third writes the model's predictions of x_0 along the
+chain, as Ho et al. 2020, Figure 6.
 """
 
 from __future__ import annotations
@@ -36,16 +36,14 @@ from ddpm_jax.process.samplers import DDIM
 from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import check_sampling
 
-GRID_LIMIT = 100  # images in the .png
-GRID_ROWS = 20  # images in the progressive strip
-FRAMES = 12  # columns of that strip, and of a trajectory
-TRAJECTORY_IMAGES = 8
-ANIMATION_FRAMES = 48
+GRID_LIMIT = 100  # maximum number of images in the .png
+GRID_ROWS = 20  # maximum number of rows of the progressive strip
+FRAMES = 12  # columns of that strip and of a trajectory
+TRAJECTORY_IMAGES = 8  # images of a trajectory
+ANIMATION_FRAMES = 48  # frames of its animation
 
 NumSamples = Annotated[
-    int | None,
-    "How many images to draw. Default: 64, or as many as there are --latents.",
-    AtLeast(1),
+    int | None, "How many images to draw. Default: 64, or all of --latents.", AtLeast(1)
 ]
 
 
@@ -56,7 +54,7 @@ def sample(
     num_samples: NumSamples = None,
     labels: Labels = "cycle",
     latents: Annotated[
-        str | None, "An .npz that --mode=encode wrote, to be decoded in place of noise."
+        str | None, "An .npz of --mode=encode, whose latents are decoded instead of noise."
     ] = None,
     trajectory: Annotated[
         bool, "Also writes the chain of the first images, as a strip and an animation."
@@ -76,24 +74,24 @@ def sample(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
     """
-    given, parts = None, ()
+    encoded, parts = None, ()
     if latents is not None:
-        given = _Latents.read(run, config_lib.path(latents), sampling, labels)
-        sampling, parts = given.sampling, ("latents", given.sha256[:8])
-        num_samples = num_samples or len(given.latents)
-        if num_samples > len(given.latents):
+        encoded = _Latents.read(run, config_lib.path(latents), sampling, labels)
+        sampling, parts = encoded.sampling, ("latents", encoded.sha256[:8])
+        num_samples = num_samples or len(encoded.latents)
+        if num_samples > len(encoded.latents):
             raise RunError(
-                f"{num_samples} samples asked of the {len(given.latents)} latents in {latents}"
+                f"{num_samples} samples requested, but {latents} has {len(encoded.latents)} latents"
             )
     num_samples = num_samples or 64
     plan = prepare(run, sampling, seed, labels, output, *parts)
-    if given:
-        plan.recipe.update(latents_sha256=given.sha256, labels="of the latents")
+    if encoded:
+        plan.recipe.update(latents_sha256=encoded.sha256, labels="of the latents")
 
     def inputs(index):
-        if given is None:
+        if encoded is None:
             return index, labels_of(run.method, index, plan.labels, key=plan.key)
-        return index, given.labels[index], given.latents[index]
+        return index, encoded.labels[index], encoded.latents[index]
 
     with results.in_progress(plan.out, plan.recipe, named=plan.named) as (folder, finished):
         shape = run.method.image_shape
@@ -101,9 +99,9 @@ def sample(
         if finished and not growing.count:
             growing.append(finished["images"])
         if growing.count:
-            print(f"{growing.count} images of this recipe are there already", flush=True)
+            print(f"{growing.count} images of this recipe exist already", flush=True)
         num_samples = max(num_samples, growing.count)
-        _grow(run, plan, growing, inputs, num_samples, given, output.batch_size)
+        _grow(run, plan, growing, inputs, num_samples, encoded, output.batch_size)
         images = growing.rows()
         arrays = {}
         if run.method.num_classes:
@@ -114,18 +112,20 @@ def sample(
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
     if trajectory:
         _save_trajectory(run, plan, inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES))))
-    print(f"{num_samples} images in {plan.out}, a grid in the .png beside it", flush=True)
+    print(
+        f"{num_samples} images in {plan.out}, and a grid in the .png of the same name", flush=True
+    )
     return plan.out
 
 
-def _grow(run, plan, growing, inputs, num_samples, given, batch_size) -> None:
-    """Draws images until there are enough."""
+def _grow(run, plan, growing, inputs, num_samples, encoded, batch_size) -> None:
+    """Draws images until `num_samples` are saved."""
     params, mapped = None, None
     batch_size = batch_size or parallel.examples_at_once()
     progress = writers.Progress("image", num_samples, growing.count, unit="images")
     while growing.count < num_samples:
         index = growing.count + np.arange(min(batch_size, num_samples))  # one shape for all
-        index = index if given is None else np.minimum(index, len(given.latents) - 1)
+        index = index if encoded is None else np.minimum(index, len(encoded.latents) - 1)
         batch = inputs(index)
         if mapped is None:
             params = parallel.place(run.params)
@@ -193,7 +193,7 @@ def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: 
 
 @dataclasses.dataclass(frozen=True)
 class _Latents:
-    """Latents of an .npz, and the options that they are to be decoded with."""
+    """Latents of an .npz, and the options to decode them with."""
 
     latents: np.ndarray
     labels: np.ndarray
@@ -206,27 +206,26 @@ class _Latents:
             raise RunError(f"the labels are those of --latents={path}; leave out --labels")
         model, arrays = shared.diffusion_of(run), results.read_npz(path)
         try:
-            latents, there = arrays["latents"], json.loads(str(arrays["recipe"]))
+            latents, recipe = arrays["latents"], json.loads(str(arrays["recipe"]))
             if not len(latents) == len(arrays["labels"]) > 0:
                 raise ValueError
         except (KeyError, ValueError, TypeError):
             raise RunError(f"{path} holds no latents; --mode=encode writes them") from None
         if latents.shape[1:] != run.method.image_shape:
             raise RunError(
-                f"{path} holds latents {latents.shape[1:]}, and this model has {run.method.image_shape}"
+                f"{path} holds latents {latents.shape[1:]}, but this model has {run.method.image_shape}"
             )
-        encoded = {name: there.get(name) for name in ("steps", "spacing", "clip_x0", "guidance")}
-        encoded = {name: value for name, value in encoded.items() if value is not None}
-        asked = options.changed(sampling)
-        sampler = sampling.sampler if "sampler" in asked else DDIM()
-        encoded = {name: value for name, value in encoded.items() if name not in asked}
+        changed = options.changed(sampling)
+        sampler = sampling.sampler if "sampler" in changed else DDIM()
+        encoded = {name: recipe.get(name) for name in ("steps", "spacing", "clip_x0", "guidance")}
+        encoded = {k: v for k, v in encoded.items() if v is not None and k not in changed}
         sampling = dataclasses.replace(sampling, sampler=sampler, **encoded)
         with options.errors_at("sampling"):
             last = int(model.chain(model.resolve(sampling)).times[-1])
-        if there.get("last") not in (None, last):
+        if recipe.get("last") not in (None, last):
             raise RunError(
-                f"{path} holds x_t of t = {there['last']}, and these steps begin at t = {last}; choose"
-                " steps and spacing that begin there"
+                f"{path} holds x_t of t = {recipe['last']}, but these steps begin at t = {last}; choose"
+                f" steps and spacing that begin at {recipe['last']}"
             )
         digest = hashlib.sha256(latents.tobytes() + arrays["labels"].tobytes()).hexdigest()
         with options.errors_at("--latents"):
@@ -248,7 +247,7 @@ def _save_trajectory(run: Run, plan: Plan, examples) -> None:
     columns = np.unique(np.round(np.linspace(0, len(t) - 1, FRAMES)).astype(int))
     for n in range(len(last)):
         rows += [*x_t[n, columns], *x_0[n, columns]]
-    times = ", ".join(f"{one:g}" for one in t[columns])
+    times = ", ".join(f"{time:g}" for time in t[columns])
     title = f"above x_t, below the x_0 predicted from it, at t = {times}"
     path = f"{plan.out[:-4]}_trajectory"
     writers.save_grids(f"{path}.png", [(title, np.stack(rows))], columns=len(columns))
@@ -271,7 +270,7 @@ def progressive(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Draws samples together with the x_0 that the model predicts on the way; Ho et al. 2020, Figure 6.
+    """Draws samples together with the predicted x_0 along the chain; Ho et al. 2020, Figure 6.
 
     The images are 0 … num_samples − 1 that `sample` draws with the same arguments. The .npz holds t [K], x_t float32
     and x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
@@ -299,6 +298,6 @@ def progressive(
         writers.save_npz(plan.out, **arrays, recipe=json.dumps(plan.recipe))
         strip = x_0[:GRID_ROWS].reshape(-1, *run.method.image_shape)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(strip, columns=len(t)))
-    times = ", ".join(f"{one:g}" for one in t)
+    times = ", ".join(f"{time:g}" for time in t)
     print(f"x_0 as predicted at t = {times}: {plan.out[:-4]}.png", flush=True)
     return plan.out

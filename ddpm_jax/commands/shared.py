@@ -43,7 +43,7 @@ class Output:
     )
     out: str | None = option(
         None,
-        "The file to write, in an existing folder, with pictures of the same name beside it. Default: a file in the"
+        "The file to write, in an existing folder; its pictures get the same name. Default: a file in the"
         " run directory, named after the settings.",
     )
 
@@ -75,7 +75,7 @@ class Given(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
     index: np.ndarray  # int64 [N], their positions in the split, folder or file
-    recipe: dict  # where they come from, and a digest
+    recipe: dict  # their source, and a digest
 
     def origin(self) -> dict[str, np.ndarray]:
         """Arrays that identify the input images, for the .npz."""
@@ -103,11 +103,11 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
     count = which.num_images or min(default, len(dataset))
     if count > len(dataset):
         raise RunError(
-            f"{count} images asked of the {len(dataset)} in {dataset.name}/{dataset.split};"
-            " ask for fewer"
+            f"{count} images requested, but {dataset.name}/{dataset.split} has {len(dataset)}; choose a"
+            " smaller --num_images"
         )
     rows = data.choose(len(dataset), count)
-    rows = np.sort(rows) if count == len(dataset) else rows  # all of them: in their own order
+    rows = np.sort(rows) if count == len(dataset) else rows  # all images stay in their order
     pixels = dataset.fetch(rows)
     if which.labels is not None or not run.method.num_classes:
         chosen = choose_labels(run, np.arange(count), which.labels or "cycle", key)
@@ -116,7 +116,7 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
         chosen = dataset.labels[rows]
     else:
         raise RunError(
-            f"the model has {run.method.num_classes} classes and the images of"
+            f"the model has {run.method.num_classes} classes, but the images of"
             f" {dataset.name}/{dataset.split} have no such labels; give --labels=3, or one for each image"
             " as in --labels=3,5,7, or choose a split that has labels, such as --split=train"
         )
@@ -127,7 +127,7 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
 
 
 def choose_labels(run: Run, index: np.ndarray, labels: str, key=None) -> np.ndarray:
-    """The class of each image, by `labels_of`, with names of classes allowed."""
+    """The class of each image, as `labels_of`, with class names allowed."""
     labels = run_data.class_numbers(run, labels)
     key = sample_key(0) if key is None else key
     with options.errors_at("--labels"):
@@ -135,7 +135,7 @@ def choose_labels(run: Run, index: np.ndarray, labels: str, key=None) -> np.ndar
 
 
 def sample_key(seed: int):
-    """The key of the stream of sampling."""
+    """The key of the random stream for sampling."""
     with options.errors_at("--seed"):
         return make_keys(seed).sample
 
@@ -148,21 +148,22 @@ def diffusion_of(run: Run):
     """
     if not is_diffusion(run.method):
         raise RunError(
-            f"{run.config.method} (config.method) is not a diffusion: this needs one that can add noise"
+            f"{run.config.method} (config.method) is not a diffusion: this command needs one that can add"
+            " noise"
         )
     return run.method
 
 
 def resolved(run: Run, chosen: Any) -> Any:
-    """Options with the model's own values where they leave a choice to it."""
+    """Options with the model's values for those left at None."""
     return run.method.resolve(chosen) if hasattr(run.method, "resolve") else chosen
 
 
 def numbers(name: str, value) -> list[int]:
-    """Whole numbers from text with commas, or from a number or several.
+    """Whole numbers from text with commas, a number, or a sequence of numbers.
 
     Raises:
-      RunError: it is not that.
+      RunError: the value is something else.
     """
     parts = value.strip("[]()").split(",") if isinstance(value, str) else np.ravel(value).tolist()
     try:
@@ -177,7 +178,7 @@ def numbers(name: str, value) -> list[int]:
 
 
 def shown(count: int) -> np.ndarray:
-    """Positions of the images, of `count`, that a picture shows: eight at most, of all parts of a sorted folder."""
+    """Positions of the images that a picture shows: at most eight of `count`, spread over a sorted folder."""
     return np.sort(data.choose(count, 8))
 
 
@@ -192,7 +193,7 @@ class Drawn(NamedTuple):
 
 
 def as_saved(x) -> Drawn:
-    """What a mapped function returns for images x [B, H, W, C] in [−1, 1] or beyond."""
+    """Converts images x [B, H, W, C], in [−1, 1] or beyond, inside a mapped function."""
     return Drawn(*drawn(x))
 
 
@@ -204,7 +205,7 @@ def check_finite(finite: np.ndarray, settings: dict) -> None:
       settings: the settings that they were made with, for the advice.
 
     Raises:
-      RunError: with how many they are, and the options that are likely at fault.
+      RunError: their number, and the options that are the likely cause.
     """
     if np.all(finite):
         return
@@ -237,13 +238,13 @@ def map_images(
     """function(params, key, *examples) over all examples, in batches, with progress lines.
 
     Args:
-      function: what it returns as `Drawn` is refused if it is not finite.
+      function: any `Drawn` that it returns is checked by `check_finite`.
       examples: arrays [N, …].
-      batch_size: how many at a time; None for what suits the device.
-      settings: that the images are made with, for that refusal.
+      batch_size: how many at a time; None for the default of the device.
+      settings: the settings of the images, for the error message of `check_finite`.
 
     Returns:
-      its tree of arrays, NumPy [N, …], with the images alone of each `Drawn`.
+      its tree of arrays, NumPy [N, …], with each `Drawn` replaced by its images.
     """
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
@@ -273,18 +274,18 @@ def write(
     """The .npz of a command, computed unless it exists with the same recipe.
 
     Args:
-      make: () -> its arrays.
-      name: of the file in samples/, where output.out is None.
+      make: () -> the arrays.
+      name: name of the file in samples/ if output.out is None.
 
     Returns:
-      its path, and its arrays.
+      the path and the arrays.
     """
     out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
     out = results.out_path(out, ".npz", run.workdir)
     recipe = run.recipe() | {"mode": mode} | recipe
     with results.in_progress(out, recipe, named=output.out is not None) as (_, finished):
         if finished:
-            print("nothing new to compute: it is there with the same recipe", flush=True)
+            print("nothing new to compute: the result exists with the same recipe", flush=True)
         arrays = finished or make()
         writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
     return out, arrays

@@ -5,8 +5,8 @@ orbax keeps the leaves in `state` as a flat dictionary {"params/conv_in/kernel":
 `meta.json` has dtype, shape and SHA-256 of every leaf and the SHA-256 of every file: orbax itself
 restores a flipped byte as a wrong number.
 
-With several processes, all of them call `save` and `restore`, with the same host values and on a
-file system they share; process 0 writes.
+With several processes, all call `save` and `restore` with the same host values on a shared file system; process 0
+writes.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-# orbax logs through absl's one logger: dozens of INFO lines per checkpoint, warnings that saving
-# synchronously is slow (0.11.25), a page of traceback for a full disk. The latter is raised as well.
+# orbax writes to absl's logger: dozens of INFO lines per checkpoint, warnings that synchronous saving is slow
+# (0.11.25), and a traceback for a full disk, which it also raises.
 logging.get_absl_logger().addFilter(
     lambda line: not line.pathname.startswith(os.path.dirname(ocp.__file__))
 )
 
 
-LOCK = ".lock"  # file that `lock` holds
+LOCK = ".lock"  # name of the file that `lock` locks
 RENAMED = {"memory": "loss_state"}  # first parts of leaf names in older checkpoints, and today's
 
 
@@ -68,7 +68,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
     leaves = _describe(arrays)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove(directory.glob("[0-9]*.tmp"))  # of saves and deletions that were killed
+        _remove(directory.glob("[0-9]*.tmp"))  # left by killed saves and deletions
         fault = _fault(path, leaves) if path.exists() else None
         if path.exists() and fault is None:
             return
@@ -80,16 +80,16 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             meta = {"leaves": leaves, "files": _sha256_files(temporary)}
             meta["sha256"] = _sha256_json(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-            if fault is not None:  # only now: whatever ends a save before spares what was there
+            if fault is not None:  # only now, so that a failed save leaves the old directory alone
                 _set_aside(path, *fault)
             temporary.rename(path)
-    except BaseException as error:  # OSError, and whatever orbax makes of one
+    except BaseException as error:  # OSError, or the error that orbax raises for it
         _remove([temporary])
         if not isinstance(error, Exception):  # Ctrl-C
             raise
         raise CheckpointError(
             f"{path}: not saved ({_line(error)}); earlier checkpoints are untouched: "
-            "free space or mend the permissions, then run the same command again"
+            "free space or correct the permissions, then run the same command again"
         ) from error
     multihost_utils.sync_global_devices(f"saved {path}")  # nothing to do with one process
     complete = [s for s in _steps(directory) if s <= step and _is_complete(directory / str(s))]
@@ -119,7 +119,7 @@ def restore(
     directory = Path(directory).absolute()
     expected, structure = _flatten(template), jax.tree.structure(template)
     damaged: dict[int, str] = {}
-    # Listed anew each time: a run that trains meanwhile adds checkpoints and deletes old ones.
+    # Listed again each time: a running training adds checkpoints and deletes old ones.
     while untried := [s for s in _steps(directory) if s not in damaged and step in (None, s)]:
         newest = untried[-1]
         path = directory / str(newest)
@@ -140,11 +140,11 @@ def restore(
         reasons = "; ".join(f"{s} ({reason})" for s, reason in damaged.items())
         raise CheckpointError(
             f"{directory}: no good checkpoint, damaged: {reasons}; "
-            "put back a copy, or move them away to start from scratch"
+            "restore a copy, or move them away to start from scratch"
         )
     if step is not None:
-        there = ", ".join(map(str, _steps(directory))) or "none"
-        raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are: {there}")
+        steps = ", ".join(map(str, _steps(directory))) or "none"
+        raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are: {steps}")
     return None
 
 
@@ -186,7 +186,7 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """{"params/conv_in/kernel": leaf}, in the order of the tree."""
+    """A tree as {"params/conv_in/kernel": leaf}, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
     if len(flat) < len(leaves):
@@ -195,7 +195,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(arrays: dict[str, np.ndarray]) -> dict[str, list]:
-    """{name: [dtype, shape, SHA-256]}; 570 MB take 0.2 s on 2 cores, as hashlib frees the GIL."""
+    """{name: [dtype, shape, SHA-256]} of arrays; 570 MB take 0.2 s on 2 cores, since hashlib releases the GIL."""
 
     def sha256(array: np.ndarray) -> str:
         return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
@@ -209,7 +209,7 @@ def _describe(arrays: dict[str, np.ndarray]) -> dict[str, list]:
 
 
 def _sha256_files(path: Path) -> dict[str, str]:
-    """{file: SHA-256} of all files with something in them."""
+    """{file: SHA-256} of all non-empty files."""
 
     def sha256(file: Path) -> str:
         with open(file, "rb") as opened:
@@ -227,7 +227,7 @@ def _sha256_json(tree: Any) -> str:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Synchronous; a CheckpointManager would silently refuse a step older than any directory."""
+    """A synchronous Checkpointer; a CheckpointManager would silently refuse a step older than the newest directory."""
     return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
 
@@ -247,7 +247,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     """The contents of `meta.json`; raises anything if it is damaged."""
     meta = json.loads((path / "meta.json").read_text())
     if meta.pop("sha256") != _sha256_json(meta):
-        raise ValueError("meta.json is not as it was written")
+        raise ValueError("meta.json has changed since it was written")
     return meta
 
 
@@ -260,14 +260,14 @@ def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
     files, leaves = _sha256_files(path), meta["leaves"]
     for name, sha256 in meta["files"].items():
         if files.get(name) != sha256:
-            raise ValueError(f"{name} is not as it was written")
+            raise ValueError(f"{name} has changed since it was written")
     arrays = {name: np.empty(shape, jnp.dtype(dtype)) for name, (dtype, shape, _) in leaves.items()}
     with _checkpointer() as checkpointer:
         args = ocp.args.StandardRestore(_without_empty(arrays))
         arrays |= checkpointer.restore(path / "state", args=args)
     for name, found in _describe(arrays).items():
         if found != leaves[name]:
-            raise ValueError(f"{name} is not as it was saved")
+            raise ValueError(f"{name} does not have its saved SHA-256")
     return arrays
 
 
@@ -293,7 +293,7 @@ def _as_today(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(directory: Path) -> list[int]:
-    """The steps with a directory, complete or not, in rising order."""
+    """The steps with a directory, complete or not, in ascending order."""
     if not directory.is_dir():
         return []
     names = (path.name for path in directory.iterdir() if path.is_dir())
@@ -319,10 +319,10 @@ def _fault(path: Path, leaves: dict[str, list]) -> tuple[str, str] | None:
 
 
 def _set_aside(path: Path, reason: str, suffix: str) -> None:
-    """Frees `path` for a new checkpoint, deleting nothing."""
+    """Renames `path` to make room for a new checkpoint; deletes nothing."""
     free = (Path(f"{path}.{suffix}{n}") for n in ("", *range(2, 1000)))
     aside = path.rename(next(name for name in free if not name.exists()))
-    logging.warning("%s is saved anew (%s); the old one is now %s", path, reason, aside)
+    logging.warning("%s is saved again (%s); the old one is now %s", path, reason, aside)
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -336,6 +336,6 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _line(error: Exception) -> str:
-    """What went wrong on one line of bounded length; orbax says what first and why last."""
+    """An error on one line of bounded length, with its start and its end, where orbax names what and why."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     return line if len(line) <= 240 else f"{line[:80]} … {line[-160:]}"

@@ -34,12 +34,12 @@ def path(text: str | os.PathLike) -> str:
 
 
 def find_file(name: str) -> str:
-    """FILE.py or FILE.py:VARIANT as a user names it; NAME alone stands for configs/NAME.py.
+    """The path of a config named as FILE.py, FILE.py:VARIANT, or NAME for configs/NAME.py.
 
-    What the current folder lacks is looked for in the installation, so `cifar10` works in any folder.
+    Files not found from the current folder are looked up in the installation, so `cifar10` works in any folder.
 
     Raises:
-      ConfigError: no such file, with the nearest that there is.
+      ConfigError: no such file; suggests the nearest one.
     """
     file, colon, variant = path(name).partition(":")
     whole = file if file.endswith(".py") else f"{file}.py"
@@ -52,8 +52,7 @@ def find_file(name: str) -> str:
             return found + colon + variant
     folder = os.path.dirname(whole)
     own = os.path.dirname(installed("configs/cifar10.py"))
-    there = [one for one in (folder or "configs", own) if os.path.isdir(one)]
-    names = os.listdir(there[0]) if there else []
+    names = os.listdir(next(filter(os.path.isdir, (folder or "configs", own)), own))
     files = [os.path.join(folder or "configs", n) for n in names if n.endswith(".py")]
     raise ConfigError(
         f"there is no config file {file!r}{nearest(whole if folder else short, files)}"
@@ -167,7 +166,7 @@ def _options_of_section(config, section: str, readers_of: Callable) -> dict:
 
 
 def near_field(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean --config.training.num_steps?" or nothing, for the path of a field or its last name."""
+    """The hint "; did you mean --config.training.num_steps?" for a misspelt field or last name; empty if none is near."""
     by_name = {}
     for field in known:
         by_name.setdefault(field.rpartition(".")[2], []).append(field)
@@ -248,17 +247,14 @@ def load(path: str):
     return ml_collections.ConfigDict(tuples(tree))
 
 
-def differences(saved, given) -> dict[str, tuple]:
-    """{"config.model.channels": (saved value, given value), …} of the fields that differ."""
+def differences(old, new) -> dict[str, tuple]:
+    """{"config.model.channels": (old value, new value), …} of the fields that differ."""
 
     def flat(prefix, node):
         if not isinstance(node, dict):
             return {prefix: node}
         return {k: v for key in node for k, v in flat(f"{prefix}.{key}", node[key]).items()}
 
-    saved, given = (flat("config", json.loads(to_json(config))) for config in (saved, given))
-    return {
-        key: (saved.get(key, MISSING), given.get(key, MISSING))
-        for key in saved | given
-        if saved.get(key, MISSING) != given.get(key, MISSING)
-    }
+    old, new = (flat("config", json.loads(to_json(config))) for config in (old, new))
+    pairs = {key: (old.get(key, MISSING), new.get(key, MISSING)) for key in old | new}
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}

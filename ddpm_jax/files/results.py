@@ -39,7 +39,7 @@ def out_path(out: str, extension: str, workdir: str | None = None) -> str:
     made = [os.path.join(os.path.abspath(config_lib.path(workdir or "")), name) for name in FOLDERS]
     if not os.path.isdir(folder) and not (workdir and folder in made):
         raise RunError(
-            f"there is no folder {folder} to write {path} in; make it first, or choose another --out"
+            f"there is no folder {folder} to write {path} in; create it, or choose another --out"
         )
     return path
 
@@ -71,7 +71,7 @@ def in_progress(
     Args:
       out: the .npz that will be written, with its recipe as the JSON string `recipe`.
       recipe: the settings that affect the result. An existing folder or .npz must have the
-        same, apart from where the run lies.
+        same, apart from paths.
       named: the user has named `out`, so a result of another recipe is refused. Otherwise it is renamed to
         OUT.replaced, and the result is computed again.
       check: arrays of an existing .npz, finished or OUT.partial/tally.npz -> whether they are still valid.
@@ -86,8 +86,8 @@ def in_progress(
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     folder = f"{out}.partial"
 
-    def matches(there) -> bool:
-        return isinstance(there, dict) and _without_places(there) == _without_places(recipe)
+    def matches(saved) -> bool:
+        return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
 
     def set_aside(path):
         line = f"{path} was made with other settings or from other images"
@@ -103,43 +103,43 @@ def in_progress(
             os.rename(os.path.join(folder, name), os.path.join(aside, name))
 
     recipe_path = os.path.join(folder, "recipe.json")
-    with checkpoints.lock(folder):  # before a look at what is there: another process may be at it
+    with checkpoints.lock(folder):  # before reading: another process may be working on it
         try:
             finished = None
             if os.path.exists(out):
                 finished = read_npz(out)
-                there = json.loads(str(finished.pop("recipe", "null")))
-                if not matches(there) or (check and not check(finished)):
+                saved = json.loads(str(finished.pop("recipe", "null")))
+                if not matches(saved) or (check and not check(finished)):
                     set_aside(out)
                     finished = None
             if os.path.exists(recipe_path):
                 try:
                     with open(recipe_path, encoding="utf-8") as file:
-                        there = json.load(file)
+                        saved = json.load(file)
                 except ValueError:
                     line = f"{recipe_path} cannot be read; delete {folder} and run again"
                     raise RunError(line) from None
                 tally = os.path.join(folder, "tally.npz")
-                right = not check or not os.path.exists(tally) or check(read_npz(tally))
-                if not matches(there) or not right:
+                valid = not check or not os.path.exists(tally) or check(read_npz(tally))
+                if not matches(saved) or not valid:
                     set_aside(folder)
             writers.save_text(recipe_path, json.dumps(recipe))
         finally:
-            if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and nothing was there
+            if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and it was empty before
                 shutil.rmtree(folder)
         yield folder, finished
         shutil.rmtree(folder)
 
 
-def _without_places(recipe: dict) -> dict:
-    """A recipe without what may change while it stays the same: where the run and the data lie."""
+def _without_paths(recipe: dict) -> dict:
+    """A recipe without the paths of the run and its data, which may move."""
     result = {}
     for name, value in recipe.items():
         if value is None or (name == "frames" and value == 0):  # older recipes list what is unused
             continue
         kind = value.partition(":")[0] if isinstance(value, str) else None
         if isinstance(value, dict):
-            value = _without_places(value)
+            value = _without_paths(value)
         elif kind in data.WITH_PATH:
             value = kind
         result[name] = "" if name == "workdir" else value
@@ -172,5 +172,5 @@ class GrowingFile:
         self.count += len(rows)
 
     def rows(self) -> np.ndarray:
-        """All of them, [count, …]."""
+        """All rows, [count, …]."""
         return np.fromfile(self._path, self._dtype).reshape(-1, *self._shape)

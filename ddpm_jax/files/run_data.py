@@ -45,9 +45,9 @@ def data_of(run: Any, split: str, data_dir: str | None = None) -> data.Dataset:
     elif (kind_and_path := name.partition(":"))[0] in data.WITH_PATH:
         path = config_lib.path(kind_and_path[2])
         if not os.path.isabs(path):  # saved by an earlier version
-            place = os.path.abspath(path)
             print(
-                f"WARNING: the run names its data {path}, taken as {place}; else --data_dir",
+                f"WARNING: the run names its data by the relative path {path}, read as"
+                f" {os.path.abspath(path)}; if they are elsewhere, give --data_dir",
                 flush=True,
             )
     dataset = as_numbered(run.workdir, load_data(run.config, split=split, **changes))
@@ -95,14 +95,14 @@ def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
 
 
 def moved(name: str, data_dir: str) -> dict:
-    """The fields of config.data that say that the data set `name` is at `data_dir`."""
+    """The fields of config.data for the data set `name` at `data_dir`."""
     kind, colon, path = name.partition(":")
     if not colon or kind not in data.WITH_PATH:
         return {"data_dir": data_dir}
-    place = config_lib.path(data_dir)
-    if kind == "npz" and os.path.isdir(place):
-        place = os.path.join(place, os.path.basename(path))
-    return {"name": f"{kind}:{place}"}
+    new_path = config_lib.path(data_dir)
+    if kind == "npz" and os.path.isdir(new_path):
+        new_path = os.path.join(new_path, os.path.basename(path))
+    return {"name": f"{kind}:{new_path}"}
 
 
 def with_absolute_paths(config):
@@ -162,22 +162,22 @@ def check_data(workdir: str, dataset: data.Dataset, *, may_change: bool = False)
     saved = saved_data(workdir)
     if saved is None:
         return []
-    training_split, there = dataset.split == "train", _identity(dataset)
+    training_split, current = dataset.split == "train", _identity(dataset)
     fields = ["image_shape", "num_classes", "class_names", *(["count"] if training_split else [])]
     different = [
-        f"{field} was {_brief(saved.get(field))} and is {_brief(there[field])}"
+        f"{field} was {_brief(saved.get(field))} and is {_brief(current[field])}"
         for field in fields
-        if saved.get(field) != there[field]
+        if saved.get(field) != current[field]
     ]
     if different and not may_change:
         raise data.DataError(
             f"{dataset.name}/{dataset.split} is not the data that {workdir} was trained on:"
-            f" {'; '.join(different)}. Give the place of those, by --data_dir or, to train, by"
-            " --config.data.name; or train on these by --change=data"
+            f" {'; '.join(different)}. Give the path of the original data, by --data_dir or, to train, by"
+            " --config.data.name; or continue on the new data with --change=data"
         )
     if different:
         return [f"the data have changed: {'; '.join(different)}"]
-    if training_split and saved.get("fingerprint") != there["fingerprint"]:
+    if training_split and saved.get("fingerprint") != current["fingerprint"]:
         return [
             f"{dataset.name} differs in names, sizes or pixels from the data that {workdir} was trained"
             " on; their number, shape and classes are the same"
@@ -240,8 +240,8 @@ def fill_in(config) -> data.Dataset | None:
     if classes:
         if not dataset.num_classes:
             raise ConfigError(
-                f"config.model.num_classes is {CLASSES_OF_DATA}, for those of the data, but {dataset.name}"
-                " has no labels; set it to 0"
+                f"config.model.num_classes is {CLASSES_OF_DATA}, the number of classes of the data, but"
+                f" {dataset.name} has no labels; set it to 0"
             )
         config.model.num_classes = dataset.num_classes
     return dataset
@@ -257,13 +257,13 @@ def check_classes(method: Method, dataset: data.Dataset) -> None:
     if method.num_classes and dataset.num_classes != method.num_classes:
         raise ConfigError(
             f"config.model.num_classes is {method.num_classes}, but {dataset.name} has"
-            f" {dataset.num_classes}; set it to that, or to 0 for a model without labels"
+            f" {dataset.num_classes}; set it to {dataset.num_classes}, or to 0 for a model without labels"
         )
     known = (dataset.labels >= 0) & (dataset.labels < method.num_classes)
     if method.num_classes and not known.all():
         raise data.DataError(
             f"{dataset.name}/{dataset.split}: {np.sum(~known)} of {len(dataset)} images have no label that"
-            f" the model knows (0 … {method.num_classes - 1}), and a model with classes needs the label of"
-            " each; put the images into folders named like those of train, or choose a split that has"
+            f" the model knows (0 … {method.num_classes - 1}), but a model with classes needs one for each"
+            " image; put the images into folders named like those of train, or choose a split that has"
             " labels, such as --split=train"
         )

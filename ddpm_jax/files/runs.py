@@ -20,20 +20,20 @@ from ddpm_jax.files.run_data import RunError, saved_data
 from ddpm_jax.names import check_choice, full_name
 from ddpm_jax.process.timesteps import as_text
 
-EMA_SHARE = 0.02  # share of the random initial weights in the average that is worth a warning
-NAME_LIMIT = 180  # of a file's name, which has 255 with all that is put behind
+EMA_SHARE = 0.02  # share of the random initial weights in the EMA weights from which on a warning is printed
+NAME_LIMIT = 180  # maximum length of a file name before its suffixes; file systems allow 255 bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What a run directory holds.
+    """The contents of a run directory.
 
     Attributes:
       workdir: its absolute path.
       config: the ConfigDict that it was trained with.
       method: the Method of the config.
-      params: on the host.
-      step: of the checkpoint.
+      params: the parameters, on the host.
+      step: the step of the checkpoint.
       weights: "ema" or "raw".
     """
 
@@ -45,7 +45,7 @@ class Run:
     weights: str
 
     def recipe(self) -> dict:
-        """Where the parameters come from, and digests of them and of the model that they belong to."""
+        """The origin of the parameters, with digests of them and of their model."""
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
             weights.update(np.ascontiguousarray(leaf))
@@ -66,7 +66,7 @@ class Run:
         return tuple((saved_data(self.workdir) or {}).get("class_names", ()))
 
     def name(self, *parts: str, **settings) -> str:
-        """A file name that says what affects a result: step, weights, the parts and the settings that are not None."""
+        """A file name for a result: step, weights, the parts, and the settings that are not None."""
         words = [f"step_{self.step:08d}", self.weights, *parts]
         settings = {key: value for key, value in settings.items() if value is not None}
         if "steps" in settings:
@@ -115,8 +115,8 @@ def load(
     foreign = foreign_modules(config) if method is None else []
     if foreign and not allow_code:
         raise RunError(
-            f"{workdir} needs code of its own, {', '.join(foreign)}; if you trust it, give --allow_code"
-            " (allow_code=True in Python)"
+            f"{workdir} imports code from outside ddpm_jax, {', '.join(foreign)}; if you trust it, give"
+            " --allow_code (allow_code=True in Python)"
         )
     method = method or method_lib.from_config(config)
     part = {"ema": "ema_params", "raw": "params"}[weights]
@@ -153,14 +153,14 @@ def ema_warning(config, step: int) -> str:
     if share < EMA_SHARE:
         return ""
     return (
-        f"after {step:,} steps with ema_decay {decay} the EMA weights are still {100 * share:.0f} % the"
-        " random ones that training began with: use --weights=raw, train longer, or train with"
+        f"after {step:,} steps with ema_decay {decay}, {100 * share:.0f} % of the EMA weights are still the"
+        " random initial ones: use --weights=raw, train longer, or train with"
         " --config.step.ema_warmup=True or a smaller --config.step.ema_decay"
     )
 
 
 def initial_share(step: int, *, ema_decay: float, ema_warmup: bool) -> float:
-    """The share of the initial parameters in their average after `step` steps: the product of the decays."""
+    """The share of the initial parameters in the EMA after `step` steps: the product of the decays."""
     decay = np.full(step, ema_decay)
     if ema_warmup:
         first = np.arange(step)

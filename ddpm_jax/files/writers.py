@@ -1,4 +1,4 @@
-"""What a run writes for people and programs: lines, metrics.jsonl, pictures, .npz files."""
+"""Writers of the files of a run: log lines, metrics.jsonl, pictures, .npz files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def _replace(path: str, write) -> None:
-    """write(temporary path), then one rename: a reader never sees half a file."""
+    """Calls write(temporary path) and renames the file: a reader never sees half of it."""
     root, extension = os.path.splitext(path)
     temporary = f"{root}.tmp{extension}"
     try:
@@ -44,7 +44,7 @@ def read_metrics(path: str) -> list[dict]:
 
 
 def append_metrics(path: str, row: dict) -> None:
-    """One JSON object, one line; on a full disk none, and not half a line.
+    """Appends a JSON object as one line; on a full disk nothing is appended, not half a line.
 
     Raises:
       OSError: it could not be written.
@@ -62,13 +62,13 @@ def append_metrics(path: str, row: dict) -> None:
 
 
 def rewind_metrics(path: str, step: int) -> None:
-    """Drops the lines after `step`, which a run resumed there will write again."""
+    """Drops the lines after `step`, which a run resumed at `step` writes again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save_bytes(path: str, content: bytes) -> None:
-    """A file, written in one piece."""
+    """Writes a file atomically."""
 
     def write(temporary):
         with open(temporary, "wb") as file:
@@ -78,12 +78,12 @@ def save_bytes(path: str, content: bytes) -> None:
 
 
 def save_text(path: str, text: str) -> None:
-    """A text file, written in one piece."""
+    """Writes a text file atomically."""
     save_bytes(path, text.encode())
 
 
 def save_json(path: str, tree) -> None:
-    """A JSON file for programs and people, written in one piece; what is not finite becomes null."""
+    """Writes an indented JSON file atomically; numbers that are not finite become null."""
 
     def finite(node):
         if isinstance(node, dict):
@@ -97,7 +97,7 @@ def save_json(path: str, tree) -> None:
 
 
 def save_npz(path: str, **arrays) -> None:
-    """An uncompressed .npz, written in one piece."""
+    """Writes an uncompressed .npz atomically."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _replace(path, lambda temporary: np.savez(temporary, **arrays))
 
@@ -109,12 +109,12 @@ def grid(images: np.ndarray, *, columns: int | None = None, pad: int = 2) -> np.
     """Images side by side, row by row.
 
     Args:
-      images: uint8 [N, H, W, C], C of 1 or 3; of other C the first channel is shown.
+      images: uint8 [N, H, W, C]; if C is not 3, the first channel is shown in grey.
       columns: images in a row; None for a square.
 
     Returns:
-      uint8 [rows·(H + pad) + pad, columns·(W + pad) + pad, 3], white between the images. Small images
-      are enlarged by a whole factor, bicubically, so that one is at least 56 pixels wide.
+      uint8 [rows·(H + pad) + pad, columns·(W + pad) + pad, 3], white between the images. Small images are enlarged
+      bicubically by an integer factor to at least 56 pixels in width.
     """
     if images.shape[-1] != 3:
         images = np.repeat(images[..., :1], 3, axis=-1)
@@ -164,13 +164,16 @@ def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) 
 
 
 def save_animation(path: str, pictures: Sequence[np.ndarray], *, seconds: float = 4.0) -> None:
-    """Pictures uint8 [H, W, 3] as a GIF that repeats, the last one held for a second."""
+    """Writes pictures uint8 [H, W, 3] as a looping GIF that shows the last one for a second."""
     first, *others = (Image.fromarray(picture) for picture in pictures)
     each = max(20, round(1000 * seconds / len(pictures)))
     durations = [*[each] * len(others), 1000]
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    given = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
-    _replace(path, lambda temporary: first.save(temporary, **given))
+
+    def write(temporary):
+        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0)
+
+    _replace(path, write)
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -245,7 +248,7 @@ def save_panels(path: str, title: str, panels: Sequence[Panel]) -> None:
 
 
 class Heedless:
-    """A stream whose reader may leave, as in `… | head`: what is written after that is dropped."""
+    """A stream that drops text after its reader has exited, as in `… | head`."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -273,21 +276,21 @@ class Heedless:
 
 
 class Log:
-    """log("line") prints a line and appends it to a file, from the call of `begin` on.
+    """A log: log("line") prints a line and, after `begin`, appends it to a file.
 
-    Neither a reader of the output that has left nor a full disk stops the program that logs.
+    Neither a closed output nor a full disk stops the program.
 
     Args:
-      path: of the file; None for a log that says nothing, of a process other than the first.
+      path: path of the file; None for a log that drops all lines, in processes other than the first.
     """
 
     def __init__(self, path: str | None):
         self._path = path
-        self._waiting: list[str] | None = []  # lines for the file, until it is begun
+        self._waiting: list[str] | None = []  # lines for the file, until `begin`
         self._complained = False
 
     def begin(self) -> None:
-        """Writes the lines so far to the file, and every line from now on."""
+        """Writes the earlier lines to the file, and from now on every line."""
         lines, self._waiting = self._waiting, None
         self._append("".join(lines or ()))
 
@@ -316,15 +319,16 @@ class Log:
             self._complained = True
 
 
-SHOW_SECONDS = 5.0  # least time between two lines of progress
+SHOW_SECONDS = 5.0  # minimum time between two progress lines
 
 
 class Progress:
-    """Where a long job is: how much of it is done, how fast, how long it still takes.
+    """The progress of a long job: how much is done, how fast, and how long it still takes.
 
     Args:
-      total, done: of what is counted, such as steps.
-      unit, per_count: what a speed is given in, and how many of them each count brings.
+      what: the thing counted, such as "step".
+      total, done: the count at the end and now.
+      unit, per_count: the unit of the speed, such as "images", and how many of them belong to one count.
     """
 
     def __init__(self, what: str, total: int, done: int, *, unit: str, per_count: int = 1):
@@ -335,7 +339,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self):
-        """Time in here is not counted: it belongs to no step."""
+        """Excludes the time inside the context from the speed."""
         before = time.perf_counter()
         yield
         away = time.perf_counter() - before
@@ -343,23 +347,23 @@ class Progress:
         self._last_time += away
 
     def rate(self) -> float:
-        """Units a second in this span, pauses left out."""
+        """Units per second since `begin`, without pauses."""
         seconds = time.perf_counter() - self._last_time
         return (self.done - self._last) * self._per_count / max(seconds, 1e-9)
 
     def show(self, text: str = "") -> None:
-        """Prints `line`, at most every `SHOW_SECONDS`, and at the end."""
+        """Prints `line` if `is_due`."""
         if self.is_due():
             self._shown = time.perf_counter()
             print(self.line(text), flush=True)
 
     def is_due(self) -> bool:
-        """Whether `show` would print."""
+        """Whether `SHOW_SECONDS` have passed since the last line, or all is done."""
         late = time.perf_counter() - self._shown >= SHOW_SECONDS
         return self.done >= self._total or late
 
     def line(self, text: str = "") -> str:
-        """step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""
+        """The progress as one line: step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""
         each = (time.perf_counter() - self._start) / max(self.done - self._first, 1)
         parts = [
             f"{self._what} {self.done:,}/{self._total:,}",
@@ -371,12 +375,12 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
     def begin(self) -> None:
-        """Begins a new span for `rate`."""
+        """Restarts the measurement of `rate`."""
         self._last, self._last_time = self.done, time.perf_counter()
 
 
 def duration(seconds: float) -> str:
-    """3 s, 12m 03s, 2h 05m or 3d 04h."""
+    """Seconds as 3 s, 12m 03s, 2h 05m or 3d 04h."""
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
         return f"{days:.0f}d {hours % 24:02.0f}h"

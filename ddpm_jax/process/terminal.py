@@ -53,3 +53,17 @@ def health(schedule: Schedule, *, second_moment: float = 1.0) -> Health:
             f" bits/dim; {advice}"
         )
     return Health(alpha, bits, sum_beta, bound, warning)
+
+
+def describe(schedule: Schedule, *, second_moment: float = 1.0) -> str:
+    """One line on a chain and its end, and a second one with the warning of `health` if it has one."""
+    end = health(schedule, second_moment=second_moment)
+    line = f"schedule: {len(schedule)} steps, "
+    if schedule.is_variance_preserving:
+        line += f"sum of beta {end.sum_beta:.4g}, alpha_bar_T = {end.alpha_T**2:.3g}"
+        line += f" (at most {end.alpha_bar_bound:.3g}), "
+    else:
+        line += f"alpha {schedule.alpha[0]:.4g} to {end.alpha_T:.4g}, "
+        line += f"sigma {schedule.sigma[0]:.4g} to {schedule.sigma[-1]:.4g}, "
+    line += f"prior term {end.prior_bits_per_dim:.3g} bits/dim"
+    return f"{line}\nWARNING: {end.warning}" if end.warning else line

@@ -1,4 +1,4 @@
-"""Protection of a run: errors before anything is lost, and states saved on errors."""
+"""Guards of a training run: checks before anything is lost, and a checkpoint when an error ends it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,44 @@ from collections.abc import Callable
 
 import jax
 
+from ddpm_jax import data, options
 from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.options import ConfigError
 from ddpm_jax.training import parallel
 from ddpm_jax.training.signals import Signals
-from ddpm_jax.training.step import NEVER, TrainState
+from ddpm_jax.training.step import NEVER, TrainState, make_update
 
 FIRST_FILES = (  # written by a start before its first step
     *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
     checkpoints.LOCK,
 )
 LESS_MEMORY = (
-    "Try, in this order: --config.step.accumulate=2, --config.model.remat=True, which a run may change as it"
-    " continues; for a new run also --config.model.dtype=bfloat16, or a smaller"
+    "Try, in this order: --config.step.accumulate=2, --config.model.remat=True (a started run may change both);"
+    " for a new run also --config.model.dtype=bfloat16, or a smaller"
     " --config.training.batch_size, --config.model.channels or --config.data.image_shape"
 )
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: one line with the step, the reason and what to do."""
+    """Training cannot continue: one line with the step, the reason and what to do."""
+
+
+def check_types(config) -> None:
+    """Checks the types of fields that are read directly from the config.
+
+    Raises:
+      ConfigError: a field of the wrong type, such as None.
+    """
+    arguments = ("method", "tx", "key", "axis_name")
+    options.bind(make_update, config.step, "config.step", given=arguments)
+    section = {name: value for name, value in config.data.items() if name != "flip"}
+    options.bind(data.load, section, "config.data", given=("split",))
+    whole = {"config.seed": config.get("seed")}
+    for name in ("every", "num_images"):
+        whole[f"config.preview.{name}"] = config.preview.get(name)
+    for field, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{field} must be int, got {value!r}")
 
 
 def check_finite(state: TrainState, directory: str) -> None:
@@ -40,14 +60,14 @@ def check_finite(state: TrainState, directory: str) -> None:
         saved = "no checkpoint was saved yet" if good is None else f"the last is step {good:,}"
         raise TrainingError(
             f"the loss or its gradient is not finite at step {bad_step:,}; no checkpoint holds it"
-            f" ({saved}). Begin anew, in another --workdir, with a lower config.optimizer.learning_rate"
-            " or longer warmup_steps"
+            f" ({saved}). Start a new run, in another --workdir, with a lower"
+            " config.optimizer.learning_rate or longer warmup_steps"
         )
 
 
 @contextlib.contextmanager
 def out_of_memory_advice():
-    """Turns the device's out-of-memory error into one line that says what to change, in order."""
+    """Turns the device's out-of-memory error into one line that names the settings to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -71,17 +91,17 @@ def check_memory(needed: float, state: TrainState) -> None:
     free = parallel.free_memory()
     if needed - held > free:
         raise TrainingError(
-            f"a step needs {writers.memory(needed)} on each device, {writers.memory(held)} of it for the"
-            f" state, which is there already, and only {writers.memory(free)} are free. {LESS_MEMORY}"
+            f"a step needs {writers.memory(needed)} on each device, of which the state already holds"
+            f" {writers.memory(held)}, and only {writers.memory(free)} are free. {LESS_MEMORY}"
         )
 
 
 @contextlib.contextmanager
 def run_directory(workdir: str):
-    """Makes and locks a run directory.
+    """Creates and locks a run directory.
 
     Yields:
-      a function that removes what a failed start created, and the directory itself if it was created here. Files of
+      a function that removes the files of a failed start, and the directory itself if it was created here. Files of
       other programs stay.
 
     Raises:
@@ -94,17 +114,14 @@ def run_directory(workdir: str):
     before = () if made else os.listdir(workdir)
 
     def undo():
-        for name in set(FIRST_FILES) & set(os.listdir(workdir)) - set(before):
-            os.remove(os.path.join(workdir, name))
-        for folder in made:
-            os.rmdir(folder)
-
-    def undo_quietly():
-        with contextlib.suppress(OSError):  # there is an error to be told already
-            undo()
+        with contextlib.suppress(OSError):  # the error that ended the start is the one to report
+            for name in set(FIRST_FILES) & set(os.listdir(workdir)) - set(before):
+                os.remove(os.path.join(workdir, name))
+            for folder in made:
+                os.rmdir(folder)
 
     with checkpoints.lock(workdir):
-        yield undo_quietly
+        yield undo
 
 
 def what_is_saved(directory: str) -> str:
@@ -128,9 +145,7 @@ def save_on_error(current: Callable, directory: str, keep: int, signals: Signals
         raise
     except Exception:
         if signals.begun and jax.process_count() == 1:
-            with contextlib.suppress(
-                Exception
-            ):  # the error that is being handled is the one to tell
+            with contextlib.suppress(Exception):  # the error being handled is the one to report
                 state = current()
                 check_finite(state, directory)
                 checkpoints.save(directory, state, step=int(state.step), keep=keep)
@@ -139,9 +154,9 @@ def save_on_error(current: Callable, directory: str, keep: int, signals: Signals
 
 
 @contextlib.contextmanager
-def not_worth_a_run(say: Callable[[str], None]):
+def os_errors_as_warnings(say: Callable[[str], None]):
     """Turns an OSError into a warning: training continues without a picture or a log line."""
     try:
         yield
     except OSError as error:
-        say(f"WARNING: not written, and training goes on: {error}")
+        say(f"WARNING: a file could not be written; training continues: {error}")

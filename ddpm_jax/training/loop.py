@@ -30,8 +30,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.names import check_choice
-from ddpm_jax.options import ConfigError
-from ddpm_jax.process import schedules, terminal
+from ddpm_jax.process import terminal
 from ddpm_jax.training import guards, parallel, preview, resume
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.signals import Signals
@@ -41,9 +40,9 @@ Change = Annotated[
     tuple[str, ...],
     "What may differ from the run that is continued: data, for other images than it began with.",
 ]
-CHANGES = ("data",)  # what `change` may name
-FIRST_PREVIEW_SECONDS = 20.0  # something to look at before one walks away
-HEARTBEAT_SECONDS = 10.0
+CHANGES = ("data",)  # values of `change`
+FIRST_PREVIEW_SECONDS = 20.0  # time of an early preview, before the first regular one
+HEARTBEAT_SECONDS = 10.0  # maximum time between two progress lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def check(config) -> None:
     Raises:
       ConfigError, DataError: one line that says what to do.
     """
-    check_types(config)
+    guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
     config = run_data.with_absolute_paths(config)
     run_data.fill_in(config)
@@ -113,9 +112,9 @@ def train(
     with options.errors_at("--change"):
         for what in change:
             check_choice("change", what, CHANGES)
-    check_types(config)
+    guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
-    config = run_data.with_absolute_paths(config)  # a copy: the caller's own is left as it is
+    config = run_data.with_absolute_paths(config)  # a copy: the caller's config is not changed
     workdir = os.path.abspath(config_lib.path(workdir))
     leader = jax.process_index() == 0
     say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
@@ -143,7 +142,7 @@ def train(
                 undo()
                 if isinstance(error, SystemExit):
                     say(leave("stopped by SIGTERM"))
-                    # As if it had not been caught: an orderly exit would wait for a step that is running.
+                    # Ends the process at once: an orderly exit would wait for the running step.
                     signal.raise_signal(signal.SIGTERM)
             raise
 
@@ -168,7 +167,7 @@ class Trainer:
         self.say(parallel.banner())
         self.directory = self.path("checkpoints")
         continues, own_shape = os.path.isdir(self.directory), config.data.image_shape is None
-        if own_shape and continues:  # what a run began with holds
+        if own_shape and continues:  # the saved shape
             config.data.image_shape = config_lib.load(self.path("config.json")).data.image_shape
         dataset = dataset or run_data.fill_in(config)
         self.make_parts(method)
@@ -226,7 +225,7 @@ class Trainer:
         if is_diffusion(self.method):
             chosen = dataset.fetch(data.choose(len(dataset), 64))
             moment = float(np.mean(np.square(chosen / 127.5 - 1.0)))
-            self.say(describe_schedule(self.method.schedule, second_moment=moment))
+            self.say(terminal.describe(self.method.schedule, second_moment=moment))
         self.dataset = dataset
         self.source = functools.partial(
             data.batches,
@@ -250,7 +249,7 @@ class Trainer:
             saved = config_lib.load(self.path("config.json")).training
             if self.config.optimizer.decay != "none" and saved.num_steps != self.length.num_steps:
                 self.say(
-                    "WARNING: another num_steps moves the end of the cosine: the learning rate jumps here"
+                    "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
                 )
         self.state = parallel.place(state)
 
@@ -286,9 +285,7 @@ class Trainer:
         guards.check_memory(needed, self.state)
 
     def run(self) -> TrainState:
-        """The loop. It waits for an earlier step, never for the one just dispatched: the device always has work, and the times
-        are still right.
-        """
+        """The loop. It waits for an earlier step, not for the one just dispatched, so that the device always has work."""
         length = self.length
         if self.step >= length.num_steps:
             self.begin()
@@ -336,7 +333,7 @@ class Trainer:
         now, stop = time.perf_counter(), bool(self.signals.caught)
         due = stop or now - self.saved > 60 * length.checkpoint_minutes
         if jax.process_count() > 1:
-            # They must save together, so they ask each other, at steps that all of them know.
+            # All processes must save at the same step, so they agree at steps that all of them know.
             agree = self.step % length.log_every == 0
             stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
         with self.progress.pause():
@@ -349,7 +346,7 @@ class Trainer:
                 self.look(early)
                 self.looked = True
         if stop:
-            # Without a signal of its own, another process has got one.
+            # Without a signal here, another process has received one.
             number = self.signals.caught[0] if self.signals.caught else signal.SIGTERM
             self.say(
                 f"stopped by {number.name} after step {self.step:,}, which is saved; the same command"
@@ -374,7 +371,7 @@ class Trainer:
         if self.leader:
             row = {"step": self.step, **values}
             row |= {"learning_rate": float(self.learning_rate(self.step - 1))}
-            with guards.not_worth_a_run(self.say):
+            with guards.os_errors_as_warnings(self.say):
                 writers.append_metrics(
                     self.path("metrics.jsonl"), {**row, "images_per_second": rate}
                 )
@@ -388,46 +385,12 @@ class Trainer:
             return
         picture = self.path("samples", f"step_{self.step:08d}.png")
         rows, columns = self.preview(self.state, self.step)
-        with guards.not_worth_a_run(self.say):
+        with guards.os_errors_as_warnings(self.say):
             writers.save_grids(picture, rows, columns)
             if early:
                 self.say(
-                    f"an early look: {picture}; the others come every {self.preview_every:,} steps"
+                    f"an early preview: {picture}; the next come every {self.preview_every:,} steps"
                 )
-        with guards.not_worth_a_run(self.say):
+        with guards.os_errors_as_warnings(self.say):
             metrics = writers.read_metrics(self.path("metrics.jsonl"))
             writers.save_loss_curve(self.path("loss.png"), metrics)
-
-
-def describe_schedule(schedule: schedules.Schedule, second_moment: float) -> str:
-    """One line on the health of a chain, and a warning if it has one."""
-    health = terminal.health(schedule, second_moment=second_moment)
-    line = f"schedule: {len(schedule)} steps, "
-    if schedule.is_variance_preserving:
-        line += (
-            f"sum of beta {health.sum_beta:.4g}, alpha_bar_T = {health.alpha_T**2:.3g} (at most"
-            f" {health.alpha_bar_bound:.3g}), "
-        )
-    else:
-        line += f"alpha {schedule.alpha[0]:.4g} to {health.alpha_T:.4g}, sigma {schedule.sigma[0]:.4g} to"
-        line += f" {schedule.sigma[-1]:.4g}, "
-    line += f"prior term {health.prior_bits_per_dim:.3g} bits/dim"
-    return f"{line}\nWARNING: {health.warning}" if health.warning else line
-
-
-def check_types(config) -> None:
-    """Checks the types of fields that are read directly from the config.
-
-    Raises:
-      ConfigError: a field of the wrong type, such as None.
-    """
-    given = ("method", "tx", "key", "axis_name")
-    options.bind(step_lib.make_update, config.step, "config.step", given=given)
-    section = {name: value for name, value in config.data.items() if name != "flip"}
-    options.bind(data.load, section, "config.data", given=("split",))
-    whole = {"config.seed": config.get("seed")}
-    for name in ("every", "num_images"):
-        whole[f"config.preview.{name}"] = config.preview.get(name)
-    for field, value in whole.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{field} must be int, got {value!r}")

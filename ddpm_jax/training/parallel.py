@@ -1,7 +1,7 @@
 """The devices; the only file that uses pmap.
 
-State and parameters have no device axis: they are put once on every local device by `place` and enter a
-mapped function unbatched. Batches are cut along their first axis by `shard`.
+State and parameters have no device axis: `place` copies them to every local device, and they enter a mapped function
+unbatched. `shard` splits batches along their first axis.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ AXIS = "batch"
 def place(tree):
     """A copy of a tree on each local device. State and parameters enter mapped functions only through it.
 
-    Unplaced arrays are sent anew with each call (0.27 s for 128 MiB on 4 CPU devices), and donating them
-    fails in a job of several processes.
+    Other arrays are transferred again at every call (0.27 s for 128 MiB on 4 CPU devices), and donating them fails in
+    a job of several processes.
     """
     mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
     return jax.device_put(jax.device_get(tree), NamedSharding(mesh, PartitionSpec()))
@@ -70,14 +70,14 @@ def compile_step(step: Callable, state, batch):
     """Compiles (state, sharded batch) -> (state, loss) for all devices of all processes; donates the state.
 
     Returns:
-      a `jax.stages.Compiled`: callable, with `memory_analysis()` and `cost_analysis()` of one device. In
-      a job of several processes the mapped function, which compiles when it is first called: a Compiled
-      takes global arrays there, and what a process has is its own part.
+      a `jax.stages.Compiled`: callable, with `memory_analysis()` and `cost_analysis()` of one device. In a job of several
+      processes, the mapped function, which compiles at its first call: there a Compiled takes global arrays, and a
+      process has only its own part.
     """
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
     if jax.process_count() > 1:
         return mapped
-    gc.disable()  # tracing makes millions of objects that live on: 4.3 s instead of 5.5 for CIFAR-10
+    gc.disable()  # tracing creates millions of objects that stay alive: 4.3 s instead of 5.5 for CIFAR-10
     try:
         return mapped.lower(state, batch).compile()
     finally:
@@ -100,8 +100,8 @@ def memory(compiled) -> float:
 def free_memory(root: str = "/") -> float:
     """Free bytes on one device; inf if unknown.
 
-    A CPU has what the system calls available, with swap, within the limits of the process's control groups,
-    and its devices share it.
+    On a CPU this is the memory that the system reports as available, with swap, within the limits of the process's
+    control groups, shared by its devices.
 
     Args:
       root: root of the file system in which the operating system reports memory.
@@ -112,7 +112,7 @@ def free_memory(root: str = "/") -> float:
         return stats.get("bytes_limit", float("inf")) - stats.get("bytes_in_use", 0)
 
     def numbers(*names: str) -> dict[str, int]:
-        """{word: number} of a file's lines of both, {"": number} of a lone number; {} without the file."""
+        """The lines "WORD NUMBER" of a file as {word: number}; a line with only a number has the word ""."""
         found = {}
         with (
             contextlib.suppress(OSError),
@@ -130,20 +130,18 @@ def free_memory(root: str = "/") -> float:
     groups = []
     with contextlib.suppress(OSError), open(os.path.join(root, "proc/self/cgroup")) as file:
         groups = [line.strip().split(":", 2)[1:] for line in file]
-    names = {"": ("memory.max", "memory.current")}  # version 2, whose controllers go unnamed
+    names = {"": ("memory.max", "memory.current")}  # version 2, whose controllers have no names
     names["memory"] = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # version 1
     for controllers, group in groups:
         limit, usage = names.get(controllers, (None, None))
         folders = ["sys/fs/cgroup", controllers, *group.strip("/").split("/")]
         for depth in (
             range(2, len(folders) + 1) if limit else ()
-        ):  # a limit of any group above holds too
-            place = folders[:depth]
-            most, used = (numbers(*place, name).get("") for name in (limit, usage))
+        ):  # limits of parent groups hold too
+            folder = folders[:depth]
+            most, used = (numbers(*folder, name).get("") for name in (limit, usage))
             if most is not None and used is not None:
-                cache = numbers(*place, "memory.stat").get(
-                    "inactive_file", 0
-                )  # given back if needed
+                cache = numbers(*folder, "memory.stat").get("inactive_file", 0)  # reclaimable
                 free.append(most - used + cache + swap)
     return min(free, default=float("inf")) / jax.local_device_count()
 
@@ -163,9 +161,9 @@ def map_examples(function: Callable) -> Callable:
     """Runs function(params, key, *examples) over this process's devices.
 
     Returns:
-      (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last rows are filled up by
-      repeating an example, and cut off again. `params` come from `place` or from a training state. Its
-      `compile`, with the same arguments, compiles it for their shapes, which all calls then must have.
+      (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last example is repeated to fill all
+      devices, and the copies are removed again. `params` come from `place` or from a training state. Its method
+      `compile` takes the same arguments and compiles for their shapes, which all later calls must have.
     """
     mapped = map_shards(lambda tree, examples: function(*tree, *examples))
 

@@ -34,7 +34,7 @@ def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np
 
 
 def save_forward(path: str, schedule: Schedule, images: np.ndarray, key) -> None:
-    """Draws how the forward process turns images into noise: a row for each, from x_0 on the left to x_T."""
+    """Draws the forward process: a row for each image, from x_0 on the left to x_T."""
     images = images[:FORWARD_ROWS]
     tau = np.unique(np.round(np.linspace(0, len(schedule) - 1, FORWARD_TIMES)).astype(int))
     keys = fold_in_each(key, np.arange(len(images)))

@@ -17,7 +17,7 @@ from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
 from ddpm_jax.training import step
 
-# What may differ when a run is continued: how long, how often, where from; never what is learned.
+# Fields that may differ when a run continues: its length, its intervals, paths; never what affects the weights.
 FREE_TO_CHANGE = (
     "config.data.data_dir",
     "config.data.memory_limit_gb",
@@ -55,7 +55,7 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     for its default.
 
     Raises:
-      ConfigError: names the fields, what is saved and what was given.
+      ConfigError: names the fields, with their saved and new values.
     """
     of_betas = config.get("schedule", {}).get("name") == "betas"
     saved_config = run_data.with_absolute_paths(config_lib.load(path))
@@ -63,18 +63,18 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     if moved and run_data.saved_data(os.path.dirname(path)) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
     changed = [
-        f"{field} is {saved!r} there and {given!r} here"
-        for field, (saved, given) in config_lib.differences(saved_config, config).items()
+        f"{field} is {saved!r} there and {new!r} here"
+        for field, (saved, new) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
-        and not (field == "config.data.image_shape" and given is None)
-        and not (field == "config.model.num_classes" and given == run_data.CLASSES_OF_DATA)
+        and not (field == "config.data.image_shape" and new is None)
+        and not (field == "config.model.num_classes" and new == run_data.CLASSES_OF_DATA)
         and not (field == "config.schedule.num_timesteps" and of_betas)
-        and _or_default(field, saved, config) != _or_default(field, given, config)
+        and _or_default(field, saved, config) != _or_default(field, new, config)
     ]
     if changed:
         raise ConfigError(
             f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
-            " it, or another --workdir to begin anew"
+            " it, or another --workdir to start a new run"
         )
 
 
@@ -95,15 +95,16 @@ def as_saved(config, path: str) -> None:
 
 
 def _or_default(field: str, value, config):
-    """The value of a config's field or, where it is missing or None, the default in the signature that reads the section."""
+    """The value of a config's field or, where it is missing or None, the default of what reads its section."""
     section, _, name = field.removeprefix("config.").rpartition(".")
     if value == config_lib.MISSING and section == "model" and name in ONCE_DEFAULT:
         return json.loads(json.dumps(ONCE_DEFAULT[name]))
     if value not in (config_lib.MISSING, None):
         return value
     for reader in readers_of(section, config):
-        for one in options.options_of(reader):
-            if one.name == name and one.default is not options.EMPTY:
-                default = options.name_of(one.default, one.choice) if one.choice else one.default
+        for option in options.options_of(reader):
+            if option.name == name and option.default is not options.EMPTY:
+                default = option.default
+                default = options.name_of(default, option.choice) if option.choice else default
                 return json.loads(json.dumps(default))  # as a saved config has it: lists for tuples
     return None if value == config_lib.MISSING else value

@@ -15,31 +15,31 @@ GRACE_SECONDS = 2.0  # time for the main thread to leave by itself
 class Signals:
     """SIGTERM and Ctrl-C while a run trains, as a context.
 
-    Until a step is done there is nothing to save, and a signal raises SystemExit or KeyboardInterrupt at once.
-    From then on the first asks the loop to save and leave; a second Ctrl-C raises KeyboardInterrupt.
+    Before the first step is done there is nothing to save, and a signal raises SystemExit or KeyboardInterrupt at
+    once. After it, the first signal asks the loop to save and exit; a second Ctrl-C raises KeyboardInterrupt.
 
-    Python runs no handler while the main thread waits inside a compilation or a step, which may never end. So a
-    thread of its own hears of each signal too. It tells the user what happens now; and after SIGTERM before the
-    first step, or a second Ctrl-C, it ends the process if the main thread does not leave by itself.
+    Python runs no signal handler while the main thread waits for a compilation or a step, which may never end. So a
+    second thread receives each signal too. It prints what happens next; and after SIGTERM before the first step, or a
+    second Ctrl-C, it ends the process if the main thread does not exit by itself.
 
-    Only a main thread can catch signals; elsewhere, as in some notebooks, nothing is caught.
+    Signals can be caught in the main thread only; in other threads, as in some notebooks, none is caught.
 
     Args:
-      say: for what happens now.
-      leave: what to do before the process ends; takes and returns the last words.
+      say: prints a line.
+      leave: called before the process is ended; takes the last message and returns it, extended.
 
     Attributes:
-      begun: to be set when a step is done.
-      caught: the signals so far.
+      begun: set by the loop when a step is done.
+      caught: the signals received so far.
     """
 
     def __init__(self, say: Callable[[str], None], leave: Callable[[str], str]):
         self.begun = False
         self.caught: list[signal.Signals] = []
         self._say, self._leave = say, leave
-        self._lines: list[str] = []  # to be said
+        self._lines: list[str] = []  # to be printed by the second thread
         self._leaving = False
-        self._awaited: threading.Event | None = None  # or the process ends
+        self._awaited: threading.Event | None = None  # the process ends if it is not set in time
         self._raised, self._done = threading.Event(), threading.Event()
         self._lock = threading.RLock()
 
@@ -51,7 +51,7 @@ class Signals:
             self._mouth.setblocking(False)
             # Python writes the number of each signal there at once, whatever the main thread does.
             self._fd = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-            # jax.distributed takes SIGTERM for itself when it starts: handlers are set after it, here.
+            # jax.distributed installs its own SIGTERM handler when it starts, so these are set after it.
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
             self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -69,11 +69,11 @@ class Signals:
             self._ear.close()
 
     def _hear(self) -> bool:
-        """Takes in signals that have arrived, in either thread; False once there can be no more."""
+        """Reads the signals that have arrived, in either thread; False after the end of the context."""
         with self._lock:
             try:
                 numbers = self._ear.recv(100)
-            except BlockingIOError:  # the other thread has taken them
+            except BlockingIOError:  # the other thread has read them
                 return True
             for number in numbers:
                 if number not in (signal.SIGTERM, signal.SIGINT):
@@ -98,9 +98,9 @@ class Signals:
             return bool(numbers)
 
     def _handle(self, number, frame) -> None:
-        """In the main thread, as soon as it is back in Python."""
+        """The signal handler, run in the main thread as soon as it is back in Python."""
         self._hear()
-        self._mouth.send(b"\0")  # the other thread has something to say
+        self._mouth.send(b"\0")  # wakes the other thread, which prints the lines
         if self._leaving and not self._raised.is_set():
             self._raised.set()
             if self.caught[-1] == signal.SIGTERM:
@@ -108,7 +108,7 @@ class Signals:
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
-        """In a thread of its own."""
+        """Runs in the second thread."""
         while True:
             select.select([self._ear], [], [])
             if not self._hear():

@@ -5,10 +5,11 @@
     python -m experiments.ddim_table1 --workdir=runs/fashion --num_samples=300 --num_seeds=1 \\
         --features=experiments.feature_classifier:runs/fashion_classifier.npz
 
-Each cell is `--mode=eval` of the same images of three seeds (--num_seeds), whose samples and features are kept, so
-the command continues where it was stopped and a new row costs only itself. It shows mean ± standard deviation over
-seeds and, where the differences from the first row seed by seed are one by Student's t at 95 %, that t in brackets. The table goes to eval/ddim_table1.json
-of the run, and one latent followed through every S to eval/ddim_table1.png.
+Each cell is the result of `--mode=eval` for three seeds (--num_seeds). Samples and features are saved, so the command
+continues where it was stopped, and a new row costs only itself. A cell shows the mean ± standard deviation over seeds
+and, in brackets, Student's t of the differences from the first row, seed by seed, if it is significant at 95 %. The
+table is written to eval/ddim_table1.json in the run directory, and images of the same latents for every S to
+eval/ddim_table1.png.
 
 The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
 
@@ -19,13 +20,13 @@ The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
     η 1.0    41.07   18.36    8.01   5.78   4.73
     σ̂       367.43  133.37   32.72   9.99   3.17
 
-Expected: at few steps the less noise the better, and a second-order solver better than DDIM; on the full chain all
+Expected: with few steps, less noise is better, and a second-order solver is better than DDIM; on the full chain all
 are alike.
 
 Measured by the three commands above with --batch_size=100, on one core of an AMD EPYC server, jax 0.10.2, in 62
 minutes, half of them for the last cell: squared Fréchet distance between 64 features of 300 samples and of the
-60,000 training images (fashion_mnist_classifier_fid_300; the first 300 test images have 9.80, which is the bias of
-so few), EMA weights after 4000 steps, seed 0, x̂_0 clipped. S is spread uniformly unless said.
+60,000 training images (fashion_mnist_classifier_fid_300; for the first 300 test images it is 9.80, the bias of so
+small a sample), EMA weights after 4000 steps, seed 0, x̂_0 clipped. Steps are spaced uniformly by default.
 
     S                              5       10      20      50       T
     DDIM η 0.0                  98.17   42.33   33.62   30.25
@@ -38,12 +39,12 @@ so few), EMA weights after 4000 steps, seed 0, x̂_0 clipped. S is spread unifor
     DPM-Solver++ 3, log-SNR     99.43   32.50   28.63   29.10
     ancestral                                           35.84   15.82
 
-This is one seed. For the same model, 300 images and S = 50 the number moves by 5.7 (DDIM) and 5.2 (ancestral) from
-seed to seed, one standard deviation of three (experiments/schedules), so cells that differ by less than about 15 are
-not distinguishable here. That leaves: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and
-the whole ancestral chain is better than 50 of its steps. Not distinguishable are the values of η from 20 steps on,
-uniform and quadratic spacing at 20 and 50, the orders of the solver from 10 on, and the solver and DDIM from 10 on.
-One latent keeps its garment through S = 5, 10, 20, 50 and 1000, and gains detail.
+This is one seed. For the same model, 300 images and S = 50, the standard deviation over three seeds is 5.7 (DDIM) and
+5.2 (ancestral) (experiments/schedules), so cells that differ by less than about 15 are not distinguishable here.
+Significant are: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and the whole ancestral
+chain is better than 50 of its steps. Not distinguishable are the values of η from 20 steps on, uniform and quadratic
+spacing at 20 and 50, the orders of the solver from 10 on, and the solver and DDIM from 10 on. A latent gives the same
+garment for S = 5, 10, 20, 50 and 1000, with more and more detail.
 Not run: the same with several seeds.
 """
 
@@ -68,8 +69,8 @@ from ddpm_jax.method import is_diffusion
 from ddpm_jax.process.samplers import DDIM, Ancestral, DPMSolver
 from ddpm_jax.training import parallel
 
-COUNTS = (5, 10, 20, 50)  # S, and for the chain that the model was trained for also T
-LATENT_COUNTS = (*COUNTS, 1000)  # one latent followed through them
+COUNTS = (5, 10, 20, 50)  # default values of S
+LATENT_COUNTS = (*COUNTS, 1000)  # values of S in the picture
 ROWS = {
     "DDIM η 0.0": Sampling(sampler=DDIM()),
     "DDIM η 0.2": Sampling(sampler=DDIM(eta=0.2)),
@@ -84,40 +85,42 @@ ROWS = {
 ONLY = {"ancestral": (50, None)}  # None: all T steps
 
 
-def measure(workdir, *, rows=ROWS, counts=COUNTS, **asked):
-    """{row: {S or "T": {metric: numbers of each seed}}}, each cell as `commands.metrics.evaluate` gives it.
+def measure(workdir, *, rows=ROWS, counts=COUNTS, **arguments):
+    """The table as {row: {S or "T": {metric: numbers of each seed}}}, by `commands.metrics.evaluate`.
 
     Args:
       workdir: a run of a diffusion.
       rows: {name: Sampling}.
-      counts: the S of each row but those in `ONLY`.
-      asked: arguments of `evaluate`.
+      counts: the S of each row, except those in `ONLY`.
+      arguments: arguments of `evaluate`.
     """
     run = runs.load(workdir)
     if not is_diffusion(run.method):
-        raise RunError(f"{workdir} is not a diffusion: it has no steps to leave out")
+        raise RunError(
+            f"{workdir} is not a run of a diffusion, so its number of steps cannot change"
+        )
     cells = [
         (name, "T" if S is None else S, dataclasses.replace(row, steps=S and str(S)))
         for name, row in rows.items()
         for S in ONLY.get(name, counts)
         if S is None or len(run.method.schedule) >= S
     ]
-    for _, _, sampling in cells:  # what can be refused is, before hours of sampling
+    for _, _, sampling in cells:  # checks all options before hours of sampling
         with options.errors_at("ddim_table1"):
             run.method.chain(sampling)
     table = {}
     for name, S, sampling in cells:
-        result = metrics_lib.evaluate(run, sampling=sampling, **asked)
-        table.setdefault(name, {})[S] = {key: one["values"] for key, one in result.items()}
+        result = metrics_lib.evaluate(run, sampling=sampling, **arguments)
+        table.setdefault(name, {})[S] = {key: entry["values"] for key, entry in result.items()}
         print(f"{name}, S = {S}: {table[name][S]}", flush=True)
     return table
 
 
 def show(table: dict, metric: str) -> str:
-    """Markdown: S across, a line for each row: the mean over seeds ± their standard deviation.
+    """The table in Markdown, with a column for each S: the mean over seeds ± their standard deviation.
 
-    In brackets stands the number of standard errors, of the differences seed by seed, from the first row,
-    where Student's t calls it different at 95 %; without brackets the two are not distinguishable.
+    Brackets contain Student's t of the differences from the first row, seed by seed, if it is significant at 95 %;
+    without brackets the two are not distinguishable.
     """
     first = next(iter(table.values()))
     columns = list(dict.fromkeys(S for row in table.values() for S in row))
@@ -169,12 +172,14 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, help="a trained run")
-    parser.add_argument("--features", default="inception", help="as of --mode=eval")
-    parser.add_argument("--metrics", default="fid", help="as of --mode=eval")
+    parser.add_argument("--features", default="inception", help="as for --mode=eval")
+    parser.add_argument("--metrics", default="fid", help="as for --mode=eval")
     parser.add_argument("--num_samples", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_seeds", type=int, default=3, help="of sampling, from --seed on")
-    parser.add_argument("--data_dir", help="where the data are, if not where the config says")
+    parser.add_argument(
+        "--num_seeds", type=int, default=3, help="seeds of sampling, from --seed on"
+    )
+    parser.add_argument("--data_dir", help="where the data are (default: as in the config)")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="S, with commas")
     args = parser.parse_args(argv)

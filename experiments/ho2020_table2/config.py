@@ -15,9 +15,9 @@ The paper, CIFAR-10, IS and FID from Table 2, bits/dim of the test set (of the t
     eps_simple       eps       L_simple                          9.46 ± 0.11   3.17  ≤ 3.75 (3.72)
 
 Unstable: the paper leaves these entries blank, for poor samples with scores out of range.
-`L` here is T times one random term. The paper's code trains on the term alone, so its clip of 1 is ours of T.
+`L` here is T times one random term. The paper's code trains on the term alone, so its clip at 1 is a clip at T here.
 
-Expected: eps_fixed has the lower bound, eps_simple the better samples; a learned variance gains nothing.
+Expected: eps_fixed has the lower bound and eps_simple the better samples; a learned variance does not help.
 Measured, :cpu: one training of each row on an H200 (jax 0.11.2, ten at once, 3 min 20 s), then the bound of 64 test
 images on two cores of an AMD EPYC server (jax 0.10.2); bits/dim, EMA weights, x̂_0 clipped; ± is the standard error
 over images, and of a difference that of the differences image by image:
@@ -31,8 +31,8 @@ over images, and of a difference that of the differences image by image:
     eps_simple        3.738 ± 0.100                        1.595
 
 After 2000 steps of 32, less than a thousandth of the paper's images, predicting eps is far ahead of predicting the
-mean. Against what was expected eps_simple also has the lower bound of the two fixed ones, though not the lower L_0. How
-much of this is the training's own spread was not measured (--seeds=3).
+mean. Unexpectedly, eps_simple also has a lower bound than eps_fixed, though not a lower L_0. The spread between
+trainings was not measured (--seeds=3).
 Not run: the full size, with FID and IS of 50,000 samples. `:smoke`: every row trains and is evaluated, 5 minutes on two
 cores of an AMD EPYC server beside other work.
 """
@@ -58,7 +58,7 @@ L = {"config.diffusion.loss": "vlb", "config.step.max_grad_norm": 1000.0}
 
 
 def rows(size: str) -> dict[str, dict]:
-    del size  # the same at all
+    del size  # the same for every size
     mean = {"config.diffusion.prediction": "mean"}
     eps = {"config.diffusion.prediction": "eps"}
     return {

@@ -1,9 +1,9 @@
-"""Where five texts on diffusion err, settled by numbers.
+"""Errors in five texts on diffusion, checked numerically.
 
     python -m experiments.theory                                        prints the page
     python -m experiments.theory --out=experiments/theory/README.md     writes it
 
-Ten seconds of one CPU core, half of them to start jax; nothing is drawn at random.
+It takes ten seconds on one CPU core, half of them to start jax, and uses no randomness.
 """
 
 import argparse
@@ -30,22 +30,21 @@ DOCUMENTS = {
 }
 
 INTRODUCTION = """\
-# Where five texts on diffusion err
+# Errors in five texts on diffusion
 
-Five good introductions to diffusion models, and {count} places where what is printed is not so, often by a bar
-over an α too many or too few. Each line below is a small function in float64 ([vilhes.py](vilhes.py),
-[sedykh.py](sedykh.py), [tang.py](tang.py), [tavares.py](tavares.py), [liu.py](liu.py)) that computes one quantity
-three times: from the definition, by the printed formula, and by the right one. The definition is the one-step kernel
-q(x_t | x_{{t−1}}) = N(√α_t x_{{t−1}}, β_t) with Ho et al.'s linear schedule, composed step by step or integrated on a
-grid ([chain.py](chain.py)). None of it shares code with ddpm_jax, which has a column of its own. {right} lines are about
-places that were suspected and are right, {notation} about slips of notation from which nothing follows; {words}
-are decided by words.
+Five good introductions to diffusion models contain {count} errors, often a bar over an α too many or too few. Each line
+below is a small function in float64 ([vilhes.py](vilhes.py), [sedykh.py](sedykh.py), [tang.py](tang.py),
+[tavares.py](tavares.py), [liu.py](liu.py)) that computes one quantity three times: from the definition, by the printed
+formula, and by the correct one. The definition is the one-step kernel q(x_t | x_{{t−1}}) = N(√α_t x_{{t−1}}, β_t) with Ho
+et al.'s linear schedule, composed step by step or integrated on a grid ([chain.py](chain.py)). It shares no code with
+ddpm_jax, whose result is in another column. {right} lines are about places that were suspected but are correct, and
+{notation} about slips of notation without consequences; {words} are decided by an argument instead of numbers.
 
-The numbers are those of the first case that the last column names. In brackets stands the largest relative distance
-from the truth over all the cases, absolute where the truth is 0. Documents count t = 1 … T, and ᾱ_0 = 1. They were
-read as transcribed text: where a bar was lost or gained in transcription, the author is not to blame.
+The numbers are those of the first case in the last column. Brackets contain the largest relative distance from the truth
+over all cases, or the absolute one where the truth is 0. The documents count t = 1 … T, and ᾱ_0 = 1. They were read as
+transcribed text, so a bar may have been lost or added in transcription.
 
-    python -m experiments.theory        prints this page; tests/test_theory.py holds every line of it
+    python -m experiments.theory        prints this page; tests/test_theory.py checks every line of it
 """
 
 COLUMNS = (
@@ -62,7 +61,7 @@ def number(value, digits: int = 5) -> str:
 
 
 def distance(value, truth, tolerance: float) -> str:
-    """How far a value is from the truth, which is not spelt out where it agrees."""
+    """The distance of a value from the truth, or "< tolerance" where they agree."""
     far = error(value, truth)
     return f"< {number(tolerance)}" if far < tolerance else number(far, digits=2)
 
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", help="the Markdown file to write; else it is printed")
+    parser.add_argument("--out", help="the Markdown file to write (default: prints it)")
     out = parser.parse_args(argv).out
     if out is None:
         print(page(), end="")

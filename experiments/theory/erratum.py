@@ -1,4 +1,4 @@
-"""What an erratum is: two formulas, and the numbers or the words that decide between them."""
+"""An erratum: two formulas, and the numbers or the argument that decide between them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 
 
 class Numbers(NamedTuple):
-    """One quantity three times, a float or float64 [N] each; the first of N is the one that is
-    shown.
-    """
+    """One quantity computed three times, each a float or float64 [N]; the table shows the first of N."""
 
     truth: np.ndarray | float
     printed: np.ndarray | float
@@ -23,14 +21,14 @@ class Erratum(NamedTuple):
     """A line of the table.
 
     Attributes:
-      place: in the document.
+      place: position in the document.
       printed, right: the formulas.
-      decide: () -> Numbers, whose docstring says what is computed; or words, where nothing can be.
-      tolerance: how far from the truth, relatively, a formula may be that agrees with it.
-      ours: () -> what ddpm_jax has for the same quantity, or None.
-      ours_tolerance: the same for it, most of which is float32.
-      is_one: False where the printed formula turns out to be right, or where, in words, the slip is one of
-        notation from which nothing follows.
+      decide: () -> Numbers, whose docstring says what is computed; or an argument in words, without numbers.
+      tolerance: maximum relative distance of a formula that agrees with the truth.
+      ours: () -> the result of ddpm_jax for the same quantity, or None.
+      ours_tolerance: the tolerance of `ours`, mostly for float32.
+      is_one: False if the printed formula is correct or, with an argument in words, if the slip is one of notation
+        without consequences.
     """
 
     place: str
@@ -43,13 +41,13 @@ class Erratum(NamedTuple):
     is_one: bool = True
 
     def verdict(self) -> str:
-        """One word, or two."""
+        """The verdict: erratum, notation or no erratum."""
         if self.is_one:
             return "erratum"
         return "notation" if isinstance(self.decide, str) else "**no erratum**"
 
     def reason(self) -> str:
-        """What decides, in a sentence."""
+        """What decides, as one paragraph."""
         text = self.decide if isinstance(self.decide, str) else inspect.getdoc(self.decide)
         return " ".join(text.split())
 

@@ -154,12 +154,7 @@ ERRATA = (
         "E_q[log (p/q)] is, as (20) has; L bounds −log p from above and is minimised",
         lower_bound,
     ),
-    Erratum(
-        "(25)",
-        "L = E[L_T] − log p_θ(x_0∣x_1) − E[Σ KL]",
-        "+ E[Σ KL]",
-        signs,
-    ),
+    Erratum("(25)", "L = E[L_T] − log p_θ(x_0∣x_1) − E[Σ KL]", "+ E[Σ KL]", signs),
     Erratum(
         "(49)",
         "(1−ᾱ_t) ᾱ_{t−1} / (2(1−α_t)(1−ᾱ_{t−1})) ‖x_θ − x_0‖²",
@@ -174,13 +169,7 @@ ERRATA = (
         weight_of_eps,
         ours=ours.divergence_of_eps,
     ),
-    Erratum(
-        "Training, line 6",
-        "∇_θ ‖ε − ε_θ‖",
-        "∇_θ ‖ε − ε_θ‖²",
-        norm,
-        tolerance=1e-6,
-    ),
+    Erratum("Training, line 6", "∇_θ ‖ε − ε_θ‖", "∇_θ ‖ε − ε_θ‖²", norm, tolerance=1e-6),
     Erratum(
         "Sampling, line 3",
         "T ~ Uniform({1, …, 1000})",

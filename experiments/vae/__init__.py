@@ -3,11 +3,11 @@
     log p(x) ≥ ELBO = E_q(z|x)[log p(x|z)] − KL(q(z|x) ‖ p(z))                     Kingma & Welling (3)
     q(z|x) = N(μ(x), diag σ²(x)),  p(z) = N(0, I),  p(x|z) = ∏ Bernoulli(x_i; y_i(z))     appendix C
 
-Encoder and decoder have one hidden layer of 500 units. They are ReLU as in Liu 2023 §1; Kingma & Welling
-have tanh. Grey values are x = image/255 in [0, 1], and log p(x|z) = Σ x_i log y_i + (1 − x_i) log(1 − y_i),
-the expected log-likelihood of an image whose pixels are drawn black or white with the probabilities x. So
-the ELBO bounds the mean log-likelihood of such binary images, in nats an image. It is no likelihood of
-8-bit images: it must not be divided into bits/dim, nor compared with `--mode=nll` of a diffusion.
+Encoder and decoder have one hidden layer of 500 ReLUs, as in Liu 2023 §1; Kingma & Welling use tanh. Grey values
+are x = image/255 in [0, 1], and log p(x|z) = Σ x_i log y_i + (1 − x_i) log(1 − y_i) is the expected log-likelihood
+of an image whose pixels are drawn black or white with the probabilities x. So the ELBO bounds the mean log-likelihood
+of such binary images, in nats per image. It is not a likelihood of 8-bit images: do not convert it to bits/dim or
+compare it with `--mode=nll` of a diffusion.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from ddpm_jax import options
 from ddpm_jax.method import Method, NoOptions, fold_in_each, mirror_at_random
 from ddpm_jax.process import gaussians
 
-SECTIONS = ("vae",)  # of a config, beside those that every Method has
+SECTIONS = ("vae",)  # sections of a config in addition to those of every Method
 
 
 class Network(nn.Module):
-    """Encoder and decoder; D pixels in a row, J latents. Kingma & Welling, appendix C.
+    """Encoder and decoder for D pixels and J latents; Kingma & Welling, appendix C.
 
     Attributes:
-      draws: of z for each image in training, their L; see `experiments/vae/draws.py`.
+      draws: draws of z for each image in training, their L; see `experiments/vae/draws.py`.
     """
 
     pixels: int
@@ -82,7 +82,7 @@ def log_bernoulli(x, logits):
 
 
 def parts(network: Network, params, x, eps):
-    """The two parts of the ELBO, Kingma & Welling (10), and what an importance weight is made of.
+    """The two parts of the ELBO, Kingma & Welling (10), and the log ratio for importance weights.
 
     Args:
       x: [B, D] in [0, 1].
@@ -135,7 +135,7 @@ class VAE(Method):
 
 
 def make(config) -> VAE:
-    """The Method of a config: reads its sections data and vae.
+    """The Method of a config, from its sections data and vae.
 
     Raises:
       ConfigError: a field that is unknown, of a wrong type or impossible.

@@ -1,12 +1,12 @@
-"""What a trained auto-encoder is worth: its ELBO, a tighter bound, and a picture of a plane of latents.
+"""Measures a trained auto-encoder: its ELBO, a tighter bound, and a picture of the plane of latents.
 
     python -m experiments.vae --workdir=runs/vae_20
     python -m experiments.vae --workdir=runs/vae_2 --num_images=1000
 
-Prints reconstruction, KL and ELBO in nats an image, with standard errors over images, and the bound
-log 1/K Σ_k p(x, z_k)/q(z_k|x) with K draws (Burda et al. 2016), which rises to log p(x) with K. The same
-stands in the .json, in workdir/eval. With two latents the plane of images comes too, in workdir/samples
-(Kingma & Welling, Figure 4). Image i depends on the seed and i.
+Prints reconstruction, KL and ELBO in nats per image, with standard errors over images, and the bound
+log 1/K Σ_k p(x, z_k)/q(z_k|x) with K draws (Burda et al. 2016), which rises to log p(x) with K. The numbers are also
+written to a .json in workdir/eval. For two latents it also draws the plane of images, in workdir/samples
+(Kingma & Welling, Figure 4). The numbers of image i depend only on the seed and i.
 """
 
 import argparse
@@ -65,8 +65,7 @@ def load(workdir: str, weights: str) -> tuple[runs.Run, vae.Network]:
     run = runs.load(workdir, weights=weights)
     if run.config.method != METHOD:
         raise RunError(
-            f"{run.workdir} is a run of {run.config.method}, which this command does not know; it"
-            f" measures those of {METHOD}"
+            f"{run.workdir} is a run of {run.config.method}, but this command measures runs of {METHOD}"
         )
     return run, vae.make_network(run.method.image_shape, **run.config.vae)
 
@@ -88,9 +87,9 @@ def measure(
       num_images: how many; None for all of the split.
       weights: "ema" or "raw".
       seed: of the draws of z.
-      num_draws: K; the ELBO is averaged over them.
-      batch_size: images at a time; it changes memory and speed, and a result by rounding at most.
-      data_dir: where the data are, if not where the config says.
+      num_draws: K; the ELBO is averaged over K draws.
+      batch_size: images at a time; affects memory and speed, and the result only by rounding.
+      data_dir: where the data are; None for the path of the config.
 
     Returns:
       elbo, reconstruction, kl and log_p, float64 [N] in nats.
@@ -104,7 +103,7 @@ def measure(
     dataset = run_data.data_of(run, split, data_dir)
     count = num_images or len(dataset)
     if count > len(dataset):
-        raise RunError(f"{count} images asked of the {len(dataset)} in {dataset.name}/{split}")
+        raise RunError(f"{count} images requested, but {dataset.name}/{split} has {len(dataset)}")
 
     mapped = parallel.map_examples(make_bounds(network, num_draws))
     params = parallel.place(run.params)
@@ -132,10 +131,10 @@ def measure(
     name = run.name("elbo", split, f"seed{seed}", draws=num_draws)
     path = os.path.join(run.workdir, "eval", f"{name}.json")
     writers.save_json(path, summary | {"recipe": recipe, "software": parallel.banner()})
-    said = {name: _pm(*mean_and_error(each)) for name, each in values.items()}
+    texts = {name: _pm(*mean_and_error(each)) for name, each in values.items()}
     print(
-        f"ELBO {said['elbo']} nats, of which reconstruction {said['reconstruction']}, KL {said['kl']};"
-        f" log p at least {said['log_p']} by {num_draws} importance weights\n"
+        f"ELBO {texts['elbo']} nats: reconstruction {texts['reconstruction']}, KL {texts['kl']};"
+        f" log p at least {texts['log_p']} by {num_draws} importance weights\n"
         f"{os.path.basename(run.workdir)}, step {run.step:,}, {weights} weights, {network.latents}"
         f" latents: {count:,} images of {dataset.name}/{split}; ± is the standard error over"
         f" images\n{path}",
@@ -163,7 +162,7 @@ def draw_plane(workdir: str, *, weights: str = "ema") -> str | None:
     """Writes the `plane` of a run with two latents.
 
     Returns:
-      the path of the .png; None if it has another number.
+      the path of the .png; None for another number of latents.
 
     Raises:
       ConfigError, CheckpointError, RunError: as `measure`.
@@ -188,12 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--split", default="test", help="of the data (default: test)")
-    parser.add_argument("--num_images", type=int, help="how many; else all")
+    parser.add_argument("--num_images", type=int, help="how many images (default: all)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: 0)")
     parser.add_argument("--num_draws", type=int, default=50, help="K (default: 50)")
     parser.add_argument("--batch_size", type=int, help="images at a time")
-    parser.add_argument("--data_dir", help="where the data are; else as the config says")
+    parser.add_argument("--data_dir", help="where the data are (default: as in the config)")
     arguments = vars(parser.parse_args(argv))
     for name in ("num_images", "num_draws", "batch_size"):
         if arguments[name] is not None and arguments[name] < 1:

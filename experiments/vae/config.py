@@ -1,25 +1,25 @@
-"""Kingma & Welling 2014, Auto-Encoding Variational Bayes, on MNIST: 20 latents, or 2 (`:2`); see the package.
+"""Kingma & Welling 2014, Auto-Encoding Variational Bayes, on MNIST: 20 latents, or 2 (`:2`).
 
     python -m ddpm_jax.main --config=experiments/vae/config.py --workdir=runs/vae_20       815,824 parameters
     python -m ddpm_jax.main --config=experiments/vae/config.py:2 --workdir=runs/vae_2      788,788 parameters
     python -m experiments.vae --workdir=runs/vae_20                                        measures it
     python -m experiments.vae.draws --out=runs/vae_draws                                   with more draws of z
 
-A hundred epochs of Adam in batches of a hundred, where Kingma & Welling have Adagrad and a small weight decay.
+A hundred epochs of Adam in batches of a hundred, instead of Kingma & Welling's Adagrad with a small weight decay.
 
-Expected: with 20 latents near -100 nats, as in Kingma & Welling's Figure 2; with 2 less, and a plane of
-digits as in their Figure 4 (Figure 2 begins at 3 latents).
+Expected: about -100 nats with 20 latents, as in Kingma & Welling's Figure 2; a lower ELBO with 2 latents, and a plane
+of digits as in their Figure 4 (Figure 2 begins at 3 latents).
 Measured on one core of an AMD EPYC server beside other work, jax 0.10.2, in 20 and 23 minutes, a median of
-4800 images/s and 13,400 at best (at which a run takes 8 minutes). Nats an image over the 10,000 test images,
+4800 images/s and 13,400 at best (at that speed a run takes 8 minutes). Nats per image over the 10,000 test images,
 EMA weights, by the third command; ± is the standard error over images:
 
     latents   ELBO               reconstruction    KL              log p, 50 weights   ELBO of training
     20        -100.00 ± 0.24      74.43 ± 0.20     25.58 ± 0.05     -96.71 ± 0.23       -99.18
     2         -148.51 ± 0.53     141.84 ± 0.54      6.67 ± 0.01    -144.82 ± 0.51      -140.66
 
-The last column is that of the last 600 steps on the training set: with 2 latents the network overfits by
-8 nats, with 20 by 1. The plane of the second run has every digit, one passing into another; of 64 images
-drawn from the first (`--mode=sample`) about two in three can be read.
+The last column is the ELBO of the last 600 steps on the training set: with 2 latents the network overfits by
+8 nats, with 20 by 1. The plane of the second run contains every digit, with smooth transitions; of 64 images
+drawn from the first (`--mode=sample`) about two in three are readable.
 """
 
 from ml_collections import ConfigDict
@@ -49,13 +49,13 @@ def get_config(variant: str = ""):
 
 
 def two(config: ConfigDict) -> ConfigDict:
-    """Few enough latents to draw all of them."""
+    """Two latents, so that the whole plane can be drawn."""
     config.vae.latents = 2
     return config
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The whole program within a minute, and without a file of data."""
+    """A run of the whole program within a minute, without data files."""
     config.data.name = "synthetic"
     config.data.image_shape = (8, 8, 1)
     config.vae.latents = 2

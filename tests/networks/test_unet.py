@@ -1,4 +1,4 @@
-"""The network against mathematics written independently in NumPy, and its promises one by one."""
+"""The network against an independent implementation in NumPy, and each of its properties."""
 
 import functools
 
@@ -42,7 +42,7 @@ def inputs(shape=SHAPE, batch=4):
 
 @functools.lru_cache
 def random_params(**options):
-    """Parameters far from the initial ones, so that no layer hides behind a zero."""
+    """Parameters far from the initial ones, whose zeros would hide errors."""
     unet = UNet(**{**TINY, **options})
     draw_shapes = functools.partial(init_params, unet, image_shape=SHAPE)
     rng = np.random.default_rng(0)

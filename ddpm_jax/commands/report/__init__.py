@@ -59,14 +59,12 @@ def report(
     workdirs = [config_lib.path(part) for part in parts if part] or [workdir]
     for n, path in enumerate(workdirs):
         if os.path.realpath(path) in map(os.path.realpath, workdirs[:n]):
-            raise RunError(f"{path} is given twice; give each run once")
+            raise RunError(f"{path} is listed twice; list each run once")
     if out is not None:
         out = out_path(out, ".html")
     else:
-        one = len(workdirs) == 1
-        out = os.path.abspath(
-            os.path.join(workdirs[0], "report.html") if one else "comparison.html"
-        )
+        default = "comparison.html" if workdirs[1:] else os.path.join(workdirs[0], "report.html")
+        out = os.path.abspath(default)
     _check_out(out)
     text = render(arrange.page([find(path, allow_code=allow_code) for path in workdirs]))
     writers.save_text(out, text)

@@ -19,19 +19,17 @@ from ddpm_jax.process import terminal
 from ddpm_jax.stats import mean_and_error
 
 PICTURES = 12  # maximum number of pictures of one kind
-PARTS = 25  # a training curve is averaged over one part in so many
+PARTS = 25  # training curves are averaged over 1/PARTS of their points
 TITLES = {
     "grad_norm": "gradient norm",
     "param_norm": "parameter norm",
     "update_norm": "update norm",
-}
-TITLES |= {
     "learning_rate": "learning rate",
     "images_per_second": "images/s",
     "ema_decay": "EMA decay",
 }
 LINEAR = ("learning_rate", "images_per_second", "ema_decay")  # never drawn on a log scale
-# Fields that change the meaning of the loss, by their beginnings; but not these, by their ends.
+# Prefixes of the fields that change the meaning of the loss, and suffixes of the exceptions.
 LOSS_FIELDS = ("config.method", "config.data.", "config.diffusion.", "config.schedule.")
 OTHER_FIELDS = ("data_dir", "memory_limit_gb", "clip_x0")
 PREVIEW = "samples after step {:,}: raw parameters above, their moving average (EMA) below"
@@ -41,10 +39,10 @@ MODES = {
     "progressive": ("Samples", "x̂_0 along the way", "predictions of x_0, left to right in time"),
     "trajectory": ("Samples", "The chain from noise to image", "x_t above, predicted x_0 below"),
     "interpolate": (GIVEN, "Interpolation", "rows of images, from one end to the other"),
-    "reconstruct": (GIVEN, "Encoded and decoded", "images, below them encoded and decoded"),
-    "encode": (GIVEN, "Encoded", "images above, below them the latents x_T that encode them"),
-    "denoise": (GIVEN, "Noise added and removed", "images, with noise up to a time, denoised"),
-    "inpaint": (GIVEN, "Inpainted", "images, the part that is kept, the rest filled in"),
+    "reconstruct": (GIVEN, "Encoded and decoded", "images; below, encoded and decoded"),
+    "encode": (GIVEN, "Encoded", "images; below, their latents x_T"),
+    "denoise": (GIVEN, "Noise added and removed", "images, noised up to a time, denoised"),
+    "inpaint": (GIVEN, "Inpainted", "images, the part that is kept, the rest inpainted"),
     "nearest": (NEAREST, "Training images nearest to samples", "a sample on the left"),
 }
 
@@ -202,7 +200,7 @@ def schedule(found: list[Run]) -> list:
         line = f"T = {len(run.chain):,}; α² at the end {health.alpha_T**2:.3g}"
         if health.sum_beta is not None:
             line += f" (Σβ = {health.sum_beta:.4g} bounds it by {health.alpha_bar_bound:.3g})"
-        line += f"; a prior term of at most {health.prior_bits_per_dim:.2g} bits/dim."
+        line += f"; prior term at most {health.prior_bits_per_dim:.2g} bits/dim."
         lines.append(text(f"{run.name}: {line}" if len(found) > 1 else line, ""))
     title = "The forward process: data on the left, then x_t up to t = T − 1"
     return [*lines, *chart_block(charts), *(figure(path, title, title) for path in forward)]
@@ -254,7 +252,7 @@ def _pictures(run: Run, section: str) -> list:
 
 
 def _strip(picture: Picture, alt: str) -> list:
-    """A picture with its numbers and settings, and what belongs to it."""
+    """A picture with its numbers and settings, its table and its animation."""
     numbers, about, after = picture.numbers, [alt], []
     if "t" in numbers:
         about.append(f"t = {', '.join(map(str, numbers['t']))}")

@@ -16,12 +16,7 @@ from ddpm_jax.commands.report.words import number
 from ddpm_jax.files import writers
 
 WIDTH, HEIGHT = 360, 230  # pixels at full size
-BOX = (
-    46 / WIDTH,
-    34 / HEIGHT,
-    302 / WIDTH,
-    188 / HEIGHT,
-)  # left, bottom, width, height of the axes
+BOX = 46 / WIDTH, 34 / HEIGHT, 302 / WIDTH, 188 / HEIGHT  # left, bottom, width, height of the axes
 POINTS = 1500  # maximum number of points drawn of a curve
 COLOURS = 6  # colours of curves in the style sheet; later curves repeat them, dashed
 # Colours that matplotlib writes, and the variables of the style sheet that replace them.
@@ -77,9 +72,9 @@ def _valid(curve: Curve, x_scale: str, y_scale: str) -> Curve:
 
 
 def _numbers(curve: Curve, x_scale: str) -> list[str]:
-    """Values at five places along the axis, the lowest and the highest."""
-    places = (np.geomspace if x_scale == "log" else np.linspace)(curve.x[0], curve.x[-1], 5)
-    at = [np.abs(curve.x - place).argmin() for place in places]
+    """Values at five points along the axis, the lowest and the highest."""
+    points = (np.geomspace if x_scale == "log" else np.linspace)(curve.x[0], curve.x[-1], 5)
+    at = [np.abs(curve.x - x).argmin() for x in points]
     return [number(float(y)) for y in (*curve.y[at], curve.y.min(), curve.y.max())]
 
 
@@ -111,9 +106,9 @@ def _svg(curves, x_label: str, x_scale: str, y_scale: str) -> str:
 
 
 def _draw(axes, n: int, x: np.ndarray, y: np.ndarray, *, width=1.75, alpha=1.0) -> None:
-    """Draws the n-th curve, of a long one `POINTS` points; a single point becomes a dot."""
-    places = np.geomspace if axes.get_xscale() == "log" else np.linspace
-    k = np.unique(places(1, len(x), min(POINTS, len(x))).round().astype(int)) - 1
+    """Draws the n-th curve, with at most `POINTS` points; a single point becomes a dot."""
+    space = np.geomspace if axes.get_xscale() == "log" else np.linspace
+    k = np.unique(space(1, len(x), min(POINTS, len(x))).round().astype(int)) - 1
     k, width = (k, width) if len(x) > 1 else ([0, 0], 6)
     (line,) = axes.plot(x[k], y[k], color=[*INK][n % COLOURS], linewidth=width, alpha=alpha)
     line.set(clip_on=False, solid_capstyle="round", linestyle="-" if n < COLOURS else (0, (5, 4)))

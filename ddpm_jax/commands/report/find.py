@@ -26,7 +26,7 @@ class Picture(NamedTuple):
     path: str
     kind: str  # the mode that wrote it, "sample", "trajectory", or "other" without a recipe
     recipe: dict
-    numbers: dict[str, np.ndarray]  # small arrays of the .npz file beside it
+    numbers: dict[str, np.ndarray]  # small arrays of its .npz file
 
 
 class Run(NamedTuple):
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     name: str
     config: ConfigDict
     chain: Schedule | None  # None if the Method has none, or cannot be imported here
-    rows: list[dict]  # of metrics.jsonl, at least one
+    rows: list[dict]  # lines of metrics.jsonl, at least one
     log: str
     previews: list[tuple[int, str]]  # (step, path), in order
     pictures: list[Picture]

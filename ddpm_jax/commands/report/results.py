@@ -17,7 +17,7 @@ from ddpm_jax.commands.report.words import is_number, number, plus_minus
 from ddpm_jax.process.likelihood import rmse
 
 CURVES = 6  # maximum number of bounds in one chart
-# Names of the numbers of a result, and its caption. Other results are called by their files.
+# Names of the numbers of a result, and its caption. Other results are captioned by their file names.
 CAPTIONS = {
     ("total", "L_T", "L_0"): "Bound on −log p(x_0), bits/dim, ± the standard error over images",
     ("best", "even", "gain"): "The best steps of a shortened chain against even spacing, bits/dim",
@@ -37,7 +37,7 @@ METRICS = ("Metrics of samples", "Metrics of other images")
 class Score(NamedTuple):
     """A number of a result, such as an FID."""
 
-    caption: str  # of the table that shows it
+    caption: str  # caption of its table
     name: str
     settings: dict[str, str]
     mean: float
@@ -56,10 +56,10 @@ def scores(run: Run) -> Iterator[Score]:
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             if isinstance(entry, dict) and {"manifest", "mean", "seeds"} <= entry.keys():
                 yield _metric(name, entry)
-        given = {key.removesuffix("_stderr") for key in result if key.endswith("_stderr")}
-        known = next((names for names in CAPTIONS if {*names} == given), None)
+        named = {key.removesuffix("_stderr") for key in result if key.endswith("_stderr")}
+        known = next((names for names in CAPTIONS if {*names} == named), None)
         settings = {} if entries else settings_of(result)
-        for name in known or sorted(given):
+        for name in known or sorted(named):
             spread = result[f"{name}_stderr"]
             if is_number(result.get(name)) and (spread is None or is_number(spread)):
                 value = plus_minus(result[name], spread)
@@ -68,7 +68,7 @@ def scores(run: Run) -> Iterator[Score]:
 
 
 def settings_of(result: dict) -> dict[str, str]:
-    """The settings of a result that is not of metrics."""
+    """The settings of a result other than metrics."""
     recipe = result["recipe"] if isinstance(result.get("recipe"), dict) else {}
     steps = recipe.get("steps") or len(result.get("curves", {}).get("timesteps", ()))
     if "even_steps" in result:
@@ -78,7 +78,7 @@ def settings_of(result: dict) -> dict[str, str]:
 
 
 def _metric(name: str, entry: dict) -> Score:
-    """A metric over seeds, with what its manifest says of the images, the features and the reference."""
+    """A metric over seeds, with the images, features and reference of its manifest."""
     manifest = entry["manifest"]
     made = manifest.get("generated", manifest)
     seeds = ", ".join(str(seed) for seed in entry["seeds"] if seed is not None)
@@ -95,7 +95,7 @@ def _metric(name: str, entry: dict) -> Score:
 
 
 def tables(found: list[Run], captions) -> list:
-    """A table of each caption. Columns are numbers of a result; or for metrics numbers of steps, or runs."""
+    """A table for each caption. Its columns are the numbers of a result; for metrics, numbers of steps or runs."""
     blocks, several = [], len(found) > 1
     own = [(run, score) for run in found for score in scores(run)]
     own = [score.in_run(run) if several else score for run, score in own]
@@ -116,14 +116,14 @@ def tables(found: list[Run], captions) -> list:
 
 
 def bounds(run: Run) -> list[dict]:
-    """The results of nll, those of most steps and images first."""
+    """The results of nll, those with the most steps and images first."""
     needed = {"curves", "total", "recipe", "num_images"}
     found = [result for result in run.results.values() if needed <= result.keys()]
     return sorted(found, key=lambda r: (-len(r["curves"]["timesteps"]), -r["num_images"]))
 
 
 def likelihood(found: list[Run]) -> list:
-    """Bounds, best steps, rate and distortion; of several runs one curve each."""
+    """Bounds, best steps, rate and distortion; with several runs, one curve for each."""
     several = len(found) > 1
     terms = [(run, one) for run in found for one in bounds(run)[: 1 if several else CURVES]]
     labels = words.common([settings_of(one) for _, one in terms])[1] if terms else []
@@ -150,7 +150,7 @@ def likelihood(found: list[Run]) -> list:
 
 
 def _charts(named) -> list:
-    """The charts of `CHARTS` of (name, result) pairs."""
+    """The charts in `CHARTS` for (name, result) pairs."""
     named, charts = list(named), []
     for title, x_label, x, y, x_scale, y_scale in CHARTS:
         curves = []

@@ -29,16 +29,8 @@ VALUES = {
     "eta hat": "σ̂",
 }
 # Keys of a recipe that are not settings. Digests and nested dictionaries are not settings either.
-BOOKKEEPING = (
-    "workdir",
-    "mode",
-    "chosen",
-    "frames",
-    "last",
-    "num_images",
-    "num_samples",
-    "software",
-)
+BOOKKEEPING = ("workdir", "mode", "chosen", "frames", "last")
+BOOKKEEPING += ("num_images", "num_samples", "software")
 
 
 def is_number(value) -> bool:
@@ -47,7 +39,7 @@ def is_number(value) -> bool:
 
 
 def number(value) -> str:
-    """4,000, 0.04050, 1.3e-05 or –: four digits of a number that is not whole."""
+    """A number as 4,000, 0.04050, 1.3e-05 or –: four digits if it is not whole."""
     if value is None or value != value:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -60,7 +52,7 @@ def number(value) -> str:
 
 
 def plus_minus(mean: float, spread: float | None = None) -> str:
-    """3.704 ± 0.113: two digits of the spread, and as many decimals of the mean."""
+    """A mean as 3.704 ± 0.113: two digits of the spread, and as many decimals of the mean."""
     if not spread:
         return number(mean)
     if abs(mean) < 1e-3:
@@ -97,8 +89,8 @@ def _text(name: str, value) -> str:
 def common(described: list[dict[str, str]]) -> tuple[str, list[str]]:
     """The settings that all share, and the remaining settings of each."""
     first = described[0] if len(described) > 1 else {}
-    shared = {k: v for k, v in first.items() if all(one.get(k) == v for one in described)}
-    rest = [", ".join(v for k, v in one.items() if k not in shared) for one in described]
+    shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in described)}
+    rest = [", ".join(v for k, v in each.items() if k not in shared) for each in described]
     return ", ".join(shared.values()), rest
 
 
