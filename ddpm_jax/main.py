@@ -1,4 +1,4 @@
-"""The command line: modes, and flags that are read from the signatures of their functions.
+"""The command line.
 
 python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the same again resumes
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
@@ -14,105 +14,24 @@ import inspect
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 from absl import logging
 
 import ddpm_jax
-from ddpm_jax import data, hints, options
-from ddpm_jax.commands import benchmark as benchmark_lib
-from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
-from ddpm_jax.commands.report import report
+from ddpm_jax import data, modes, options
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.names import foreign_frames, place_of
 from ddpm_jax.names import nearest as nearest_name
-from ddpm_jax.options import ConfigError, Option, Text
+from ddpm_jax.options import ConfigError, Text
 from ddpm_jax.training import guards, loop, parallel, resume
 
 PROGRAM = "python -m ddpm_jax.main"
-
-
-def train(
-    config,
-    workdir: str,
-    *,
-    change: loop.Change = (),
-    distributed: Annotated[
-        bool,
-        "This process is one of several that train together; it calls jax.distributed.initialize().",
-    ] = False,
-) -> None:
-    """Trains what --config says; the same command again resumes."""
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ConfigError(f"--distributed: {error}") from error
-    loop.train(config, workdir, change=change)
-
-
-COMMANDS: dict[str, Callable] = {
-    "train": train,
-    "sample": sampling.sample,
-    "progressive": sampling.progressive,
-    "nearest": nearest.nearest,
-    "encode": inversion.encode,
-    "reconstruct": inversion.reconstruct,
-    "interpolate": inversion.interpolate,
-    "denoise": repair.denoise,
-    "inpaint": repair.inpaint,
-    "eval": metrics.evaluate,
-    "nll": likelihood.nll,
-    "rate_distortion": likelihood.rate_distortion,
-    "best_steps": likelihood.best_steps,
-    "report": report,
-    "benchmark": benchmark_lib.benchmark,
-}
-POSITIONAL = ("run", "config", "workdir")  # parameters of a command that main hands over
-
-
-def shared_flags(
-    *,
-    config: Annotated[
-        str | None,
-        "The config file, as FILE.py or FILE.py:VARIANT; NAME stands for configs/NAME.py. Every field of it can be"
-        " changed, as with --config.training.num_steps=5000.",
-    ] = None,
-    workdir: Annotated[
-        str | None, "The run directory. Default: runs/ and the name of the config."
-    ] = None,
-    debug: Annotated[bool, "Shows the traceback of an error."] = False,
-) -> None:
-    """Flags of every mode."""
-
-
-def run_flags(
-    *,
-    weights: Annotated[
-        Literal["ema", "raw"],
-        "The parameters to use: ema, their moving average, or raw, the last ones.",
-    ] = "ema",
-    allow_code: Annotated[
-        bool, "Imports modules outside ddpm_jax and experiments that the run names."
-    ] = False,
-) -> None:
-    """Flags of every mode that loads a run."""
-
-
-def flags_of(mode: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Option]:
-    """{flag: option} of a mode, including those of its choices."""
-    command = COMMANDS[mode]
-    found = list(options.flat(shared_flags))
-    if "run" in inspect.signature(command).parameters:
-        found += options.flat(run_flags)
-    found += options.flat(command, chosen, skip=POSITIONAL)
-    return {one.flag: one for one in found}
 
 
 USER_ERRORS = (
@@ -132,7 +51,7 @@ class Request:
     """A parsed command line.
 
     Attributes:
-      mode: a key of COMMANDS.
+      mode: a key of modes.COMMANDS.
       flags: {flag: Text}.
       fields: {"training.num_steps": text}, the --config.FIELD=VALUE.
     """
@@ -142,7 +61,10 @@ class Request:
         self.flags: dict[str, Text] = {}
         self.wants_help = self.wants_version = False
         booleans = {
-            flag for name in COMMANDS for flag, one in flags_of(name).items() if one.is_boolean
+            flag
+            for name in modes.COMMANDS
+            for flag, one in modes.flags_of(name).items()
+            if one.is_boolean
         }
         words, rest = list(argv), []
         while words:
@@ -175,20 +97,20 @@ class Request:
                 self.flags[name] = Text("")
         self.has_mode = "mode" in self.flags
         self.mode = str(self.flags.pop("mode", mode or "train"))
-        if self.mode not in COMMANDS:
-            known = ", ".join(COMMANDS)
+        if self.mode not in modes.COMMANDS:
+            known = ", ".join(modes.COMMANDS)
             raise ConfigError(
-                f"there is no --mode={self.mode}{nearest_name(self.mode, COMMANDS)} (choose from {known})"
+                f"there is no --mode={self.mode}{nearest_name(self.mode, modes.COMMANDS)} (choose from {known})"
             )
         if rest:
-            hint = f"; for that write --mode={rest[0]}" if rest[0] in COMMANDS else ""
+            hint = f"; for that write --mode={rest[0]}" if rest[0] in modes.COMMANDS else ""
             raise ConfigError(f"what is {rest[0]!r}? Every option begins with --{hint}")
         self.config_file = self.flags.get("config")
         self.check_flags()
 
     def check_flags(self) -> None:
         """Refuses flags that the mode does not have."""
-        known = flags_of(self.mode, self.flags)
+        known = modes.flags_of(self.mode, self.flags)
         for flag in self.flags:
             if flag in known:
                 continue
@@ -200,13 +122,13 @@ class Request:
                         raise ConfigError(
                             f"{flag} is an option of {one.choice.kind} {owner!r}, and {str(here)!r} has none"
                         )
-            modes = [mode for mode in COMMANDS if flag in all_flags(mode)]
-            if modes:
+            others = [mode for mode in modes.COMMANDS if flag in modes.all_flags(mode)]
+            if others:
                 near = {"seed": "config.seed", "batch_size": "config.training.batch_size"}
                 near = near.get(flag) if self.mode == "train" else None
                 hint = f"; for training write --{near}" if near else ""
                 raise ConfigError(
-                    f"--{flag} is for --mode={', '.join(modes)}, not for {self.mode}{hint}"
+                    f"--{flag} is for --mode={', '.join(others)}, not for {self.mode}{hint}"
                 )
             raise ConfigError(f"there is no flag --{flag}{self.near_flag(flag)}")
 
@@ -218,9 +140,9 @@ class Request:
                 exact = [name for name in fields if flag in (name, name.rpartition(".")[2])]
                 if exact or "." in flag:
                     return config_lib.near_field(flag, list(fields))
-        names = ["mode", *flags_of(self.mode, self.flags), *all_flags(self.mode)]
+        names = ["mode", *modes.flags_of(self.mode, self.flags), *modes.all_flags(self.mode)]
         if self.mode == "train":
-            names += [name for mode in COMMANDS for name in all_flags(mode)]
+            names += [name for mode in modes.COMMANDS for name in modes.all_flags(mode)]
         whole = [name for name in dict.fromkeys(names) if name in flag.split("_")]
         return nearest_name(whole[0] if whole else flag, names, prefix="--")
 
@@ -228,7 +150,7 @@ class Request:
         """The flags that the options of these targets take, by the names of the options."""
         result = {}
         for target in targets:
-            for one in options.flat(target, self.flags, skip=POSITIONAL):
+            for one in options.flat(target, self.flags, skip=modes.POSITIONAL):
                 if one.flag in self.flags:
                     result[one.name] = self.flags[one.flag]
         return result
@@ -265,21 +187,12 @@ class Request:
         return os.path.join("runs", "_".join(filter(None, [os.path.splitext(name)[0], variant])))
 
 
-def all_flags(mode: str) -> dict[str, Option]:
-    """The flags of a mode with those of every built-in choice."""
-    found = flags_of(mode)
-    for one in list(found.values()):
-        for cls in one.choice.built_in.values() if one.choice else ():
-            found |= {inner.flag: inner for inner in options.flat(cls)}
-    return found
-
-
 # ---- doing it ----------------------------------------------------------------------------------------
 
 
 def execute(request: Request) -> None:
     """Runs the command of a request."""
-    mode, command = request.mode, COMMANDS[request.mode]
+    mode, command = request.mode, modes.COMMANDS[request.mode]
     parallel.enable_compilation_cache()
     parameters = inspect.signature(command).parameters
     if "config" in parameters:
@@ -287,20 +200,24 @@ def execute(request: Request) -> None:
         if settings is None:
             what = "training" if mode == "train" else f"--mode={mode}"
             raise ConfigError(f"{what} needs --config=configs/NAME.py")
-        kwargs = options.bind(command, request.values(command), "--", given=POSITIONAL)
+        kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
         command(settings, *([workdir] if "workdir" in parameters else []), **kwargs)
         return
     workdir, settings = request.workdir(), request.config()
     if settings is not None and mode != "report":
         resume.refuse_another_config(settings, os.path.join(workdir, "config.json"))
     if "run" not in parameters:
-        kwargs = options.bind(command, request.values(command), "--", given=POSITIONAL)
+        kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
         with _advice_on_writing(workdir):
             command(workdir, **kwargs)
         return
-    options.bind(command, request.values(command), "--", given=POSITIONAL)  # before files are read
+    options.bind(
+        command, request.values(command), "--", given=modes.POSITIONAL
+    )  # before files are read
     with _advice_on_writing(workdir):
-        run = runs.load(workdir, **options.bind(run_flags, request.values(run_flags), "--"))
+        run = runs.load(
+            workdir, **options.bind(modes.run_flags, request.values(modes.run_flags), "--")
+        )
         command(run, **arguments(command, run, request.values(command), "--"))
 
 
@@ -311,8 +228,8 @@ def check(argv: list[str]) -> None:
       one of USER_ERRORS.
     """
     request = Request(argv)
-    command = COMMANDS[request.mode]
-    options.bind(command, request.values(command), "--", given=POSITIONAL)
+    command = modes.COMMANDS[request.mode]
+    options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
     if request.mode == "train":
         loop.check(request.config())
 
@@ -327,7 +244,7 @@ def arguments(
     """
     own = run.method.Sampling
     if own is Sampling or "sampling" not in inspect.signature(command).parameters:
-        return options.bind(command, values, where, given=POSITIONAL)
+        return options.bind(command, values, where, given=modes.POSITIONAL)
     names = {one.name for one in options.flat(own)}
     rest = {name: value for name, value in values.items() if name not in names}
     for one in options.flat(Sampling):
@@ -336,7 +253,7 @@ def arguments(
                 f"{where}{one.flag} is for diffusions, and {run.config.method} (config.method) has no such"
                 " option"
             )
-    kwargs = options.bind(command, rest, where, given=(*POSITIONAL, "sampling"))
+    kwargs = options.bind(command, rest, where, given=(*modes.POSITIONAL, "sampling"))
     mine = {name: value for name, value in values.items() if name in names}
     return kwargs | {"sampling": options.build(own, mine, where)}
 
@@ -362,53 +279,34 @@ def help_text(request: Request) -> str:
     """What --help prints: the modes, or the flags of the --mode that is given, or a config's fields."""
     settings = request.config()
     if not request.has_mode and settings is None:
-        modes = "\n".join(f"  {name:16} {about(command)}" for name, command in COMMANDS.items())
+        listed = "\n".join(
+            f"  {name:16} {modes.about(command)}" for name, command in modes.COMMANDS.items()
+        )
         return (
             f"{PROGRAM} --config=configs/NAME.py [--workdir=DIR] [--config.FIELD=VALUE …]\n"
             f"{PROGRAM} --mode=MODE --workdir=DIR [--FLAG=VALUE …]\n\n"
-            f"Modes (default: train):\n\n{modes}\n\n"
+            f"Modes (default: train):\n\n{listed}\n\n"
             f"{PROGRAM} --mode=MODE --help                lists the flags of a mode.\n"
             f"{PROGRAM} --config=configs/NAME.py --help   lists the fields of a config.\n"
             f"{PROGRAM} --version                         prints the version.\n"
         )
-    command = COMMANDS[request.mode]
-    text = f"{PROGRAM} --mode={request.mode}\n\n{about(command)}\n\n"
-    known = flags_of(request.mode, request.flags)
-    text += "".join(help_line(one) for one in known.values())
+    command = modes.COMMANDS[request.mode]
+    text = f"{PROGRAM} --mode={request.mode}\n\n{modes.about(command)}\n\n"
+    known = modes.flags_of(request.mode, request.flags)
+    text += "".join(modes.help_line(one) for one in known.values())
     for one in known.values():
         for name, cls in (
             one.choice.built_in.items() if one.choice and one.flag not in request.flags else ()
         ):
             own = [inner for inner in options.flat(cls) if inner.flag not in known]
             if own:
-                text += f"\nWith --{one.flag}={name}:\n\n" + "".join(map(help_line, own))
+                text += f"\nWith --{one.flag}={name}:\n\n" + "".join(map(modes.help_line, own))
     if settings is not None:
         text += f"\nThe fields of {request.config_file}, with their values:\n\n"
         for field, value in config_lib.fields(settings).items():
             value = ",".join(map(str, value)) if isinstance(value, tuple) else value
             text += f"  --config.{field}={value}\n"
     return text
-
-
-def about(command: Callable) -> str:
-    """The first sentence of a docstring."""
-    return " ".join(inspect.getdoc(command).split("\n\n")[0].split())
-
-
-def help_line(one: Option) -> str:
-    """A flag with its help and default."""
-    default = one.default
-    if one.choice is not None and default is not None:
-        default = options.name_of(default, one.choice)
-    text = one.help
-    if default is options.EMPTY:
-        text += " It must be given."
-    elif default not in (None, ()) and "Default:" not in text:
-        text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
-    words = hints.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
-    is_switch = one.is_boolean
-    word = f"--[no]{one.flag}" if is_switch else f"--{one.flag}={'|'.join(words) or 'VALUE'}"
-    return f"  {word}\n" + textwrap.indent(textwrap.fill(text, 92), " " * 6) + "\n"
 
 
 # ---- the command line ------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ python docs/commands.py > docs/commands.md
 
 from __future__ import annotations
 
-from ddpm_jax import hints, main, options
+from ddpm_jax import hints, main, modes, options
 from ddpm_jax.options import Option
 
 HEAD = f"""# Commands
@@ -50,29 +50,29 @@ def choices(found: list[Option]) -> str:
     for one in found:
         for name, cls in one.choice.built_in.items() if one.choice else ():
             own = list(options.flat(cls))
-            text += f"`--{one.flag}={name}`: {main.about(cls)}\n\n" + (table(own) if own else "")
+            text += f"`--{one.flag}={name}`: {modes.about(cls)}\n\n" + (table(own) if own else "")
     return text
 
 
 def commands() -> str:
     """The whole page."""
-    text, shared = HEAD, {one.flag for one in options.flat(main.shared_flags)}
+    text, shared = HEAD, {one.flag for one in options.flat(modes.shared_flags)}
     text += "| mode | |\n|---|---|\n"
-    for mode, command in main.COMMANDS.items():
-        text += f"| [`{mode}`](#{mode}) | {main.about(command)} |\n"
-    text += f"\n## Every mode\n\n{table(list(options.flat(main.shared_flags)))}"
+    for mode, command in modes.COMMANDS.items():
+        text += f"| [`{mode}`](#{mode}) | {modes.about(command)} |\n"
+    text += f"\n## Every mode\n\n{table(list(options.flat(modes.shared_flags)))}"
     chosen = {}  # the options of samplers are listed once
-    for mode, command in main.COMMANDS.items():
+    for mode, command in modes.COMMANDS.items():
         default = {}  # leaves out the fields of the default choice, which stand below
-        for one in main.flags_of(mode).values():
+        for one in modes.flags_of(mode).values():
             if one.choice and one.default not in (None, options.EMPTY):
                 default |= {inner.flag: one for inner in options.flat(type(one.default))}
         found = [
             one
-            for flag, one in main.flags_of(mode).items()
+            for flag, one in modes.flags_of(mode).items()
             if flag not in shared and flag not in default
         ]
-        text += f"## {mode}\n\n{main.about(command)}\n\n" + (table(found) if found else "")
+        text += f"## {mode}\n\n{modes.about(command)}\n\n" + (table(found) if found else "")
         chosen |= {one.flag: one for one in found if one.choice}
     for one in chosen.values():
         text += f"## Options of each {one.choice.kind}\n\n{choices([one])}"

@@ -133,7 +133,7 @@ def train(
         "weights_sha256": digest(weights),
         "software": parallel.banner(),
     }
-    writers.save_npz(out, recipe=json.dumps(recipe), **weights)
+    writers.save_npz(out, weights, recipe)
     print(f"test accuracy {100 * accuracy:.2f} % of {len(test_set)} images: {out}", flush=True)
     return accuracy
 

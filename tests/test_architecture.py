@@ -20,6 +20,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "training",
     "commands",
     "library",
+    "modes",
     "main",
     "benchmark __main__ __init__",
 )

@@ -13,7 +13,7 @@ import pytest
 from docs_blocks import PAGES, ROOT
 
 import ddpm_jax as dj
-from ddpm_jax import main
+from ddpm_jax import main, modes
 
 BLOCKS = [block for page in PAGES for block in docs_blocks.blocks(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -62,8 +62,8 @@ def test_every_command_parses(clone):
             request = main.Request(arguments, mode)
             request.config()
             if not request.wants_help:
-                target = main.COMMANDS[request.mode]
-                main.options.bind(target, request.values(target), "--", given=main.POSITIONAL)
+                target = modes.COMMANDS[request.mode]
+                main.options.bind(target, request.values(target), "--", given=modes.POSITIONAL)
         except ValueError as error:
             pytest.fail(f"{line}\n{error}")
         assert request.wants_help or request.workdir(), line
@@ -134,7 +134,7 @@ def test_a_new_option_is_on_the_page(monkeypatch):
     def command(run, *, colour: Annotated[str, "The colour of the noise."] = "white"):
         """Does something new."""
 
-    monkeypatch.setitem(main.COMMANDS, "new", command)
+    monkeypatch.setitem(modes.COMMANDS, "new", command)
     spec = importlib.util.spec_from_file_location("commands", ROOT / "docs" / "commands.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import main, options
+from ddpm_jax import main, modes, options
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.experiments import sweep
@@ -92,9 +92,9 @@ def test_evaluations_follow_their_training_and_use_flags_that_exist(table, size,
             expected = ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}", *arguments]
             assert next(commands) == [*expected, f"--out={out}"] and NAME.fullmatch(column)
             request = main.Request(arguments)  # ConfigError: no such flag
-            command = main.COMMANDS[request.mode]
+            command = modes.COMMANDS[request.mode]
             kwargs = options.bind(
-                command, request.values(command), "--", given=main.POSITIONAL
+                command, request.values(command), "--", given=modes.POSITIONAL
             )  # ConfigError: no such value
             if request.mode == "eval":
                 method.chain(kwargs.get("sampling", Sampling()))

@@ -14,7 +14,7 @@ from PIL import Image
 from test_train import make_config
 
 import ddpm_jax
-from ddpm_jax import data, main
+from ddpm_jax import data, main, modes
 from ddpm_jax.files import checkpoints, results
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
@@ -218,20 +218,20 @@ def test_a_run_of_the_config_files_own_size_goes_on(tmp_path):
 def test_help_lists_the_modes(command, word):
     status, out, err = command(word)
     assert status == 0 and not err
-    assert all(f"\n  {mode} " in out for mode in main.COMMANDS)
+    assert all(f"\n  {mode} " in out for mode in modes.COMMANDS)
 
 
-@pytest.mark.parametrize("mode", main.COMMANDS)
+@pytest.mark.parametrize("mode", modes.COMMANDS)
 def test_help_on_a_mode_has_its_flags_and_no_others(command, mode):
     status, out, err = command(f"--mode={mode}", "--help")
     assert status == 0 and not err
     listed = {line.split("=")[0].strip() for line in out.splitlines() if line.startswith("  --")}
-    known = main.all_flags(mode).values()
+    known = modes.all_flags(mode).values()
     assert listed == {f"--[no]{one.flag}" if one.is_boolean else f"--{one.flag}" for one in known}
 
 
 def test_help_is_in_whole_sentences_with_defaults(command):
-    for one in (one for mode in main.COMMANDS for one in main.all_flags(mode).values()):
+    for one in (one for mode in modes.COMMANDS for one in modes.all_flags(mode).values()):
         text = one.help
         assert text[0].isupper() and text.endswith(".") and len(text.split()) > 3, one.flag
     _, out, _ = command("--mode=sample", "--help")

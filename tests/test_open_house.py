@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from test_edit import make_config
 
-from ddpm_jax import main, options
+from ddpm_jax import modes, options
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.experiments import edm, flow_matching, my_network
@@ -87,9 +87,9 @@ def test_a_sampler_of_ones_own_in_a_config_python_and_the_report(mine, monkeypat
     import my_idea
 
     sampling = Sampling(sampler=my_idea.Lazy(share=0.5), steps="4")
-    path = main.COMMANDS["sample"](run, sampling=sampling, num_samples=2)
+    path = modes.COMMANDS["sample"](run, sampling=sampling, num_samples=2)
     assert json.loads(str(results.read_npz(path)["recipe"]))["share"] == 0.5
-    page = main.COMMANDS["report"](str(folder / "previewed"), allow_code=True)
+    page = modes.COMMANDS["report"](str(folder / "previewed"), allow_code=True)
     with open(page, encoding="utf-8") as file:
         assert "share 0.5" in file.read()
 
@@ -166,7 +166,7 @@ def test_each_trains_and_draws(experiment, tmp_path):
     else:  # levels and attention are tested with the network
         config.model.update(channel_mults=(1,), attention_resolutions=())
     loop.train(config, tmp_path / "run")
-    path = main.COMMANDS["sample"](
+    path = modes.COMMANDS["sample"](
         runs.load(str(tmp_path / "run")), num_samples=2, sampling=Sampling(steps="3")
     )
     assert results.read_npz(path)["images"].shape == (2, 8, 8, 1)

@@ -354,7 +354,7 @@ def test_a_process_at_work_is_left_alone(tmp_path):
             with pytest.raises(checkpoints.CheckpointError, match="in use"), other:
                 pass
         assert os.path.exists(f"{folder}/half")
-        writers.save_npz(out, x=np.zeros(1), recipe=json.dumps({"a": 1}))
+        writers.save_npz(out, {"x": np.zeros(1)}, {"a": 1})
     with pytest.raises(RunError, match="other settings"), results.in_progress(out, {"a": 2}):
         pass
     assert os.listdir(tmp_path) == ["x.npz"]
@@ -504,9 +504,8 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
 
 def test_names_of_results_can_be_read(workdir):
     run = runs.load(workdir, allow_code=True)
-    name = run.name(
-        "denoise", from_t=[250, 500, 750], images="/somewhere/my pictures", steps="5,10"
-    )
+    settings = {"from_t": [250, 500, 750], "images": "/somewhere/my pictures", "steps": "5,10"}
+    name = run.name("denoise", settings=settings)
     assert "from_t_250-500-750" in name and "images_mypictures-" in name and "steps_5-10" in name
 
 

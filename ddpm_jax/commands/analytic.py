@@ -25,7 +25,7 @@ def measured(chosen) -> Bounding:
 
 def path(run: Run, kept: Bounding) -> str:
     """The path of the measured errors."""
-    name = run.name("x_0_error", **options.changed(kept))
+    name = run.name("x_0_error", settings=options.changed(kept))
     return os.path.join(run.workdir, "eval", f"{name}.npz")
 
 

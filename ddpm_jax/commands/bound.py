@@ -136,7 +136,7 @@ class Request:
         named = path is not None
         if not named:
             parts = ("nll", self.measured.split, f"seed{self.measured.seed}")
-            name = run.name(*parts, **options.changed(bounding))
+            name = run.name(*parts, settings=options.changed(bounding))
             path = os.path.join(run.workdir, "eval", f"{name}.json")
         path = os.path.abspath(f"{path[:-5]}.npz")
         count = self.measured.num_images or len(dataset)
@@ -181,7 +181,7 @@ class Request:
             print(f"evaluating {run.workdir} on {where}, {len(chain)} steps", flush=True)
             self._fill(tally, dataset, rows, num_images, chosen, errors, key)
             tally.arrays[INDEX] = rows[: tally.count]
-            writers.save_npz(path, **tally.arrays, recipe=json.dumps(recipe))
+            writers.save_npz(path, tally.arrays, recipe)
         digest = hashlib.sha256(tally.arrays[DIGESTS].tobytes()).hexdigest()
         return Evaluation(path, chain, recipe | {DIGESTS: digest}, tally.scalars(), tally.curves())
 
@@ -237,7 +237,7 @@ class _Tally:
                 result[CURVE + name] = (before * count + values.sum(axis=0)) / (count + new)
         result[DIGESTS] = np.concatenate([self.arrays.get(DIGESTS, digests[:0]), digests])
         self.arrays = result
-        writers.save_npz(self.path, **result)
+        writers.save_npz(self.path, result)
 
     def scalars(self) -> dict[str, np.ndarray]:
         kept = (DIGESTS, INDEX)

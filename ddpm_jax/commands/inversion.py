@@ -70,7 +70,7 @@ def encode(
         return {"latents": latents, "images": given.images, **given.origin()}
 
     recipe = given.recipe | chosen | {"last": int(steps.times[-1])}  # the time of the latents
-    name = run.name("encode", **images.named(), **options.changed(chain))
+    name = run.name("encode", settings=images.named() | options.changed(chain))
     out, arrays = shared.write(run, "encode", recipe, make, output, name)
     latents, shown = arrays["latents"], shared.shown(len(given.images))
     look = np.asarray(to_uint8(latents / 3))  # three standard deviations fill the range
@@ -163,7 +163,7 @@ def reconstruct(
 
     recipe = given.recipe | chosen | {"steps": counts}
     settings = options.changed(chain) | {"steps": counts}
-    name = run.name("reconstruct", **images.named(), **settings)
+    name = run.name("reconstruct", settings=images.named() | settings)
     out, arrays = shared.write(run, "reconstruct", recipe, make, output, name)
     shown = shared.shown(len(given.images))
     rows = [("images", given.images[shown])]
@@ -221,7 +221,7 @@ def interpolate(
         settings |= {"num_images": work.count, "labels": images.labels}
     else:
         settings |= work.images.named()
-    name = run.name("interpolate", f"seed{seed}", **settings)
+    name = run.name("interpolate", f"seed{seed}", settings=settings)
     out, arrays = shared.write(
         run, "interpolate", recipe, lambda: work.make(output.batch_size), output, name
     )

@@ -137,7 +137,7 @@ def best_steps(
     totals = {name: values[:count] for name, values in totals.items()}
     totals["gain"] = totals["even"] - totals["best"]
     settings = options.changed(dataclasses.replace(bounding, steps=str(S)))
-    name = run.name("best_steps", measured.split, f"seed{measured.seed}", **settings)
+    name = run.name("best_steps", measured.split, f"seed{measured.seed}", settings=settings)
     summary = {
         "steps": tau.tolist(),
         "even_steps": even.tolist(),

@@ -114,11 +114,11 @@ def evaluate(
     out = check_out(output.out, run.workdir)
     chosen = options.changed(sampling)
     for_nll = {name: chosen[name] for name in ("variance", "clip_x0") if name in chosen}
+    drawing = chosen | {"num_samples": num_samples, "labels": None if labels == "cycle" else labels}
     if images is not None or not functions:
-        unused = chosen if functions else {k: v for k, v in chosen.items() if k not in for_nll}
-        unused |= {"num_samples": num_samples, "num_seeds": num_seeds if num_seeds > 1 else None}
-        unused |= {"labels": labels if labels != "cycle" else None}
-        unused |= {} if functions else {"images": images}
+        unused = drawing | {"num_seeds": num_seeds if num_seeds > 1 else None}
+        if not functions:
+            unused = {k: v for k, v in unused.items() if k not in for_nll} | {"images": images}
         refuse_unused(unused, metrics, images)
     output = dataclasses.replace(output, out=None)
     results = {}
@@ -130,29 +130,33 @@ def evaluate(
             judge.add(results, run_data.load_images(run, images), None)
         count = num_samples or NUM_SAMPLES
         draw = functools.partial(sampling_lib.sample, run, sampling=sampling, labels=labels)
-        for one in range(seed, seed + num_seeds) if images is None else ():
-            path = draw(num_samples=count, seed=one, output=output)
+        for its_seed in range(seed, seed + num_seeds) if images is None else ():
+            path = draw(num_samples=count, seed=its_seed, output=output)
             judge.add(results, *_samples(path, count))
     if "nll" in names:
         measured = Measured(num_images=num_images, data_dir=data_dir, seed=seed)
-        bounding = dataclasses.replace(Bounding(), **for_nll)
-        bound = likelihood.nll(run, bounding=bounding, measured=measured, output=output)
-        results["nll_bits_per_dim"] = {
-            "values": [float(np.mean(bound.scalars["total"]))],
-            "manifest": bound.recipe | {"num_images": bound.count},
-            "seeds": [seed],
-        }
+        results["nll_bits_per_dim"] = bound_of(run, for_nll, measured, output)
     summarise(results)
     if out is None:
-        settings = {"images": images, "split": split, "num_samples": num_samples, **chosen}
-        settings |= {"num_images": num_images, "metrics": metrics, "features": features}
-        settings |= {"labels": None if labels == "cycle" else labels}
+        settings = drawing | {"images": images, "split": split, "num_images": num_images}
         settings |= {"seeds": f"{seed}-{seed + num_seeds - 1}"}
-        out = os.path.join(run.workdir, "eval", f"{run.name('metrics', **settings)}.json")
+        settings |= {"metrics": metrics, "features": features}
+        out = os.path.join(run.workdir, "eval", f"{run.name('metrics', settings=settings)}.json")
     writers.save_json(out, {"recipe": run.recipe(), "metrics": results})
     print(report(results))
     print(os.path.abspath(out), flush=True)
     return results
+
+
+def bound_of(run: Run, settings: dict, measured: Measured, output: Output) -> dict:
+    """The variational bound in bits/dim as an entry of the results, with these settings of `Bounding`."""
+    bounding = dataclasses.replace(Bounding(), **settings)
+    bound = likelihood.nll(run, bounding=bounding, measured=measured, output=output)
+    return {
+        "values": [float(np.mean(bound.scalars["total"]))],
+        "manifest": bound.recipe | {"num_images": bound.count},
+        "seeds": [measured.seed],
+    }
 
 
 def summarise(results: dict) -> None:
@@ -311,7 +315,7 @@ def features_of(run: Run, extractor: Extractor, dataset: data.Dataset) -> Featur
     with results_lib.in_progress(path, recipe) as (folder, finished):
         if finished is None:
             finished = _extract(folder, extractor, dataset)
-            writers.save_npz(path, **finished, recipe=json.dumps(recipe))
+            writers.save_npz(path, finished, recipe)
     return Features(finished["features"], finished["logits"], digest)
 
 

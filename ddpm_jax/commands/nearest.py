@@ -92,7 +92,7 @@ def nearest(
     test = None if unseen is None else hashlib.sha256(unseen.tobytes()).hexdigest()
     recipe |= {"test_sha256": test}
     settings |= {"images": images, "num_samples": num_samples, "neighbours": neighbours}
-    name = run.name("nearest", f"seed{seed}", **settings)
+    name = run.name("nearest", f"seed{seed}", settings=settings)
     out, arrays = shared.write(run, "nearest", recipe, make, output, name)
     strip = np.concatenate([arrays["images"][:, None], arrays["neighbours"]], axis=1)[:ROWS]
     what = "sample" if images is None else "image"

@@ -86,7 +86,7 @@ def denoise(
 
     recipe = given.recipe | {"seed": seed} | options.describe(chosen) | {"from_t": times}
     settings = images.named() | options.changed(sampling) | {"from_t": times}
-    name = run.name("denoise", f"seed{seed}", **settings)
+    name = run.name("denoise", f"seed{seed}", settings=settings)
     out, arrays = shared.write(run, "denoise", recipe, make, output, name)
     shown = shared.shown(len(given.images))
     rows = [("images", given.images[shown])]
@@ -164,7 +164,7 @@ def inpaint(
     settings = {"mask": os.path.basename(mask), "variance": variance}
     settings |= {key: n for key, n in (("resample", resample), ("jump", jump)) if n != 10}
     settings |= images.named() | options.changed(chain)
-    name = run.name("inpaint", f"seed{seed}", **settings)
+    name = run.name("inpaint", f"seed{seed}", settings=settings)
     out, arrays = shared.write(run, "inpaint", recipe, make, output, name)
     hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
     shown = shared.shown(len(given.images))

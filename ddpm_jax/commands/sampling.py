@@ -108,7 +108,7 @@ def sample(
             arrays["labels"] = inputs(np.arange(num_samples))[1]
             if run.class_names:
                 arrays["class_names"] = np.array(run.class_names)
-        writers.save_npz(plan.out, images=images, recipe=json.dumps(plan.recipe), **arrays)
+        writers.save_npz(plan.out, {"images": images} | arrays, plan.recipe)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
     if trajectory:
         _save_trajectory(run, plan, inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES))))
@@ -185,7 +185,7 @@ def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: 
     if run.method.num_classes:
         recipe["labels"] = labels
         named |= {} if labels == "cycle" else {"labels": labels}
-    name = run.name(*parts, f"seed{seed}", **named)
+    name = run.name(*parts, f"seed{seed}", settings=named)
     out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
     out = results.out_path(out, ".npz", run.workdir)
     return Plan(run, chosen, key, labels, recipe, out, output.out is not None, x_0_error)
@@ -295,7 +295,7 @@ def progressive(
         t = frames.t[0]
         arrays = {"images": images, "x_t": frames.x_t, "x_0": x_0, "t": t}
         arrays |= {"labels": examples[1]} if run.method.num_classes else {}
-        writers.save_npz(plan.out, **arrays, recipe=json.dumps(plan.recipe))
+        writers.save_npz(plan.out, arrays, plan.recipe)
         strip = x_0[:GRID_ROWS].reshape(-1, *run.method.image_shape)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(strip, columns=len(t)))
     times = ", ".join(f"{time:g}" for time in t)

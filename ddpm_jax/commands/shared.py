@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -287,5 +286,5 @@ def write(
         if finished:
             print("nothing new to compute: the result exists with the same recipe", flush=True)
         arrays = finished or make()
-        writers.save_npz(out, **arrays, recipe=json.dumps(recipe))
+        writers.save_npz(out, arrays, recipe)
     return out, arrays

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,10 +66,10 @@ class Run:
         """The names of the classes that it was trained with, by their numbers; empty if not saved."""
         return tuple((saved_data(self.workdir) or {}).get("class_names", ()))
 
-    def name(self, *parts: str, **settings) -> str:
+    def name(self, *parts: str, settings: Mapping[str, Any] | None = None) -> str:
         """A file name for a result: step, weights, the parts, and the settings that are not None."""
         words = [f"step_{self.step:08d}", self.weights, *parts]
-        settings = {key: value for key, value in settings.items() if value is not None}
+        settings = {key: value for key, value in (settings or {}).items() if value is not None}
         if "steps" in settings:
             settings["steps"] = as_text(settings["steps"])
         words += [f"{key}_{_short(value)}" for key, value in sorted(settings.items())]

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -96,8 +96,9 @@ def save_json(path: str, tree) -> None:
     save_text(path, json.dumps(finite(tree), indent=1, ensure_ascii=False) + "\n")
 
 
-def save_npz(path: str, **arrays) -> None:
-    """Writes an uncompressed .npz atomically."""
+def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = None) -> None:
+    """Writes an uncompressed .npz atomically; its recipe is the array "recipe", as JSON."""
+    arrays = arrays | ({} if recipe is None else {"recipe": json.dumps(recipe)})
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     _replace(path, lambda temporary: np.savez(temporary, **arrays))
 

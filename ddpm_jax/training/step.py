@@ -168,9 +168,8 @@ def make_update(
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
     if accumulate < 1 or not max_grad_norm > 0:
-        raise ValueError(
-            f"accumulate must be at least 1 and max_grad_norm positive, got {accumulate}, {max_grad_norm}"
-        )
+        numbers = f"{accumulate}, {max_grad_norm}"
+        raise ValueError(f"accumulate must be at least 1 and max_grad_norm positive, got {numbers}")
 
     def loss_and_more(params, loss_state, key, batch):
         loss, metrics, record = method.loss_fn(params, loss_state, key, batch)
@@ -186,11 +185,8 @@ def make_update(
             for part in _parts(batch, accumulate)
         ]
         records = [record for _, (_, record) in parts]
-        grads, sums = jax.tree.map(
-            lambda *leaves: sum(leaves), *((grads, sums) for grads, (sums, _) in parts)
-        )
+        grads, sums = _sum_of([(grads, sums) for grads, (sums, _) in parts])
         grads = jax.tree.map(lambda g: g / accumulate, grads) if accumulate > 1 else grads
-
         if clip == "per_replica":
             grads = clip_by_norm(grads, norm(grads), max_grad_norm)
         grads, sums = _mean_over_devices((grads, sums), axis_name)
@@ -199,16 +195,11 @@ def make_update(
             grads = clip_by_norm(grads, grad_norm, max_grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-
-        decay = jnp.float32(ema_decay)
-        if ema_warmup:
-            decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+        decay = _decay_at(state.step, ema_decay, ema_warmup)
         ema_params = optax.incremental_update(params, state.ema_params, 1.0 - decay)
 
         once = (grad_norm, norm(updates), norm(params), decay)
-        sums |= {
-            name: jnp.stack([value, 1.0]) for name, value in zip(STEP_METRICS, once, strict=True)
-        }
+        sums |= {k: jnp.stack([v, 1.0]) for k, v in zip(STEP_METRICS, once, strict=True)}
         loss = sums["loss"][0] / sums["loss"][1]
         bad_step = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), NEVER, state.step)
         metrics = merge(state.metrics, Metrics(sums, bad_step))
@@ -218,6 +209,17 @@ def make_update(
         return TrainState(state.step + 1, params, ema_params, opt_state, loss_state, metrics), loss
 
     return update
+
+
+def _sum_of(trees: list):
+    """The sum of trees of one structure, leaf by leaf."""
+    return jax.tree.map(lambda *leaves: sum(leaves), *trees)
+
+
+def _decay_at(step, ema_decay: float, ema_warmup: bool):
+    """The decay of the moving average at a step."""
+    decay = jnp.float32(ema_decay)
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step)) if ema_warmup else decay
 
 
 def _mean_over_devices(tree, axis_name: str | None):

@@ -128,7 +128,7 @@ def measure(
         summary[name], summary[f"{name}_stderr"] = mean_and_error(each)
     recipe = run.recipe() | {"data": dataset.name, "split": split, "seed": seed}
     recipe |= {"num_draws": num_draws}
-    name = run.name("elbo", split, f"seed{seed}", draws=num_draws)
+    name = run.name("elbo", split, f"seed{seed}", settings={"draws": num_draws})
     path = os.path.join(run.workdir, "eval", f"{name}.json")
     writers.save_json(path, summary | {"recipe": recipe, "software": parallel.banner()})
     texts = {name: _pm(*mean_and_error(each)) for name, each in values.items()}

@@ -1,0 +1,124 @@
+"""The modes of the command line, and their flags, which are the options of the functions."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+
+from ddpm_jax import hints, options
+from ddpm_jax.commands import benchmark as benchmark_lib
+from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
+from ddpm_jax.commands.report import report
+from ddpm_jax.options import ConfigError, Option
+from ddpm_jax.training import loop
+
+
+def train(
+    config,
+    workdir: str,
+    *,
+    change: loop.Change = (),
+    distributed: Annotated[
+        bool,
+        "This process is one of several that train together; it calls jax.distributed.initialize().",
+    ] = False,
+) -> None:
+    """Trains what --config says; the same command again resumes."""
+    if distributed:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ConfigError(f"--distributed: {error}") from error
+    loop.train(config, workdir, change=change)
+
+
+COMMANDS: dict[str, Callable] = {
+    "train": train,
+    "sample": sampling.sample,
+    "progressive": sampling.progressive,
+    "nearest": nearest.nearest,
+    "encode": inversion.encode,
+    "reconstruct": inversion.reconstruct,
+    "interpolate": inversion.interpolate,
+    "denoise": repair.denoise,
+    "inpaint": repair.inpaint,
+    "eval": metrics.evaluate,
+    "nll": likelihood.nll,
+    "rate_distortion": likelihood.rate_distortion,
+    "best_steps": likelihood.best_steps,
+    "report": report,
+    "benchmark": benchmark_lib.benchmark,
+}
+POSITIONAL = ("run", "config", "workdir")  # parameters of a command that main hands over
+
+
+def shared_flags(
+    *,
+    config: Annotated[
+        str | None,
+        "The config file, as FILE.py or FILE.py:VARIANT; NAME stands for configs/NAME.py. Every field of it can be"
+        " changed, as with --config.training.num_steps=5000.",
+    ] = None,
+    workdir: Annotated[
+        str | None, "The run directory. Default: runs/ and the name of the config."
+    ] = None,
+    debug: Annotated[bool, "Shows the traceback of an error."] = False,
+) -> None:
+    """Flags of every mode."""
+
+
+def run_flags(
+    *,
+    weights: Annotated[
+        Literal["ema", "raw"],
+        "The parameters to use: ema, their moving average, or raw, the last ones.",
+    ] = "ema",
+    allow_code: Annotated[
+        bool, "Imports modules outside ddpm_jax and experiments that the run names."
+    ] = False,
+) -> None:
+    """Flags of every mode that loads a run."""
+
+
+def flags_of(mode: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Option]:
+    """{flag: option} of a mode, including those of its choices."""
+    command = COMMANDS[mode]
+    found = list(options.flat(shared_flags))
+    if "run" in inspect.signature(command).parameters:
+        found += options.flat(run_flags)
+    found += options.flat(command, chosen, skip=POSITIONAL)
+    return {one.flag: one for one in found}
+
+
+def all_flags(mode: str) -> dict[str, Option]:
+    """The flags of a mode with those of every built-in choice."""
+    found = flags_of(mode)
+    for one in list(found.values()):
+        for cls in one.choice.built_in.values() if one.choice else ():
+            found |= {inner.flag: inner for inner in options.flat(cls)}
+    return found
+
+
+def about(command: Callable) -> str:
+    """The first sentence of a docstring."""
+    return " ".join(inspect.getdoc(command).split("\n\n")[0].split())
+
+
+def help_line(one: Option) -> str:
+    """A flag with its help and default."""
+    default = one.default
+    if one.choice is not None and default is not None:
+        default = options.name_of(default, one.choice)
+    text = one.help
+    if default is options.EMPTY:
+        text += " It must be given."
+    elif default not in (None, ()) and "Default:" not in text:
+        text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
+    words = hints.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
+    is_switch = one.is_boolean
+    word = f"--[no]{one.flag}" if is_switch else f"--{one.flag}={'|'.join(words) or 'VALUE'}"
+    return f"  {word}\n" + textwrap.indent(textwrap.fill(text, 92), " " * 6) + "\n"
