@@ -7,6 +7,7 @@ unbatched. `shard` splits batches along their first axis.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import glob
 import hashlib
@@ -77,11 +78,34 @@ def compile_step(step: Callable, state, batch):
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
     if jax.process_count() > 1:
         return mapped
+    return compiled(mapped, state, batch)
+
+
+def compiled(mapped: Callable, *arguments):
+    """A mapped or jit-compiled function, compiled for these arguments with `compiler_options`."""
     gc.disable()  # tracing creates millions of objects that stay alive: 4.3 s instead of 5.5 for CIFAR-10
     try:
-        return mapped.lower(state, batch).compile()
+        return mapped.lower(*arguments).compile(compiler_options=compiler_options())
     finally:
         gc.enable()
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """The options of XLA with which this backend is fastest; none where it does not know them.
+
+    jaxlib 0.10 hands the convolutions of CPUs to YNNPACK, which is slower at them than Eigen; dots and reductions stay
+    with it. See docs/speed.md.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    kept = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    options = {"xla_cpu_experimental_ynn_fusion_type": kept}
+    try:
+        jax.jit(lambda x: x + 1).lower(0.0).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:  # this jaxlib has no such option
+        return {}
+    return options
 
 
 def memory(compiled) -> float:
@@ -163,9 +187,10 @@ def map_examples(function: Callable) -> Callable:
     Returns:
       (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last example is repeated to fill all
       devices, and the copies are removed again. `params` come from `place` or from a training state. Its method
-      `compile` takes the same arguments and compiles for their shapes, which all later calls must have.
+      `compile` takes the same arguments and compiles for their shapes, as the first call with them does.
     """
     mapped = map_shards(lambda tree, examples: function(*tree, *examples))
+    programs = {}  # by the shapes of their examples
 
     def sharded(examples):
         count = len(examples[0])
@@ -173,11 +198,15 @@ def map_examples(function: Callable) -> Callable:
         return shard(tuple(x[rows] for x in examples))
 
     def compile(params, key, *examples):
-        nonlocal mapped
-        mapped = mapped.lower((params, key), sharded(examples)).compile()
+        arguments = (params, key), sharded(examples)
+        shapes = tuple(x.shape for x in arguments[1])
+        if shapes not in programs:
+            programs[shapes] = compiled(mapped, *arguments)
+        return programs[shapes], arguments
 
     def call(params, key, *examples):
-        result = jax.device_get(mapped((params, key), sharded(examples)))
+        program, arguments = compile(params, key, *examples)
+        result = jax.device_get(program(*arguments))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples[0])], result)
 
     call.compile = compile

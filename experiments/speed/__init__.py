@@ -1,0 +1,1 @@
+"""Speed beside PyTorch's: see __main__.py."""
