@@ -100,7 +100,7 @@ def _convolve_padded_backward(residuals, g):
 
     x_bar = convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), ((k - 2, k - 2),) * 2)
     if k == 3 and FAST_KERNEL_GRADIENT:
-        return x_bar, xla_gradient(x, g)
+        return x_bar, xla_gradient(*jax.lax.optimization_barrier((x, g)))
     return x_bar, jax.lax.platform_dependent(x, g, cpu=products, default=xla_gradient)
 
 
@@ -267,6 +267,15 @@ def _matmul_backward(residuals, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def store(x):
+    """x, whose gradient is written to memory once instead of being computed again by each of its readers."""
+    return x
+
+
+store.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
 def dense(features: int, dtype: str, plain: bool, *, scale: float = 1.0, name: str) -> nn.Dense:
     """A dense layer with Ho et al.'s initialiser; for use inside a module."""
     options = {} if plain else {"dot_general": lambda x, kernel, *_, **__: matmul(x, kernel)}
@@ -293,6 +302,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding, dropout_keys):
         norm = functools.partial(group_norm, num_groups=self.num_groups, plain=self.plain)
+        x = x if self.plain else store(x)
         h = nn.swish(norm(x, name="norm_1"))
         h = Conv(self.channels, self.dtype, self.plain, name="conv_1")(h)
 
@@ -325,6 +335,7 @@ class Attention(nn.Module):
     def __call__(self, x):
         b, h, w, c = x.shape
         size = c // self.num_heads
+        x = x if self.plain else store(x)
 
         y = group_norm(x, num_groups=self.num_groups, plain=self.plain, name="norm")
         y = y.reshape(b, h * w, c)
