@@ -138,7 +138,7 @@ def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir,
     analytic = call("nll", workdir, num_images=8, steps="5", variance="analytic")
     origin = analytic.recipe["x_0_error"]
     assert origin["split"] == "train" and origin["num_images"] == bound.ERROR_IMAGES
-    assert "(errors of 64 training images)" in capsys.readouterr().out
+    assert "(errors measured on 64 training images)" in capsys.readouterr().out
     there = {"num_images": 64, "steps": 5, "split": "train"}  # the images that it was measured on
     others = [call("nll", workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]
     best = call("nll", workdir, variance="analytic", **there)
