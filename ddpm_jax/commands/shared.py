@@ -28,8 +28,8 @@ Seed = Annotated[int, SEED_HELP, AtLeast(0)]
 Times = str | int | float | tuple[float, ...]  # a command line gives text with commas
 Labels = Annotated[
     str,
-    "The classes of the images: cycle (all classes in turn), random, one class, such as 3, or several in turn, such as"
-    " 3,5,7. Names of classes can be used too, such as cat,dog.",
+    "The classes of the images: cycle (all in turn), random, one class such as 3, or several in turn such as 3,5,7."
+    " Class names work too, such as cat,dog.",
 ]
 DataDir = Annotated[str | None, DATA_DIR_HELP]
 
