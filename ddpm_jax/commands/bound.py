@@ -50,7 +50,7 @@ class Measured:
 class Evaluation(NamedTuple):
     """The bound of N images of a split."""
 
-    path: str  # of the .npz; the .json and the .png have the same name
+    path: str  # the .npz; the .json and the .png have the same name
     chain: Schedule
     recipe: dict
     scalars: dict[str, np.ndarray]  # total, L_T, L_0: float64 [N] in bits/dim

@@ -23,8 +23,8 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.options import AtLeast
 
-BLOCK = 4096  # training images that are compared at once
-ROWS = 20  # samples in the picture
+BLOCK = 4096  # number of training images that are compared at once
+ROWS = 20  # maximum number of samples in the picture
 
 
 def nearest(
