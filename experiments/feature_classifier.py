@@ -1,16 +1,16 @@
-"""Features of small images: a classifier whose penultimate layer replaces Inception's in metrics.
+"""A classifier of small images; the features of its penultimate layer replace those of Inception in metrics.
 
     python -m experiments.feature_classifier --data=fashion_mnist --data_dir=data --out=runs/fashion_mnist_classifier.npz
 
 Use the result as --features=experiments.feature_classifier:runs/fashion_mnist_classifier.npz.
 
 The network has two convolutions with stride, a layer of 64 units, which are the features, and the logits; images of a
-batch do not influence each other. A Fréchet distance of these features is not FID: its name begins with that of the
-Extractor, and it is comparable only for the same weights, identified by their SHA-256.
+batch do not influence each other. A Fréchet distance of these features is not FID: its name begins with the name of the
+Extractor, and two distances are comparable only for the same weights, which their SHA-256 identifies.
 
-Measured by the first command on one core of an AMD EPYC server beside other work, jax 0.10.2:
+Measured by the command above on one core of an AMD EPYC server that did other work too, with jax 0.10.2:
 
-    data            test accuracy    wall        of it computing
+    data            test accuracy    wall time   of which computing
     fashion_mnist   91.57 %          4 min 24 s  1 min 29 s
     mnist           99.21 %          4 min 14 s  1 min 32 s
     digits          97.98 %          23 s        18 s
@@ -39,7 +39,7 @@ from ddpm_jax.training import parallel
 
 COMMAND = "python -m experiments.feature_classifier"
 FEATURES = 64
-CHUNK = 256  # images at a time in an Extractor: one shape, compiled once
+CHUNK = 256  # number of images per call in an Extractor; one shape, so that it is compiled once
 
 
 class Classifier(nn.Module):
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         x = nn.relu(nn.Conv(32, (5, 5), strides=2)(x))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(len(x), -1))
-        # With relu, 9 of the 64 were 0 for every one of 4,000 test images of Fashion-MNIST.
+        # With relu, 9 of the 64 features were 0 for all of 4,000 test images of Fashion-MNIST.
         features = nn.silu(nn.Dense(FEATURES)(x))
         return features, nn.Dense(self.num_classes)(features)
 
@@ -68,19 +68,19 @@ def train(
     batch_size: int = 128,
     learning_rate: float = 2e-3,
 ) -> float:
-    """Trains on the train split, measures on test, and writes weights and recipe.
+    """Trains a classifier on the split train, measures its accuracy on test, and writes weights and recipe.
 
     The optimizer is Adam with a cosine decay to 0. All randomness is a function of the seed and the step.
 
     Args:
-      name, data_dir: see `data.load`; with labels.
+      name, data_dir: as for `data.load`; the data must have labels.
       out: the .npz to write: the weights by their names, and `recipe` in JSON.
 
     Returns:
       the share of test images that are classified correctly.
 
     Raises:
-      DataError, RunError: one line.
+      DataError, RunError: one line that says what to do.
     """
     out = results.out_path(out, ".npz")  # fails before training
     train_set, test_set = (data.load(name, split=s, data_dir=data_dir) for s in ("train", "test"))
@@ -94,7 +94,7 @@ def train(
     params = network.init(init_key, jnp.zeros((1, *shape)))
     opt_state = tx.init(params)
 
-    # One step a dispatch: XLA:CPU runs gradient convolutions inside lax.scan ten times slower.
+    # One step per dispatch: XLA:CPU runs gradients of convolutions in lax.scan ten times slower.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, opt_state, step, batch):
         def loss(params):
@@ -147,7 +147,7 @@ def digest(weights: dict[str, np.ndarray]) -> str:
 
 
 def make_features(network: Classifier, params, image_shape: tuple[int, int, int]) -> Callable:
-    """A function uint8 [B, H, W, C] -> features float32 [B, 64], logits float32 [B, K], for any B ≥ 1.
+    """Makes a function uint8 [B, H, W, C] -> features float32 [B, 64], logits float32 [B, K], for any B ≥ 1.
 
     It raises a RunError for images of another shape.
     """
@@ -200,7 +200,7 @@ def load(path: str) -> metrics.Extractor:
     )
     if found != wanted or digest(weights) != sha256:
         raise RunError(
-            f"{path} is damaged, or another classifier; make it again with {COMMAND} --data={name}"
+            f"{path} is damaged or was changed; make it again with {COMMAND} --data={name}"
         )
     params = {"params": traverse_util.unflatten_dict(weights, sep="/")}
     return metrics.Extractor(
@@ -214,21 +214,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    first_line, _, rest = __doc__.partition("\n")
     parser = Parser(
         prog=COMMAND,
-        description=f"{first_line}\n{rest}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--data", choices=["digits", "mnist", "fashion_mnist"], required=True)
-    parser.add_argument("--data_dir", default="data", help="where archives are (default: data)")
+    parser.add_argument("--data_dir", default="data", help="folder of the data (default: data)")
     parser.add_argument("--out", required=True, help="the .npz to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="steps of training (default: 4000)")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="number of training steps (default: 4000)"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1 or not 0 <= args.seed < 2**32:
-        parser.error(f"--steps {args.steps} and --seed {args.seed}: at least 1, and 0 … 2³² − 1")
+        parser.error(
+            f"--steps must be at least 1 and --seed in 0 … 2³² − 1, got {args.steps} and {args.seed}"
+        )
     try:
         train(args.data, data_dir=args.data_dir, seed=args.seed, num_steps=args.steps, out=args.out)
     except KeyboardInterrupt:

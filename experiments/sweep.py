@@ -7,8 +7,8 @@
 An experiment is a file, or a folder with a config.py, with these functions of the size, "" (full), "cpu" or "smoke":
 
     get_config(size)            the config that the rows share
-    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, the changes of each row in it, or in
-                                another config with {"config": "configs/digits.py", …}
+    rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, the fields that each row changes in it;
+                                with {"config": "configs/digits.py", …} a row changes this config instead
     evaluations(size, row)      {column: ["--mode=nll", …]}, the measurements of a row: --mode=nll or --mode=eval
 
 --seeds=3 trains each row with three seeds. The table then has the mean and the standard deviation over seeds and, below
@@ -36,7 +36,11 @@ from ddpm_jax import main as main_lib
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.names import installed
 
-SIZES = {"full": "", "cpu": "cpu", "smoke": "smoke"}  # on the command line: in the config
+SIZES = {
+    "full": "",
+    "cpu": "cpu",
+    "smoke": "smoke",
+}  # names on the command line: names for the functions
 
 
 def fail(line: str):
@@ -45,7 +49,7 @@ def fail(line: str):
 
 
 def tables() -> list[str]:
-    """The experiments here that have rows: files, and folders with a config.py."""
+    """The experiments of this folder that have rows: files, and folders with a config.py."""
     folder = Path(__file__).parent
     files = sorted([*folder.glob("*.py"), *folder.glob("*/config.py")])
     with_rows = [file for file in files if "\ndef rows(" in file.read_text(encoding="utf-8")]
@@ -139,7 +143,7 @@ def check(commands: dict[str, list[list[str]]]) -> None:
 def run(commands: list[list[str]]) -> None:
     """Runs one command after another, and exits with the status of the first that fails.
 
-    On SIGTERM the running command is asked to stop and awaited, so that it can save; Ctrl-C reaches it directly.
+    On SIGTERM the running command gets SIGTERM too and can save before this program exits; Ctrl-C reaches it directly.
     """
     caught, running = [], []
 
@@ -166,7 +170,7 @@ def run(commands: list[list[str]]) -> None:
 
 
 def numbers(path: str) -> dict[str, tuple[float, str]]:
-    """The numbers of a result as {name: (mean, cell of the table)}; the name of a bound is "". Empty without a file.
+    """The numbers of a result as {name: (mean, cell of the table)}; empty if there is no file. The name of a bound is "".
 
     A cell is mean ± standard error (images) for a bound, mean ± standard deviation over seeds for a metric.
     """
@@ -176,8 +180,8 @@ def numbers(path: str) -> dict[str, tuple[float, str]]:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         if "metrics" in result:
-            of_each = {name: (of["mean"], of["std"]) for name, of in result["metrics"].items()}
-            return {name: (mean, cell(mean, spread)) for name, (mean, spread) in of_each.items()}
+            found = {name: (m["mean"], m["std"]) for name, m in result["metrics"].items()}
+            return {name: (mean, cell(mean, spread)) for name, (mean, spread) in found.items()}
         mean, error, count = (result[key] for key in ("total", "total_stderr", "num_images"))
         return {"": (mean, f"{cell(mean, error)} ({count})")}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
@@ -219,20 +223,20 @@ def table(sweep: Sweep, rows: list[str]) -> str:
     for column in dict.fromkeys(column for row in rows for column in columns[row]):
         names = dict.fromkeys(name for _, (other, name) in found if other == column)
         heads |= {(column, name): f"{column} {name}".strip() for name in names or ("",)}
-    means = {key: {seed: mean for seed, (mean, _) in of.items()} for key, of in found.items()}
+    means = {key: {seed: mean for seed, (mean, _) in n.items()} for key, n in found.items()}
     lines = [["row", *heads.values()], ["---"] * (1 + len(heads))]
     for row in rows:
         keys, several = [(row, head) for head in heads], len(sweep.seeds) > 1
         lines.append([row])
         for key in keys:
-            of = found.get(key)
-            text = over_seeds(list(means[key].values())) if of and several else None
-            lines[-1].append("—" if not of else text or of[0][1])
+            seeds = found.get(key)
+            text = over_seeds(list(means[key].values())) if seeds and several else None
+            lines[-1].append("—" if not seeds else text or seeds[0][1])
     for row in rows[1:] if len(sweep.seeds) > 1 else ():
-        lines.append([f"{row} less {rows[0]}"])
+        lines.append([f"{row} minus {rows[0]}"])
         for head in heads:
-            of, first = (means.get((name, head), {}) for name in (row, rows[0]))
-            lines[-1].append(difference(of, first))
+            values, first = (means.get((name, head), {}) for name in (row, rows[0]))
+            lines[-1].append(difference(values, first))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -242,21 +246,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> None:
-    first_line, _, rest = __doc__.partition("\n")
     parser = Parser(
         prog="python -m experiments.sweep",
-        description=f"{first_line}\n{rest}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("experiment", help="a folder or file, such as experiments/ho2020_table2")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--row", action="append", default=[], help="only these: ROW or ROW,ROW")
-    parser.add_argument("--run", action="store_true", help="run instead of print")
-    parser.add_argument("--table", action="store_true", help="the results, after a --run if given")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each row (default: 1)")
-    parser.add_argument("--root", default="runs", help="where the runs lie (default: runs)")
-    parser.add_argument("--data_dir", help="config.data.data_dir of every training")
+    parser.add_argument(
+        "--row", action="append", default=[], help="only these rows: ROW or ROW,ROW"
+    )
+    parser.add_argument("--run", action="store_true", help="run the commands")
+    parser.add_argument(
+        "--table", action="store_true", help="print the results; with --run, after it"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each row (default: 1)")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--data_dir", help="folder of the data for every training")
     args = parser.parse_args(argv)
 
     if args.seeds < 1:

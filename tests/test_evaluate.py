@@ -138,7 +138,7 @@ def test_the_analytic_variance_is_measured_once_and_serves_sampling_too(workdir,
     analytic = call("nll", workdir, num_images=8, steps="5", variance="analytic")
     origin = analytic.recipe["x_0_error"]
     assert origin["split"] == "train" and origin["num_images"] == bound.ERROR_IMAGES
-    assert "(errors of 64 training images)" in capsys.readouterr().out
+    assert "(errors measured on 64 training images)" in capsys.readouterr().out
     there = {"num_images": 64, "steps": 5, "split": "train"}  # the images that it was measured on
     others = [call("nll", workdir, variance=v, **there) for v in ("fixed_small", "fixed_large")]
     best = call("nll", workdir, variance="analytic", **there)
@@ -214,7 +214,7 @@ def test_the_progressive_strip_ends_at_the_sample(workdir, tmp_path):
         ({"variance": "analytik"}, "did you mean 'analytic'"),
         ({"cdf": "logistic"}, "normal or tanh"),
         ({"split": "validation"}, "it has train, test"),
-        ({"num_images": 298}, "of the 297"),
+        ({"num_images": 298}, "298 images requested, but .* has 297"),
         ({"out": "x.npz"}, "must end in .json"),
         ({"out": "/not/there/x.json"}, "there is no folder /not/there"),
         ({"seed": -1}, "seed must be at least 0"),
@@ -288,9 +288,9 @@ def test_labels_that_the_model_does_not_know_are_refused(workdir):
 
 def test_a_method_without_a_bound_says_so(tmp_path):
     loop.train(affine_config(num_steps=1), tmp_path)
-    with pytest.raises(RunError, match=r"affine .* no bound"):
+    with pytest.raises(RunError, match=r"affine .* no method `bound`"):
         call("nll", str(tmp_path))
-    with pytest.raises(RunError, match=r"affine .* no bound"):
+    with pytest.raises(RunError, match=r"affine .* no method `bound`"):
         call("best_steps", str(tmp_path), steps=5)
 
 

@@ -217,8 +217,8 @@ def test_several_seeds_say_what_is_a_finding(tmp_path, capsys):
         "| a | 5.000 ± 2.000 (3 seeds) |",
         "| b | 4.000 ± 1.952 (3 seeds) |",
         "| c | 4.000 ± 3.000 (3 seeds) |",
-        "| b less a | -1.000 ± 0.058 |",
-        "| c less a | -1.000 ± 1.528, not distinguishable here |",
+        "| b minus a | -1.000 ± 0.058 |",
+        "| c minus a | -1.000 ± 1.528, not distinguishable here |",
     ]
     commands = printed(capsys, *given, "--row=b")
     trainings = [command for command in commands if is_training(command)]

@@ -39,7 +39,7 @@ def test_samples_are_the_same(name, workdir, tmp_path, capsys):
     assert (
         call("sample", workdir, weights="raw", **SAMPLES[name]) == path
     )  # continued, not made anew
-    assert f"{len(before)} images of this recipe exist already" in capsys.readouterr().out
+    assert f"{len(before)} images with this recipe exist already" in capsys.readouterr().out
     assert not [file for file in os.listdir(os.path.dirname(path)) if "replaced" in file]
     anew = call("sample", workdir, weights="raw", out=str(tmp_path / "x.npz"), **SAMPLES[name])
     difference = results.read_npz(anew)["images"].astype(int) - before.astype(int)

@@ -473,7 +473,7 @@ def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys
     capsys.readouterr()
     call("sample", workdir, num_samples=3, steps="4", out=out)
     said = capsys.readouterr().out
-    assert "3 images of this recipe exist already" in said and "recipe:" not in said
+    assert "3 images with this recipe exist already" in said and "recipe:" not in said
 
 
 def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):

@@ -27,18 +27,18 @@ from ddpm_jax.stats import mean_and_error, plus_minus
 from ddpm_jax.training import parallel
 from ddpm_jax.training.step import make_keys
 
-CURVE = "curve_"  # names of [S] in an .npz, beside the [N] of each image
-DIGESTS = "images_sha256"  # uint8 [N, 16] in an .npz, of each image
-INDEX = "index"  # int64 [N] in an .npz, the position of each image in its split
-ERROR_IMAGES = 64  # training images for the analytic variance, a mean over all their pixels
+CURVE = "curve_"  # begins the names of means over images, arrays [S] in the .npz
+DIGESTS = "images_sha256"  # names the digests of the images, uint8 [N, 16] in the .npz
+INDEX = "index"  # names the positions of the images in the split, int64 [N] in the .npz
+ERROR_IMAGES = 64  # number of training images for the analytic variance, a mean over their pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
     """The images whose bound is measured, and the seed of the noise.
 
-    The images are chosen by `data.choose`; more that are measured already count too. There is one draw of x_t for each
-    image and time.
+    The images are chosen by `data.choose`. If an earlier result has more images, all of them count. One x_t is drawn for
+    each image and time.
     """
 
     split: str = option("test", "The split of the data, such as train or test.")
@@ -50,7 +50,7 @@ class Measured:
 class Evaluation(NamedTuple):
     """The bound of N images of a split."""
 
-    path: str  # of the .npz; the .json and .png beside it
+    path: str  # the .npz; the .json and the .png have the same name
     chain: Schedule
     recipe: dict
     scalars: dict[str, np.ndarray]  # total, L_T, L_0: float64 [N] in bits/dim
@@ -71,7 +71,7 @@ class Evaluation(NamedTuple):
 
 
 def check_out(out: str | None, workdir: str) -> str | None:
-    """The path of a result, see `results.out_path`; a file that is not a result is not overwritten."""
+    """The path of a result, by `results.out_path`; refuses to overwrite a file that is not a result."""
     if out is None:
         return None
     out = results.out_path(out, ".json", workdir)
@@ -87,7 +87,11 @@ def check_out(out: str | None, workdir: str) -> str | None:
 
 
 def bounded(run: Run):
-    """The Method of a run, if it has a bound."""
+    """The Method of a run, which must have a bound.
+
+    Raises:
+      RunError: it has none.
+    """
     if hasattr(run.method, "bound"):
         return run.method
     name = run.config.method.partition(":")[0]
@@ -95,7 +99,7 @@ def bounded(run: Run):
     own = package and importlib.util.find_spec(f"{full_name(name)}.__main__")
     advice = f"; its own command is python -m {name} --workdir={run.workdir}" if own else ""
     raise RunError(
-        f"{name} (config.method) has no bound, so there is nothing to measure here{advice}"
+        f"{name} (config.method) has no method `bound`, which this command needs{advice}"
     )
 
 
@@ -115,7 +119,8 @@ class Request:
         run_data.check_classes(self.run.method, dataset)
         if count is not None and count > len(dataset):
             raise RunError(
-                f"{count} images asked of the {len(dataset)} in {dataset.name}/{dataset.split}"
+                f"{count} images requested, but {dataset.name}/{dataset.split} has {len(dataset)}; choose a smaller"
+                " --num_images"
             )
         return dataset
 
@@ -124,7 +129,7 @@ class Request:
             return make_keys(self.measured.seed).evaluate
 
     def measure(self, bounding: Bounding, path: str | None) -> Evaluation:
-        """The bound of the images; `path` is the .json that a user has named."""
+        """Measures the bound of the images; `path` is the .json that the user has named, or None."""
         run, model, key = self.run, bounded(self.run), self.key()
         is_analytic = bounding.variance == "analytic"
         with options.errors_at("evaluation"):
@@ -143,7 +148,10 @@ class Request:
         return self._measure(dataset, count, bounding, path, key, self.measured.seed, named)
 
     def measure_errors(self, bounding: Bounding) -> None:
-        """Measures the errors that `analytic` reads, unless they exist; with noise that no result uses."""
+        """Measures the errors that `analytic` reads, unless they exist.
+
+        Their noise is independent of the noise of every result.
+        """
         kept = analytic.measured(bounding)
         path = analytic.path(self.run, kept)
         try:
@@ -151,9 +159,7 @@ class Request:
         except data.DataError as error:
             if not os.path.exists(path):
                 raise
-            print(
-                f"WARNING: {path} is used, and its images cannot be compared: {error}", flush=True
-            )
+            print(f"WARNING: {path} is used without a check of its images: {error}", flush=True)
             return
         count = min(ERROR_IMAGES, len(dataset))
         key = jax.random.fold_in(make_keys(0).evaluate, 1)
@@ -163,7 +169,8 @@ class Request:
         """Measures images until there are `num_images`, from where an earlier call stopped.
 
         Args:
-          named: the user has named the path, so an existing result of other images is refused, not renamed.
+          named: whether the user has named the path. If so, an existing result of other images is an error; otherwise
+            it is renamed.
         """
         run, chosen = self.run, self.run.method.resolve(bounding)
         errors, origin = analytic.errors_for(run, bounding, bounding.variance)
@@ -196,7 +203,7 @@ class Request:
         progress = writers.Progress("image", num_images, tally.count, unit="images")
         params, mapped = None, None
         while tally.count < num_images:
-            at = np.minimum(tally.count + np.arange(batch_size), num_images - 1)  # one shape
+            at = np.minimum(tally.count + np.arange(batch_size), num_images - 1)  # equal shapes
             images, new = dataset.fetch(rows[at]), min(batch_size, num_images - tally.count)
             examples = (images, dataset.labels[rows[at]], rows[at])
             if mapped is None:
@@ -216,7 +223,7 @@ class Request:
 
 @dataclasses.dataclass
 class _Tally:
-    """The results so far: [N] of each number, means [S] of each curve, digests of the images."""
+    """The results so far: numbers [N] of the images, means [S] over them, and digests of the images."""
 
     arrays: dict[str, np.ndarray]
     path: str
@@ -226,7 +233,7 @@ class _Tally:
         return len(self.arrays.get("total", ()))
 
     def add(self, parts: dict[str, np.ndarray], new: int, digests: np.ndarray) -> None:
-        """Adds the first `new` rows of the parts, [B] or [B, S], and saves."""
+        """Adds the first `new` rows of the parts, each [B] or [B, S], and saves the tally."""
         count, result = self.count, {}
         for name, values in parts.items():
             values = np.asarray(values[:new], np.float64)
@@ -248,7 +255,7 @@ class _Tally:
 
 
 def _same_images(dataset, rows, tally: dict) -> bool:
-    """Whether the tally belongs to the images that the data set has now."""
+    """Whether the images of the tally are those that the data set has now."""
     measured = tally.get(DIGESTS, np.zeros((0, 0), np.uint8))
     count = len(tally.get("total", ()))
     if not len(measured) == count <= len(dataset):

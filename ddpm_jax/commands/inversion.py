@@ -28,7 +28,7 @@ from ddpm_jax.process.diffusion import from_uint8, to_uint8
 from ddpm_jax.process.samplers import DDIM, Ancestral, inversion
 from ddpm_jax.stats import mean_and_error
 
-PAIRED = 8  # default number of images that are paired for interpolation
+PAIRED = 8  # default number of images to interpolate, two for each pair
 FRACTIONS = 9  # images in a row of an interpolation, both ends included
 FEW = 50  # default number of steps of a deterministic chain
 
@@ -53,8 +53,8 @@ def encode(
     model = shared.diffusion_of(run)
     chain = few_steps(model, chain)
     encoder, steps = make_encoder(model, chain, "encoding")
-    given = shared.load_images(run, images, default=64)
-    images = dataclasses.replace(images, num_images=len(given.images))
+    loaded = shared.load_images(run, images, default=64)
+    images = dataclasses.replace(images, num_images=len(loaded.images))
     chosen = options.describe(model.resolve(chain))
 
     def make():
@@ -62,19 +62,19 @@ def encode(
             run,
             lambda params, key, image, label: encoder(params, label, from_uint8(image)),
             None,
-            *(given.images, given.labels),
+            *(loaded.images, loaded.labels),
             batch_size=output.batch_size,
             settings=chosen,
         )
         shared.check_finite(np.isfinite(latents).all(axis=(1, 2, 3)), chosen)
-        return {"latents": latents, "images": given.images, **given.origin()}
+        return {"latents": latents, "images": loaded.images, **loaded.origin()}
 
-    recipe = given.recipe | chosen | {"last": int(steps.times[-1])}  # the time of the latents
+    recipe = loaded.recipe | chosen | {"last": int(steps.times[-1])}  # the time of the latents
     name = run.name("encode", settings=images.named() | options.changed(chain))
     out, arrays = shared.write(run, "encode", recipe, make, output, name)
-    latents, shown = arrays["latents"], shared.shown(len(given.images))
+    latents, shown = arrays["latents"], shared.shown(len(loaded.images))
     look = np.asarray(to_uint8(latents / 3))  # three standard deviations fill the range
-    rows = [("images", given.images[shown]), ("their x_T, from -3 to 3", look[shown])]
+    rows = [("images", loaded.images[shown]), ("their x_T, from -3 to 3", look[shown])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
     print(
         f"x_T of {len(latents)} images: mean {latents.mean():.4f}, standard deviation"
@@ -85,14 +85,14 @@ def encode(
 
 
 def few_steps(model, chosen):
-    """The options with the default number of steps limited to those of the chain."""
+    """The options; the default number of steps is reduced if the chain has fewer."""
     if chosen.steps == str(FEW):
         return dataclasses.replace(chosen, steps=str(min(FEW, len(model.schedule))))
     return chosen
 
 
 def make_encoder(model, chosen: Chain, where: str):
-    """A function (params, label, x_0) -> x_T and its chain; checks the options."""
+    """Checks the options and returns a function (params, label, x_0) -> x_T and its chain."""
     chosen = model.resolve(chosen)
     with options.errors_at(where):
         steps = model.chain(chosen)
@@ -110,12 +110,12 @@ def reconstruct(
     """Encodes and decodes images, and prints the error for several numbers of steps; Song et al. 2021, Table 2.
 
     Args:
-      chain: its steps are the numbers S, separated by commas; 10, 20, 50 and 100 by default. Semicolons separate chains
-        in any notation of `timesteps.subsequence`: "10,15,20;45".
+      chain: `steps` lists the numbers S with commas, by default 10, 20, 50 and 100. With semicolons it lists chains in
+        the notations of `timesteps.subsequence`: "10,15,20;45" is two chains.
 
     Returns:
-      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}, where S is an int, or the
-      text of another chain.
+      {S: (mean squared error of a pixel on the scale 0 … 1, its standard error over images)}, where S is an int, or text
+      that describes a chain.
 
     Raises: as `encode`.
     """
@@ -127,13 +127,13 @@ def reconstruct(
     elif steps is not None:
         counts = shared.numbers("steps", steps)
     pairs = {}
-    for S in counts:  # all options are checked before anything is computed
+    for S in counts:  # check all options before anything is computed
         short = dataclasses.replace(chain, steps=str(S))
         encoder, _ = make_encoder(model, short, "reconstruction")
         pairs[S] = encoder, Sampling(sampler=DDIM(), **options.describe(model.resolve(short)))
-    given = shared.load_images(run, images, default=64)
-    images = dataclasses.replace(images, num_images=len(given.images))
-    index = np.arange(len(given.images))
+    loaded = shared.load_images(run, images, default=64)
+    images = dataclasses.replace(images, num_images=len(loaded.images))
+    index = np.arange(len(loaded.images))
     chosen = options.describe(model.resolve(dataclasses.replace(chain, steps=None)))
 
     def encode_and_decode(S):
@@ -148,25 +148,25 @@ def reconstruct(
         return function
 
     def make():
-        arrays = {"images": given.images, **given.origin()}
+        arrays = {"images": loaded.images, **loaded.origin()}
         for S in counts:
             print(f"S = {S}", flush=True)
             arrays[f"images_{S}"], arrays[f"error_{S}"] = shared.map_images(
                 run,
                 encode_and_decode(S),
                 shared.sample_key(0),
-                *(index, given.labels, given.images),
+                *(index, loaded.labels, loaded.images),
                 batch_size=output.batch_size,
                 settings=chosen,
             )
         return arrays
 
-    recipe = given.recipe | chosen | {"steps": counts}
+    recipe = loaded.recipe | chosen | {"steps": counts}
     settings = options.changed(chain) | {"steps": counts}
     name = run.name("reconstruct", settings=images.named() | settings)
     out, arrays = shared.write(run, "reconstruct", recipe, make, output, name)
-    shown = shared.shown(len(given.images))
-    rows = [("images", given.images[shown])]
+    shown = shared.shown(len(loaded.images))
+    rows = [("images", loaded.images[shown])]
     rows += [(f"encoded and decoded, S = {S}", arrays[f"images_{S}"][shown]) for S in counts]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
     errors = {S: mean_and_error(arrays[f"error_{S}"]) for S in counts}
@@ -175,8 +175,8 @@ def reconstruct(
     print(
         f"| S | {' | '.join(map(str, counts))} |\n|---|{'---|' * len(counts)}\n"
         f"| error | {' | '.join(cells)} |\n"
-        f"mean squared error of a pixel on the scale 0 … 1, {len(given.images)} images of"
-        f" {given.recipe['images']}/{given.recipe['split']}, ± is the standard error over images\n{out}",
+        f"mean squared error of a pixel on the scale 0 … 1, {len(loaded.images)} images of"
+        f" {loaded.recipe['images']}/{loaded.recipe['split']}, ± is the standard error over images\n{out}",
         flush=True,
     )
     return errors
@@ -184,7 +184,8 @@ def reconstruct(
 
 FromT = Annotated[
     shared.Times | None,
-    "The time up to which noise is added, or several as 250,500,750. Default: latents are interpolated.",
+    "The time up to which noise is added, or several times, such as 250,500,750. Default: no noise is"
+    " added, and latents are interpolated.",
 ]
 
 
@@ -197,27 +198,28 @@ def interpolate(
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Interpolates between the images 2k and 2k + 1, or between two random latents.
+    """Interpolates between the images 2k and 2k + 1, or between pairs of random latents.
 
     Without `from_t`, latents are interpolated along a great circle and decoded by a deterministic sampler (Song et al.
-    2021, App. D.5). With `from_t`, noise is added up to that time, the two are mixed linearly, and the chain is run from
-    that time (Ho et al. 2020 §4.4); all images of a row share their noise.
+    2021, App. D.5). With `from_t`, noise is added to both images up to that time, they are mixed linearly, and the chain is
+    run from that time (Ho et al. 2020 §4.4); both images and all their mixtures have the same noise.
 
     Args:
-      sampling: by default DDIM in 50 steps without from_t, and the whole ancestral chain with it.
-      images: None for random latents, or for "data" if from_t is given; num_images is an even number.
-      from_t: times of the chain; one row for each time and pair.
+      sampling: the default is DDIM in 50 steps without `from_t`, and all steps of the ancestral sampler with it.
+      images: if `images.images` is None, random latents are used, or with `from_t` the run's data. `num_images` must be
+        even.
+      from_t: times of the chain; the picture has a row for each pair and time.
 
     Returns:
-      the path of the .npz: images uint8 [N/2, R, `FRACTIONS`, H, W, C] for R times, or 1.
+      the path of the .npz: images uint8 [N/2, R, `FRACTIONS`, H, W, C] for R times; R = 1 without `from_t`.
 
     Raises: as `encode`.
     """
     work = _Interpolation.plan(run, sampling, images, from_t, seed)
-    recipe = work.given.recipe | {"seed": seed, "num_images": work.count, "labels": images.labels}
+    recipe = work.loaded.recipe | {"seed": seed, "num_images": work.count, "labels": images.labels}
     recipe |= options.describe(run.method.resolve(work.sampling)) | {"from_t": work.times}
     settings = options.changed(work.sampling) | {"from_t": from_t and work.times}
-    if work.of_noise:
+    if work.random_latents:
         settings |= {"num_images": work.count, "labels": images.labels}
     else:
         settings |= work.images.named()
@@ -227,11 +229,11 @@ def interpolate(
     )
     rows = []
     for n, t in enumerate(work.times):
-        how = "between their latents" if t is None else f"mixed with the noise of t = {t}"
+        how = "interpolated latents" if t is None else f"mixed with noise up to t = {t}"
         for k in range(work.count // 2):
             strip, text = arrays["images"][k, n], f"pair {k}, {how}"
-            if not work.of_noise:  # put the images themselves at both ends
-                pair = work.given.images[2 * k : 2 * k + 2]
+            if not work.random_latents:  # put the images themselves at both ends
+                pair = work.loaded.images[2 * k : 2 * k + 2]
                 strip = np.concatenate([pair[:1], strip, pair[1:]])
                 text += "; the images themselves are at both ends"
             rows.append((text, strip))
@@ -251,22 +253,20 @@ class _Interpolation:
     sampling: Sampling
     images: Images
     times: list  # times of the chain, or [None] for latents
-    given: Given
+    loaded: Given
     key: object
-    of_noise: bool  # whether the latents are random
+    random_latents: bool  # whether the latents are random
 
     @property
     def count(self) -> int:
-        return len(self.given.images)
+        return len(self.loaded.images)
 
     @classmethod
     def plan(cls, run, sampling, images, from_t, seed) -> _Interpolation:
         model, key = shared.diffusion_of(run), shared.sample_key(seed)
         count = images.num_images
         if count is not None and count % 2:
-            raise RunError(
-                f"interpolation needs pairs of images, but num_images is {count}, an odd number"
-            )
+            raise RunError(f"interpolation needs pairs of images, but --num_images={count} is odd")
         times = [None] if from_t is None else shared.numbers("from_t", from_t)
         if from_t is None:
             sampling = dataclasses.replace(sampling, sampler=sampling.sampler or DDIM())
@@ -282,28 +282,28 @@ class _Interpolation:
         noisy = hasattr(sampling.sampler, "variance") or getattr(sampling.sampler, "eta", 0) != 0
         if from_t is None and noisy:
             raise RunError(
-                "interpolation without --from_t follows latents, which needs a deterministic sampler:"
-                " ddim with eta 0, dpm_solver or heun"
+                "interpolation without --from_t decodes latents, which needs a deterministic sampler;"
+                " choose ddim with eta 0, dpm_solver or heun"
             )
-        of_noise = images.images is None
-        if of_noise:
+        random_latents = images.images is None
+        if random_latents:
             index = np.arange(count or PAIRED)
             labels = shared.choose_labels(run, index, images.labels or "cycle", key)
-            nothing = np.zeros((len(index), *run.method.image_shape), np.uint8)
-            given = Given(nothing, labels, index, {})
+            blank = np.zeros((len(index), *run.method.image_shape), np.uint8)
+            loaded = Given(blank, labels, index, {})
         else:
-            given = shared.load_images(run, images, key=key, default=PAIRED)
-            pairs = len(given.images) // 2
+            loaded = shared.load_images(run, images, key=key, default=PAIRED)
+            pairs = len(loaded.images) // 2
             if not pairs:
                 raise RunError(f"interpolation needs two images, but {images.images} has one")
-            given = Given(*(values[: 2 * pairs] for values in given[:3]), given.recipe)
+            loaded = Given(*(values[: 2 * pairs] for values in loaded[:3]), loaded.recipe)
             images = dataclasses.replace(images, num_images=2 * pairs)
-        return cls(run, sampling, images, times, given, key, of_noise)
+        return cls(run, sampling, images, times, loaded, key, random_latents)
 
     def ends(self, t, batch_size):
-        """Each image at time t, or its latent: [N, H, W, C]."""
+        """The images with noise up to time t, or for t = None the latents: [N, H, W, C]."""
         model, encoder = self.run.method, None
-        if t is None and not self.of_noise:
+        if t is None and not self.random_latents:
             values = options.describe(self.sampling)
             chain = Chain(**{f.name: values[f.name] for f in dataclasses.fields(Chain)})
             encoder, _ = make_encoder(model, chain, "interpolation")
@@ -318,7 +318,7 @@ class _Interpolation:
             eps = diffusion.noise(keys, diffusion.PRIOR_STREAM, x_0.shape[1:])
             return diffusion.q_sample(model.schedule, x_0, t, eps)
 
-        examples = (np.arange(self.count), self.given.labels, self.given.images)
+        examples = (np.arange(self.count), self.loaded.labels, self.loaded.images)
         return self._map(function, examples, batch_size)
 
     def _map(self, function, examples, batch_size):
@@ -335,7 +335,7 @@ class _Interpolation:
         """The arrays of the .npz."""
         pair = np.repeat(np.arange(self.count // 2), FRACTIONS)
         fraction = np.tile(np.linspace(0, 1, FRACTIONS, dtype=np.float32), self.count // 2)
-        nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # a label cannot be mixed
+        nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # labels cannot be mixed
         model, rows = self.run.method, []
         sampling = model.resolve(self.sampling)
         for t in self.times:
@@ -349,9 +349,9 @@ class _Interpolation:
                 return shared.as_saved(x_0)
 
             x = self.ends(t, batch_size)
-            labels = self.given.labels[nearer]
+            labels = self.loaded.labels[nearer]
             examples = (2 * pair, labels, x[2 * pair], x[2 * pair + 1], fraction)
             made = self._map(function, examples, batch_size)
             rows.append(made.reshape(self.count // 2, FRACTIONS, *model.image_shape))
         images = np.stack(rows, axis=1)
-        return {"images": images, "ends": self.given.images, **self.given.origin()}
+        return {"images": images, "ends": self.loaded.images, **self.loaded.origin()}

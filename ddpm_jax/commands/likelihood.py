@@ -4,9 +4,9 @@
     python -m ddpm_jax.main --mode=rate_distortion --workdir=runs/digits
     python -m ddpm_jax.main --mode=best_steps --workdir=runs/digits --steps=50
 
-Each writes a .json with the result and the settings that affect it, a picture beside it as .png, and total, L_T and L_0
-of every image as .npz. Results so far are kept in FILE.partial/; the same command continues, and
-a larger --num_images extends the result. Image i depends on the seed and i.
+Each command writes a .json with the result and the settings that affect it, a picture of the curves (.png), and total,
+L_T and L_0 of every image (.npz). An interrupted command keeps its results in FILE.partial/, and the same command
+continues from there. A larger --num_images extends a result. The noise of image i depends only on the seed and on i.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def nll(
 
     Args:
       bounding: with variance="analytic", the errors that it needs are measured first on `bound.ERROR_IMAGES` training
-        images, unless they are there.
+        images, unless they were measured before.
       measured: the images, and the seed of the noise.
-      output: the .json, with .png and .npz beside it.
+      output: the path of the .json; the .png and the .npz get the same name.
 
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
@@ -96,11 +96,11 @@ def best_steps(
     measured: Measured = Measured(),
     output: Output = Output(),
 ) -> np.ndarray:
-    """Chooses the --steps=S of the T steps with the lowest bound (Watson et al. 2021), and measures what they gain.
+    """Chooses the S steps, set by --steps=S, with the lowest bound (Watson et al. 2021), and measures their gain.
 
-    They are chosen by `budget.best_steps` with the errors of the training split, then both chains, chosen and evenly
-    spaced, are measured on the same images of `split` with the same noise. For a model with a
-    learned variance the choice uses the analytic one, which it approximates.
+    `budget.best_steps` chooses the steps from errors measured on training images. Then the bounds of the chosen steps and
+    of S evenly spaced steps are measured on the same images of `split` with the same noise. For a model with a learned
+    variance the steps are chosen with the analytic variance, which the learned variance approximates.
 
     Returns:
       int [S], the chosen times.
@@ -111,13 +111,13 @@ def best_steps(
     S = bounding.steps
     if S is None or not str(S).isdecimal():
         raise options.ConfigError(
-            f"best_steps: steps must be a number of steps to choose, such as --steps=50; got {S!r}"
+            f"best_steps: --steps must be the number of steps to choose, such as --steps=50; got {S!r}"
         )
     S, full = int(S), model.schedule
     variance = model.resolve(bounding).variance
     with options.errors_at("best_steps"):
         budget.check_num_steps(S, len(full))
-        if variance != "analytic":  # what can be refused is, before anything is measured
+        if variance != "analytic":  # check the options before anything is measured
             model.bound_chain(dataclasses.replace(bounding, steps=str(S)))
     request = Request(run, measured, dataclasses.replace(output, out=None))
     request.dataset()
@@ -169,7 +169,7 @@ def _report_gain(summary: dict, totals: dict[str, np.ndarray], out: str) -> None
     )
 
 
-# ---- what is reported --------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------------
 
 
 def _title(result: Evaluation) -> str:
@@ -195,7 +195,7 @@ def _in_context(result: Evaluation) -> str:
         value = plus_minus(found["total"], found["total_stderr"])
         parts.append(f"{found['num_images']} training images {value}")
     elif recipe["split"] != "train":
-        parts.append("for training images, run --split=train")
+        parts.append("for the bound of training images, use --split=train")
     rows = writers.read_metrics(os.path.join(recipe["workdir"], "metrics.jsonl"))
     rows = [row for row in rows if row["step"] <= recipe["step"] and row.get("loss") is not None]
     if rows:
@@ -210,7 +210,7 @@ def _report(result: Evaluation) -> Evaluation:
     writers.save_json(f"{result.path[:-4]}.json", result.summary())
     t, curves = result.chain.times, result.curves
     terms = writers.Panel(
-        *("L_t: one term each", "t + 1", "bits/dim", t + 1, {"term": curves["terms"]}),
+        *("L_t, the terms of the bound", "t + 1", "bits/dim", t + 1, {"term": curves["terms"]}),
         x_scale="log",
         y_scale="log",
     )
@@ -226,7 +226,7 @@ def _report(result: Evaluation) -> Evaluation:
     for name, scalars in result.scalars.items():
         values[name] = plus_minus(*mean_and_error(scalars))
     total, origin = values.pop("total"), recipe["x_0_error"]
-    errors = f" (errors of {origin['num_images']} training images)" if origin else ""
+    errors = f" (errors measured on {origin['num_images']} training images)" if origin else ""
     print(
         f"{total} bits/dim, of which {', '.join(f'{k} {v}' for k, v in values.items())}\n"
         f"{_title(result)}, x_0 {'clipped' if recipe['clip_x0'] else 'not clipped'},"

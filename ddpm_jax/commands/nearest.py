@@ -23,8 +23,8 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.options import AtLeast
 
-BLOCK = 4096  # training images that are compared at once
-ROWS = 20  # samples in the picture
+BLOCK = 4096  # number of training images that are compared at once
+ROWS = 20  # maximum number of samples in the picture
 
 
 def nearest(
@@ -33,10 +33,11 @@ def nearest(
     sampling: Sampling = Sampling(),
     num_samples: Annotated[int | None, "How many images to draw. Default: 8.", AtLeast(1)] = None,
     neighbours: Annotated[
-        int, "How many training images are shown beside each sample.", AtLeast(1)
+        int, "How many training images to show beside each sample.", AtLeast(1)
     ] = 7,
     images: Annotated[
-        str | None, "A folder of pictures or an .npz to ask for. Default: samples are drawn."
+        str | None,
+        "A folder of pictures or an .npz with images to use instead of samples. Default: samples are drawn.",
     ] = None,
     labels: Labels = "cycle",
     data_dir: DataDir = None,
@@ -45,8 +46,8 @@ def nearest(
 ) -> str:
     """Shows samples beside the training images nearest to them.
 
-    The distance is the root mean square difference of pixels. (Ho et al. 2020, App., show the same, for crops of
-    faces.) For comparison, it is also measured for the same number of test images, which the model has never seen.
+    The distance is the root mean square difference of pixels. For comparison, it is also measured for the same number of
+    test images, which the model has never seen. Ho et al. 2020 show nearest neighbours of face crops in their appendix.
 
     Returns:
       the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the
@@ -55,16 +56,18 @@ def nearest(
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
     """
-    if output.out is not None:  # what can be refused is, before samples are drawn
+    if output.out is not None:  # check the path before samples are drawn
         results.out_path(output.out, ".npz", run.workdir)
     settings = options.changed(sampling) | ({} if labels == "cycle" else {"labels": labels})
     if images is not None and settings:
         raise RunError(
-            f"--{sorted(settings)[0]} is for samples, and --images={images} is given instead"
+            f"--{sorted(settings)[0]} is for samples, but with --images={images} none are drawn"
         )
     train = run_data.data_of(run, "train", data_dir)
     if neighbours > len(train):
-        raise RunError(f"{neighbours} neighbours asked of {len(train)} training images")
+        raise RunError(
+            f"{neighbours} neighbours requested, but there are only {len(train)} training images"
+        )
     if images is None:
         num_samples, drawing = num_samples or 8, dataclasses.replace(output, out=None)
         draw = functools.partial(sampling_lib.sample, run, sampling=sampling, labels=labels)
@@ -72,7 +75,7 @@ def nearest(
             queries, origin = file["images"][:num_samples], json.loads(str(file["recipe"]))
             origin["workdir"] = ""  # a run may be moved
     else:
-        labels = "cycle" if run.method.num_classes else None  # which does not matter here
+        labels = "cycle" if run.method.num_classes else None  # labels do not affect distances
         which = Images(images=images, num_images=num_samples, labels=labels)
         loaded = shared.load_images(run, which, default=8)
         queries, origin = loaded.images, loaded.recipe
@@ -102,7 +105,7 @@ def nearest(
     mean = np.mean(arrays["distance"][:, 0])
     text = f"distance to the nearest training image {mean:.2f} on average"
     if "distance_of_test" in arrays:
-        text += f", of test images {np.mean(arrays['distance_of_test']):.2f}"
+        text += f", for test images {np.mean(arrays['distance_of_test']):.2f}"
     print(f"{text} (root mean square, 0 … 255)\n{out}, a picture in the .png beside it", flush=True)
     return out
 
@@ -110,17 +113,20 @@ def nearest(
 def _test_images(run: Run, data_dir: str | None, count: int) -> np.ndarray | None:
     try:
         dataset = run_data.data_of(run, "test", data_dir)
-    except data.DataError as error:  # a folder without one
+    except data.DataError as error:  # such as a folder without test images
         print(f"no test images to compare with: {str(error).partition(';')[0]}", flush=True)
         return None
     return dataset.fetch(data.choose(len(dataset), count))
 
 
 def nearest_of(queries: np.ndarray, dataset: data.Dataset, count: int):
-    """The `count` images of a data set nearest to each query, uint8 [N, H, W, C].
+    """Finds the `count` images of a data set that are nearest to each query.
+
+    Args:
+      queries: uint8 [N, H, W, C].
 
     Returns:
-      index int64 [N, count], the nearest first; root mean square differences float32 [N, count].
+      positions in the data set, int64 [N, count], the nearest first; root mean square differences, float32 [N, count].
     """
     flat = queries.reshape(len(queries), -1).astype(np.float64)
     index, squares = (np.zeros((len(flat), 0), kind) for kind in (np.int64, np.float64))

@@ -35,7 +35,7 @@ def denoise(
     run: Run,
     *,
     from_t: Annotated[
-        shared.Times, "The time up to which noise is added, or several as 250,500,750."
+        shared.Times, "The time up to which noise is added, or several times, such as 250,500,750."
     ],
     sampling: Sampling = Sampling(),
     images: Images = Images(),
@@ -45,10 +45,10 @@ def denoise(
     """Adds noise to images up to a time t, and denoises them again; details lost at t are generated anew.
 
     Args:
-      from_t: times of the chain; the noise is the same for each.
+      from_t: times of the chain; all of them use the same noise.
 
     Returns:
-      the path of the .npz: images uint8 [N, R, H, W, C] for R times, the noisy ones as x_t.
+      the path of the .npz: images uint8 [N, R, H, W, C] for R times, and the noisy images x_t of the same shape.
 
     Raises:
       ConfigError, DataError, CheckpointError, RunError: one line that says what to do.
@@ -58,9 +58,9 @@ def denoise(
     for t in times:
         with options.errors_at("denoising"):
             model.chain(chosen, from_t=t)
-    given = shared.load_images(run, images, key=key, default=8)
-    images = dataclasses.replace(images, num_images=len(given.images))
-    examples = (np.arange(len(given.images)), given.labels, given.images)
+    loaded = shared.load_images(run, images, key=key, default=8)
+    images = dataclasses.replace(images, num_images=len(loaded.images))
+    examples = (np.arange(len(loaded.images)), loaded.labels, loaded.images)
 
     def from_time(t):
         def function(params, key, index, label, image):
@@ -82,19 +82,19 @@ def denoise(
     def make():
         noisy, made = zip(*map(from_time, times), strict=True)
         arrays = {"images": np.stack(made, axis=1), "x_t": np.stack(noisy, axis=1)}
-        return arrays | {"originals": given.images, **given.origin()}
+        return arrays | {"originals": loaded.images, **loaded.origin()}
 
-    recipe = given.recipe | {"seed": seed} | options.describe(chosen) | {"from_t": times}
+    recipe = loaded.recipe | {"seed": seed} | options.describe(chosen) | {"from_t": times}
     settings = images.named() | options.changed(sampling) | {"from_t": times}
     name = run.name("denoise", f"seed{seed}", settings=settings)
     out, arrays = shared.write(run, "denoise", recipe, make, output, name)
-    shown = shared.shown(len(given.images))
-    rows = [("images", given.images[shown])]
+    shown = shared.shown(len(loaded.images))
+    rows = [("images", loaded.images[shown])]
     for n, t in enumerate(times):
         rows += [(f"with the noise of t = {t}", arrays["x_t"][shown, n])]
         rows += [(f"denoised from t = {t}", arrays["images"][shown, n])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
-    print(f"{len(given.images)} images in {out}, a picture in the .png beside it", flush=True)
+    print(f"{len(loaded.images)} images in {out}, a picture in the .png beside it", flush=True)
     return out
 
 
@@ -102,19 +102,24 @@ def inpaint(
     run: Run,
     *,
     mask: Annotated[
-        str, f"What is filled in: the white of a picture, or one of {', '.join(MASKS)}."
+        str,
+        f"The part to fill in: {', '.join(MASKS)}, or a picture file whose white part is filled in.",
     ] = "centre",
     chain: Chain = Chain(),
     variance: Annotated[
         str | None, "The variance of the reverse chain. Default: as in the config."
     ] = None,
-    resample: Annotated[int, "How often each part of the chain is walked.", AtLeast(1)] = 10,
-    jump: Annotated[int, "How many steps it goes back for each --resample.", AtLeast(1)] = 10,
+    resample: Annotated[int, "How many times each part of the chain is run.", AtLeast(1)] = 10,
+    jump: Annotated[
+        int, "How many steps the chain goes back before it repeats a part.", AtLeast(1)
+    ] = 10,
     images: Images = Images(),
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
-    """Fills in a part of images and keeps the rest bit for bit; see `repaint.inpaint`.
+    """Fills in a part of images by RePaint (Lugmayr et al. 2022); the other pixels do not change.
+
+    `repaint.inpaint` describes the algorithm.
 
     Returns:
       the path of the .npz: images uint8 [N, H, W, C], originals, and the mask uint8 [H, W], 255 where the image was
@@ -130,9 +135,9 @@ def inpaint(
         repaint.resampling(len(steps), resample=resample, jump=jump)
         reverse = model.reverse_variance(variance, steps, errors)
     hole = load_mask(mask, run.method.image_shape)
-    given = shared.load_images(run, images, key=key, default=8)
-    images = dataclasses.replace(images, num_images=len(given.images))
-    known = np.broadcast_to(1.0 - hole[None, :, :, None], (len(given.images), *hole.shape, 1))
+    loaded = shared.load_images(run, images, key=key, default=8)
+    images = dataclasses.replace(images, num_images=len(loaded.images))
+    known = np.broadcast_to(1.0 - hole[None, :, :, None], (len(loaded.images), *hole.shape, 1))
 
     def function(params, key, index, label, image, known):
         denoiser = model.denoiser(params, label, guidance=chosen.guidance, variance=reverse)
@@ -147,7 +152,7 @@ def inpaint(
     walk = {"resample": resample, "jump": jump, "variance": variance or model.variance}
 
     def make():
-        examples = (np.arange(len(given.images)), given.labels, given.images, known)
+        examples = (np.arange(len(loaded.images)), loaded.labels, loaded.images, known)
         made = shared.map_images(
             run,
             function,
@@ -157,29 +162,34 @@ def inpaint(
             settings=options.describe(chosen),
         )
         mask = 255 * hole.astype(np.uint8)
-        return {"images": made, "originals": given.images, **given.origin(), "mask": mask}
+        return {"images": made, "originals": loaded.images, **loaded.origin(), "mask": mask}
 
-    recipe = given.recipe | {"seed": seed} | options.describe(chosen) | walk | {"x_0_error": origin}
+    recipe = (
+        loaded.recipe | {"seed": seed} | options.describe(chosen) | walk | {"x_0_error": origin}
+    )
     recipe |= {"mask_sha256": hashlib.sha256(hole.tobytes()).hexdigest()}
     settings = {"mask": os.path.basename(mask), "variance": variance}
     settings |= {key: n for key, n in (("resample", resample), ("jump", jump)) if n != 10}
     settings |= images.named() | options.changed(chain)
     name = run.name("inpaint", f"seed{seed}", settings=settings)
     out, arrays = shared.write(run, "inpaint", recipe, make, output, name)
-    hidden = np.where(hole[None, :, :, None], np.uint8(128), given.images)
-    shown = shared.shown(len(given.images))
-    rows = [("images", given.images[shown]), ("what is kept of them", hidden[shown])]
+    hidden = np.where(hole[None, :, :, None], np.uint8(128), loaded.images)
+    shown = shared.shown(len(loaded.images))
+    rows = [
+        ("images", loaded.images[shown]),
+        ("what is kept; grey is filled in", hidden[shown]),
+    ]
     rows += [("filled in", arrays["images"][shown])]
     writers.save_grids(f"{out[:-4]}.png", rows, columns=len(shown))
-    print(f"{len(given.images)} images in {out}, a picture in the .png beside it", flush=True)
+    print(f"{len(loaded.images)} images in {out}, a picture in the .png beside it", flush=True)
     return out
 
 
 def load_mask(mask: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """bool [H, W], True where an image is to be filled in: one of `MASKS`, or the white of a picture.
+    """bool [H, W], True where an image is to be filled in: one of `MASKS`, or the white part of a picture file.
 
     Raises:
-      DataError, RunError: no such mask, or one that leaves nothing to fill in or nothing to go by.
+      DataError, RunError: there is no such mask, or it is white everywhere or nowhere.
     """
     height, width, _ = image_shape
     if mask in MASKS:
@@ -195,12 +205,12 @@ def load_mask(mask: str, image_shape: tuple[int, int, int]) -> np.ndarray:
         hole = data.picture(config_lib.path(mask), (height, width, 1))[:, :, 0] >= 128
     else:
         raise RunError(
-            f"there is no mask {mask!r}{nearest(mask, MASKS)} (a picture whose white is to be"
-            f" filled in, or {', '.join(MASKS)})"
+            f"there is no mask {mask!r}{nearest(mask, MASKS)} (choose from {', '.join(MASKS)},"
+            " or a picture file whose white part is filled in)"
         )
     if not hole.any() or hole.all():
         raise RunError(
-            f"the mask {mask!r} is {'all' if hole.all() else 'without'} white; white is filled in, black"
-            " is kept, and both must be there"
+            f"the mask {mask!r} {'is all' if hole.all() else 'has no'} white; white is filled in and black is"
+            " kept, so a mask needs both"
         )
     return hole

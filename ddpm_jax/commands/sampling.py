@@ -4,10 +4,10 @@
     python -m ddpm_jax.main --mode=sample --workdir=runs/digits --sampler=dpm_solver --steps=20 --trajectory
     python -m ddpm_jax.main --mode=progressive --workdir=runs/digits
 
-The first writes one .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid as .png. While
-it runs, finished images are kept in FILE.partial/, and the same command continues from there. `--trajectory` adds the
-chain of the first images as a strip and as an animation. The third writes the model's predictions of x_0 along the
-chain, as Ho et al. 2020, Figure 6.
+The first command writes an .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid of the
+images (.png). While it runs, finished images are kept in FILE.partial/, and the same command continues from there.
+`--trajectory` adds the chain of the first images as a strip and as an animation. The third command writes the model's
+predictions of x_0 along the chain, as in Ho et al. 2020, Figure 6.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ddpm_jax.training.preview import check_sampling
 
 GRID_LIMIT = 100  # maximum number of images in the .png
 GRID_ROWS = 20  # maximum number of rows of the progressive strip
-FRAMES = 12  # columns of that strip and of a trajectory
-TRAJECTORY_IMAGES = 8  # images of a trajectory
-ANIMATION_FRAMES = 48  # frames of its animation
+FRAMES = 12  # number of columns of the progressive strip and of a trajectory
+TRAJECTORY_IMAGES = 8  # number of images in a trajectory
+ANIMATION_FRAMES = 48  # number of frames in the animation of a trajectory
 
 NumSamples = Annotated[
     int | None, "How many images to draw. Default: 64, or all of --latents.", AtLeast(1)
@@ -54,10 +54,10 @@ def sample(
     num_samples: NumSamples = None,
     labels: Labels = "cycle",
     latents: Annotated[
-        str | None, "An .npz of --mode=encode, whose latents are decoded instead of noise."
+        str | None, "An .npz from --mode=encode; its latents are decoded instead of random noise."
     ] = None,
     trajectory: Annotated[
-        bool, "Also writes the chain of the first images, as a strip and an animation."
+        bool, "Also writes the chain of the first eight images, as a strip and as an animation."
     ] = False,
     seed: Seed = 0,
     output: Output = Output(),
@@ -65,8 +65,8 @@ def sample(
     """Draws images from the last checkpoint of a run.
 
     Args:
-      latents: decoded by default by DDIM with the steps, guidance and labels that they were encoded with.
-      output: the .npz; images already drawn with the same recipe are kept, and only further ones are drawn.
+      latents: by default, DDIM decodes them with the steps, guidance and labels that they were encoded with.
+      output: the path of the .npz; its images with the same recipe are kept, and only the missing images are drawn.
 
     Returns:
       the path of the .npz.
@@ -99,7 +99,7 @@ def sample(
         if finished and not growing.count:
             growing.append(finished["images"])
         if growing.count:
-            print(f"{growing.count} images of this recipe exist already", flush=True)
+            print(f"{growing.count} images with this recipe exist already", flush=True)
         num_samples = max(num_samples, growing.count)
         _grow(run, plan, growing, inputs, num_samples, encoded, output.batch_size)
         images = growing.rows()
@@ -124,7 +124,7 @@ def _grow(run, plan, growing, inputs, num_samples, encoded, batch_size) -> None:
     batch_size = batch_size or parallel.examples_at_once()
     progress = writers.Progress("image", num_samples, growing.count, unit="images")
     while growing.count < num_samples:
-        index = growing.count + np.arange(min(batch_size, num_samples))  # one shape for all
+        index = growing.count + np.arange(min(batch_size, num_samples))  # batches of equal shape
         index = index if encoded is None else np.minimum(index, len(encoded.latents) - 1)
         batch = inputs(index)
         if mapped is None:
@@ -144,18 +144,18 @@ class Plan:
     run: Run
     sampling: Any
     key: Any
-    labels: str  # as numbers
+    labels: str  # names of classes replaced by their numbers
     recipe: dict
     out: str
     named: bool  # whether the user has named `out`
     x_0_error: np.ndarray | None
 
     def draw(self, params, key, index, label, *x_T) -> shared.Drawn:
-        """Images as they are saved, from x_T if that is given."""
+        """Images as they are saved; the chains start from x_T if it is passed."""
         return shared.as_saved(self.chains(0, params, key, index, label, *x_T))
 
     def chains(self, frames: int, params, key, index, label, *x_T):
-        """Images in [−1, 1], and with `frames` their chains."""
+        """Images in [−1, 1]; if `frames` is not 0, also their chains at so many times."""
         extra = {"x_0_error": self.x_0_error} if self.x_0_error is not None else {}
         extra |= {"frames": frames} if frames else {}
         extra |= {"x_T": x_T[0]} if x_T else {}
@@ -203,17 +203,18 @@ class _Latents:
     @classmethod
     def read(cls, run: Run, path: str, sampling: Sampling, labels: str) -> _Latents:
         if labels != "cycle":
-            raise RunError(f"the labels are those of --latents={path}; leave out --labels")
+            raise RunError(f"--latents={path} contains the labels; leave out --labels")
         model, arrays = shared.diffusion_of(run), results.read_npz(path)
         try:
             latents, recipe = arrays["latents"], json.loads(str(arrays["recipe"]))
             if not len(latents) == len(arrays["labels"]) > 0:
                 raise ValueError
         except (KeyError, ValueError, TypeError):
-            raise RunError(f"{path} holds no latents; --mode=encode writes them") from None
+            raise RunError(f"{path} contains no latents; --mode=encode makes such files") from None
         if latents.shape[1:] != run.method.image_shape:
             raise RunError(
-                f"{path} holds latents {latents.shape[1:]}, but this model has {run.method.image_shape}"
+                f"{path} contains latents of shape {latents.shape[1:]}, but the images of this model have shape"
+                f" {run.method.image_shape}"
             )
         changed = options.changed(sampling)
         sampler = sampling.sampler if "sampler" in changed else DDIM()
@@ -224,7 +225,7 @@ class _Latents:
             last = int(model.chain(model.resolve(sampling)).times[-1])
         if recipe.get("last") not in (None, last):
             raise RunError(
-                f"{path} holds x_t of t = {recipe['last']}, but these steps begin at t = {last}; choose"
+                f"{path} contains x_t of t = {recipe['last']}, but these steps begin at t = {last}; choose"
                 f" steps and spacing that begin at {recipe['last']}"
             )
         digest = hashlib.sha256(latents.tobytes() + arrays["labels"].tobytes()).hexdigest()
@@ -235,7 +236,7 @@ class _Latents:
 
 
 def _save_trajectory(run: Run, plan: Plan, examples) -> None:
-    """x_t over x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` as an animation."""
+    """Saves x_t and x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` times as an animation."""
     shared.diffusion_of(run)
     draw = functools.partial(plan.chains, ANIMATION_FRAMES)
     x, frames = shared.map_images(
@@ -248,7 +249,7 @@ def _save_trajectory(run: Run, plan: Plan, examples) -> None:
     for n in range(len(last)):
         rows += [*x_t[n, columns], *x_0[n, columns]]
     times = ", ".join(f"{time:g}" for time in t[columns])
-    title = f"above x_t, below the x_0 predicted from it, at t = {times}"
+    title = f"in turn a row of x_t and a row of the x_0 predicted from it, at t = {times}"
     path = f"{plan.out[:-4]}_trajectory"
     writers.save_grids(f"{path}.png", [(title, np.stack(rows))], columns=len(columns))
     width = max(1, len(last) // 2)
@@ -272,8 +273,8 @@ def progressive(
 ) -> str:
     """Draws samples together with the predicted x_0 along the chain; Ho et al. 2020, Figure 6.
 
-    The images are 0 … num_samples − 1 that `sample` draws with the same arguments. The .npz holds t [K], x_t float32
-    and x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
+    The images are the first `num_samples` images that `sample` draws with the same arguments. The .npz holds t [K], x_t
+    float32 and x_0 uint8 [N, K, H, W, C], the images uint8 [N, H, W, C] and the recipe.
 
     Returns:
       the path of the .npz.
@@ -299,5 +300,5 @@ def progressive(
         strip = x_0[:GRID_ROWS].reshape(-1, *run.method.image_shape)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(strip, columns=len(t)))
     times = ", ".join(f"{time:g}" for time in t)
-    print(f"x_0 as predicted at t = {times}: {plan.out[:-4]}.png", flush=True)
+    print(f"predictions of x_0 at t = {times}: {plan.out[:-4]}.png", flush=True)
     return plan.out

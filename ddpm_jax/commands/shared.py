@@ -21,14 +21,14 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
-SEED_HELP = "The seed of all noise; image i depends on the seed and on i alone."
+SEED_HELP = "The seed of all random numbers; those of image i depend only on the seed and on i."
 DATA_DIR_HELP = "The folder where the data are. Default: as in the config."
 Seed = Annotated[int, SEED_HELP, AtLeast(0)]
-Times = str | int | float | tuple[float, ...]  # as text with commas, from a command line
+Times = str | int | float | tuple[float, ...]  # a command line gives text with commas
 Labels = Annotated[
     str,
-    "The classes of the images: cycle through all, random, one class as 3, or several as 3,5,7; classes that have"
-    " names also by them, as cat,dog.",
+    "The classes of the images: cycle (all in turn), random, one class such as 3, or several in turn such as 3,5,7."
+    " Class names work too, such as cat,dog.",
 ]
 DataDir = Annotated[str | None, DATA_DIR_HELP]
 
@@ -38,12 +38,12 @@ class Output:
     """How a result is computed and where it goes."""
 
     batch_size: int | None = option(
-        None, "How many images are computed at a time. Default: what suits the device.", least=1
+        None, "How many images to compute at a time. Default: depends on the device.", least=1
     )
     out: str | None = option(
         None,
-        "The file to write, in an existing folder; its pictures get the same name. Default: a file in the"
-        " run directory, named after the settings.",
+        "The file to write, in an existing folder; pictures get the same name. Default: a file in the run"
+        " directory, named after the settings.",
     )
 
 
@@ -52,13 +52,14 @@ class Images:
     """Input images."""
 
     images: str | None = option(
-        "data", "The images: data for the run's own, a folder of pictures or an .npz."
+        "data",
+        "The input images: data (the data set of the run), a folder of pictures, or an .npz.",
     )
     num_images: int | None = option(None, "How many images to use.", least=1)
     split: str | None = option(None, "The split of the data, such as train or test. Default: test.")
     data_dir: str | None = option(None, DATA_DIR_HELP)
     labels: str | None = option(
-        None, "The classes of the images, as for sample. Default: those of the images."
+        None, "The classes of the images, as for --mode=sample. Default: the labels in the data."
     )
 
     def named(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Given(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]
     index: np.ndarray  # int64 [N], their positions in the split, folder or file
-    recipe: dict  # their source, and a digest
+    recipe: dict  # the source and a digest of the images
 
     def origin(self) -> dict[str, np.ndarray]:
         """Arrays that identify the input images, for the .npz."""
@@ -82,11 +83,11 @@ class Given(NamedTuple):
 
 
 def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
-    """Images of "data" (the run's own), of a folder of pictures or of an .npz, chosen by `data.choose`.
+    """Loads images from the data set of the run ("data"), a folder of pictures or an .npz.
 
     Args:
-      default: the number if num_images is None, at most all.
-      key: for labels="random".
+      default: the number of images if `which.num_images` is None; all if there are fewer. `data.choose` chooses them.
+      key: the random key for labels="random".
 
     Raises:
       DataError, ConfigError, RunError: one line that says what to do.
@@ -106,7 +107,7 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
             " smaller --num_images"
         )
     rows = data.choose(len(dataset), count)
-    rows = np.sort(rows) if count == len(dataset) else rows  # all images stay in their order
+    rows = np.sort(rows) if count == len(dataset) else rows  # all images keep their order
     pixels = dataset.fetch(rows)
     if which.labels is not None or not run.method.num_classes:
         chosen = choose_labels(run, np.arange(count), which.labels or "cycle", key)
@@ -126,7 +127,7 @@ def load_images(run: Run, which: Images, *, default: int, key=None) -> Given:
 
 
 def choose_labels(run: Run, index: np.ndarray, labels: str, key=None) -> np.ndarray:
-    """The class of each image, as `labels_of`, with class names allowed."""
+    """The class of each image, as by `labels_of`; `labels` may also be names of classes."""
     labels = run_data.class_numbers(run, labels)
     key = sample_key(0) if key is None else key
     with options.errors_at("--labels"):
@@ -143,18 +144,18 @@ def diffusion_of(run: Run):
     """The Method of a run, which must be a diffusion.
 
     Raises:
-      RunError: it is not.
+      RunError: the Method is not a diffusion.
     """
     if not is_diffusion(run.method):
         raise RunError(
-            f"{run.config.method} (config.method) is not a diffusion: this command needs one that can add"
-            " noise"
+            f"{run.config.method} (config.method) is not a diffusion, so it cannot add noise, which this"
+            " command needs"
         )
     return run.method
 
 
 def resolved(run: Run, chosen: Any) -> Any:
-    """Options with the model's values for those left at None."""
+    """The options, where the model's values replace None."""
     return run.method.resolve(chosen) if hasattr(run.method, "resolve") else chosen
 
 
@@ -172,12 +173,14 @@ def numbers(name: str, value) -> list[int]:
     except ValueError:
         found = []
     if not found:
-        raise RunError(f"{name} is a list of whole numbers, such as 10,20,50; got {value!r}")
+        raise RunError(
+            f"{name} must be whole numbers separated by commas, such as 10,20,50; got {value!r}"
+        )
     return found
 
 
 def shown(count: int) -> np.ndarray:
-    """Positions of the images that a picture shows: at most eight of `count`, spread over a sorted folder."""
+    """Positions of the images that a picture shows: at most eight of `count`, from all parts of a sorted folder."""
     return np.sort(data.choose(count, 8))
 
 
@@ -188,23 +191,23 @@ class Drawn(NamedTuple):
     """Images as they are saved."""
 
     images: Any  # uint8 [B, H, W, C]
-    finite: Any  # bool [B], whether all its values were numbers before they were rounded
+    finite: Any  # bool [B], whether all values of the image were finite before rounding
 
 
 def as_saved(x) -> Drawn:
-    """Converts images x [B, H, W, C], in [−1, 1] or beyond, inside a mapped function."""
+    """Rounds and clips float images x [B, H, W, C], where −1 is black and 1 white; for use in a mapped function."""
     return Drawn(*drawn(x))
 
 
 def check_finite(finite: np.ndarray, settings: dict) -> None:
-    """Refuses images that are not finite, which rounding would turn black.
+    """Raises an error if images are not finite; rounding would turn them black.
 
     Args:
       finite: bool [N].
-      settings: the settings that they were made with, for the advice.
+      settings: the settings of the images, from which the error message suggests other options.
 
     Raises:
-      RunError: their number, and the options that are the likely cause.
+      RunError: the number of such images, and the options to try.
     """
     if np.all(finite):
         return
@@ -223,7 +226,7 @@ def check_finite(finite: np.ndarray, settings: dict) -> None:
 
 
 def compiled(function: Callable, progress: writers.Progress, params, key, *examples) -> Callable:
-    """`parallel.map_examples` of a function, compiled for examples of these shapes outside the measured time."""
+    """Compiles `parallel.map_examples(function)` for examples of these shapes; `progress` does not count the time."""
     mapped = parallel.map_examples(function)
     with progress.pause():
         print("compiling", flush=True)
@@ -234,23 +237,23 @@ def compiled(function: Callable, progress: writers.Progress, params, key, *examp
 def map_images(
     run: Run, function: Callable, key, *examples, batch_size: int | None, settings: dict
 ):
-    """function(params, key, *examples) over all examples, in batches, with progress lines.
+    """Maps function(params, key, *examples) over all examples in batches, and prints the progress.
 
     Args:
       function: any `Drawn` that it returns is checked by `check_finite`.
       examples: arrays [N, …].
-      batch_size: how many at a time; None for the default of the device.
+      batch_size: number of examples at a time; None for the default of the device.
       settings: the settings of the images, for the error message of `check_finite`.
 
     Returns:
-      its tree of arrays, NumPy [N, …], with each `Drawn` replaced by its images.
+      the results as NumPy arrays [N, …]; each `Drawn` is replaced by its images.
     """
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
     progress, parts = writers.Progress("image", count, 0, unit="images"), []
     params, mapped = parallel.place(run.params), None
     for first in range(0, count, batch_size):
-        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
+        rows = np.minimum(first + np.arange(batch_size), count - 1)  # batches of equal shape
         batch = [np.asarray(values)[rows] for values in examples]
         mapped = mapped or compiled(function, progress, params, key, *batch)
         parts.append(mapped(params, key, *batch))
@@ -270,7 +273,7 @@ def map_images(
 def write(
     run: Run, mode: str, recipe: dict, make: Callable, output: Output, name: str
 ) -> tuple[str, dict]:
-    """The .npz of a command, computed unless it exists with the same recipe.
+    """Computes and writes the .npz of a command, unless it exists with the same recipe.
 
     Args:
       make: () -> the arrays.

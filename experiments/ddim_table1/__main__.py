@@ -5,11 +5,11 @@
     python -m experiments.ddim_table1 --workdir=runs/fashion --num_samples=300 --num_seeds=1 \\
         --features=experiments.feature_classifier:runs/fashion_classifier.npz
 
-Each cell is the result of `--mode=eval` for three seeds (--num_seeds). Samples and features are saved, so the command
-continues where it was stopped, and a new row costs only itself. A cell shows the mean ± standard deviation over seeds
-and, in brackets, Student's t of the differences from the first row, seed by seed, if it is significant at 95 %. The
-table is written to eval/ddim_table1.json in the run directory, and images of the same latents for every S to
-eval/ddim_table1.png.
+Each cell is the result of `--mode=eval` for three seeds (--num_seeds). Samples and features are saved, so a repeated
+command continues where it was stopped, and computes only the rows that are new. A cell shows the mean ± standard
+deviation over seeds and, in brackets, Student's t of the differences from the first row, seed by seed, if it is
+significant at 95 %. The table is written to eval/ddim_table1.json in the run directory, and images of the same latents
+for every S to eval/ddim_table1.png.
 
 The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
 
@@ -21,12 +21,12 @@ The paper, FID of 50,000 images, CIFAR-10, quadratic spacing:
     σ̂       367.43  133.37   32.72   9.99   3.17
 
 Expected: with few steps, less noise is better, and a second-order solver is better than DDIM; on the full chain all
-are alike.
+are similar.
 
 Measured by the three commands above with --batch_size=100, on one core of an AMD EPYC server, jax 0.10.2, in 62
 minutes, half of them for the last cell: squared Fréchet distance between 64 features of 300 samples and of the
-60,000 training images (fashion_mnist_classifier_fid_300; for the first 300 test images it is 9.80, the bias of so
-small a sample), EMA weights after 4000 steps, seed 0, x̂_0 clipped. Steps are spaced uniformly by default.
+60,000 training images (fashion_mnist_classifier_fid_300; for the first 300 test images it is 9.80, the bias of such a
+small sample), EMA weights after 4000 steps, seed 0, x̂_0 clipped. Steps are spaced uniformly by default.
 
     S                              5       10      20      50       T
     DDIM η 0.0                  98.17   42.33   33.62   30.25
@@ -41,11 +41,11 @@ small a sample), EMA weights after 4000 steps, seed 0, x̂_0 clipped. Steps are 
 
 This is one seed. For the same model, 300 images and S = 50, the standard deviation over three seeds is 5.7 (DDIM) and
 5.2 (ancestral) (experiments/schedules), so cells that differ by less than about 15 are not distinguishable here.
-Significant are: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and the whole ancestral
-chain is better than 50 of its steps. Not distinguishable are the values of η from 20 steps on, uniform and quadratic
-spacing at 20 and 50, the orders of the solver from 10 on, and the solver and DDIM from 10 on. A latent gives the same
-garment for S = 5, 10, 20, 50 and 1000, with more and more detail.
-Not run: the same with several seeds.
+These results are significant: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and the whole
+ancestral chain is better than 50 of its steps. These are not distinguishable: the values of η from 20 steps on, uniform
+and quadratic spacing at 20 and 50 steps, the orders of the solver from 10 steps on, and the solver and DDIM from 10 steps
+on. A latent gives the same garment for S = 5, 10, 20, 50 and 1000, with more and more detail.
+Not run: several seeds.
 """
 
 import argparse
@@ -91,21 +91,19 @@ def measure(workdir, *, rows=ROWS, counts=COUNTS, **arguments):
     Args:
       workdir: a run of a diffusion.
       rows: {name: Sampling}.
-      counts: the S of each row, except those in `ONLY`.
+      counts: the values of S for all rows that are not in `ONLY`.
       arguments: arguments of `evaluate`.
     """
     run = runs.load(workdir)
     if not is_diffusion(run.method):
-        raise RunError(
-            f"{workdir} is not a run of a diffusion, so its number of steps cannot change"
-        )
+        raise RunError(f"{workdir} is not a run of a diffusion, so it has no steps to choose")
     cells = [
         (name, "T" if S is None else S, dataclasses.replace(row, steps=S and str(S)))
         for name, row in rows.items()
         for S in ONLY.get(name, counts)
         if S is None or len(run.method.schedule) >= S
     ]
-    for _, _, sampling in cells:  # checks all options before hours of sampling
+    for _, _, sampling in cells:  # check all options before hours of sampling
         with options.errors_at("ddim_table1"):
             run.method.chain(sampling)
     table = {}
@@ -164,10 +162,9 @@ def follow(
 
 
 def main(argv: list[str] | None = None) -> None:
-    first_line, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m experiments.ddim_table1",
-        description=f"{first_line}\n{rest}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -181,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data_dir", help="where the data are (default: as in the config)")
     parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="S, with commas")
+    parser.add_argument(
+        "--counts", default=",".join(map(str, COUNTS)), help="values of S, separated by commas"
+    )
     args = parser.parse_args(argv)
     args.workdir = config_lib.path(args.workdir)
     parallel.enable_compilation_cache()
@@ -212,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name in names:
         print(f"\n{name}\n\n{show(table, name)}")
-    print(f"\n{path}\n{picture}: one latent through every S", flush=True)
+    print(f"\n{path}\n{picture}: each column is one latent, each row one S", flush=True)
 
 
 if __name__ == "__main__":

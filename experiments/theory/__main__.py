@@ -37,24 +37,24 @@ below is a small function in float64 ([vilhes.py](vilhes.py), [sedykh.py](sedykh
 [tavares.py](tavares.py), [liu.py](liu.py)) that computes one quantity three times: from the definition, by the printed
 formula, and by the correct one. The definition is the one-step kernel q(x_t | x_{{t−1}}) = N(√α_t x_{{t−1}}, β_t) with Ho
 et al.'s linear schedule, composed step by step or integrated on a grid ([chain.py](chain.py)). It shares no code with
-ddpm_jax, whose result is in another column. {right} lines are about places that were suspected but are correct, and
-{notation} about slips of notation without consequences; {words} are decided by an argument instead of numbers.
+ddpm_jax, whose error is in a column of its own. {right} lines are about formulas that looked wrong but are correct, and
+{notation} about wrong notation without consequences; {words} are decided by an argument instead of numbers.
 
-The numbers are those of the first case in the last column. Brackets contain the largest relative distance from the truth
-over all cases, or the absolute one where the truth is 0. The documents count t = 1 … T, and ᾱ_0 = 1. They were read as
-transcribed text, so a bar may have been lost or added in transcription.
+The last column describes the cases; the numbers are those of the first case. Brackets contain the largest relative distance
+from the truth over all cases, or the absolute distance where the truth is 0. The documents count t = 1 … T, and ᾱ_0 = 1.
+We read transcriptions of the documents, in which a bar may have been lost or added.
 
     python -m experiments.theory        prints this page; tests/test_theory.py checks every line of it
 """
 
 COLUMNS = (
-    *("place", "printed", "right", "truth", "printed gives", "right gives", "ddpm_jax off by"),
-    *("verdict", "what decides"),
+    *("place", "printed", "correct", "truth", "value of printed", "value of correct"),
+    *("error of ddpm_jax", "verdict", "what is computed"),
 )
 
 
 def number(value, digits: int = 5) -> str:
-    """The first of the values, rounding errors about 0 as 0."""
+    """The first of the values as text; a rounding error around 0 becomes 0."""
     first = np.ravel(value)[0]
     text = f"{float(f'{first:.{digits}g}') if abs(first) > 1e-12 else 0.0:g}"
     return re.sub(r"e\+?(-?)0?", r"e\1", text).replace("-", "−")
@@ -67,7 +67,7 @@ def distance(value, truth, tolerance: float) -> str:
 
 
 def line(erratum: Erratum) -> tuple[str, ...]:
-    """The cells of a row."""
+    """The cells of the row of an erratum."""
     verdict = erratum.verdict()
     words = erratum.place, erratum.printed, erratum.right
     if isinstance(erratum.decide, str):
@@ -81,7 +81,7 @@ def line(erratum: Erratum) -> tuple[str, ...]:
 
 
 def table(rows) -> str:
-    """Markdown of a sequence of rows of cells."""
+    """The table in Markdown, from rows of cells."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "∣") for cell in row) + " |" for row in lines
@@ -89,7 +89,7 @@ def table(rows) -> str:
 
 
 def page() -> str:
-    """The whole text, Markdown."""
+    """The whole page in Markdown."""
     every = [erratum for module, _ in DOCUMENTS.values() for erratum in module.ERRATA]
     verdicts = [erratum.verdict() for erratum in every]
     count, notation = verdicts.count("erratum"), verdicts.count("notation")

@@ -1,8 +1,8 @@
 """The truth: the chain by its definition, in float64 and on grids. It shares no code with ddpm_jax.
 
-From the documents it takes one line, the kernel q(x_t | x_{t−1}) = N(√α_t x_{t−1}, β_t) of a single number;
-what follows from it is composed step by step, or integrated by the trapezoidal rule, which is exact to
-rounding for densities that vanish at both ends. Time is that of the documents, t = 1 … 1000.
+It takes only the kernel q(x_t | x_{t−1}) = N(√α_t x_{t−1}, β_t) of a single number from the documents.
+Everything else is composed from it step by step, or integrated by the trapezoidal rule, which is exact up to
+rounding for densities that vanish at both ends. Times are those of the documents, t = 1 … 1000.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 BETA = np.linspace(1e-4, 0.02, 1000)  # β_1 … β_T of Ho et al. §4
-TIMES = (500, 2, 10, 100, 1000)  # the first is the one that the table shows
+TIMES = (500, 2, 10, 100, 1000)  # the table shows the first
 
 
 def over(function: Callable[..., float], *arguments, times=TIMES) -> np.ndarray:
@@ -21,13 +21,13 @@ def over(function: Callable[..., float], *arguments, times=TIMES) -> np.ndarray:
 
 
 def symbols(t: int) -> tuple[float, float, float, float]:
-    """α_t, β_t, ᾱ_t, ᾱ_{t−1}, with which printed and right formulas are evaluated; ᾱ_0 = 1."""
+    """α_t, β_t, ᾱ_t and ᾱ_{t−1}, the symbols of the formulas; ᾱ_0 = 1."""
     alpha = 1 - BETA
     return alpha[t - 1], BETA[t - 1], np.prod(alpha[:t]), np.prod(alpha[: t - 1])
 
 
 def forward(t: int, start: int = 0) -> tuple[float, float]:
-    """x_t given x_start is N(factor · x_start, variance): the kernels, one after the other."""
+    """Factor and variance of q(x_t | x_start) = N(factor · x_start, variance), kernel by kernel."""
     factor, variance = 1.0, 0.0
     for beta in BETA[start:t]:
         factor, variance = np.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
@@ -45,7 +45,7 @@ def log_normal(x, mean, variance):
 
 
 def normalise(log_density, x):
-    """The logarithm of a density on an even grid, made to integrate to 1."""
+    """Normalises the logarithm of a density on an even grid."""
     peak = log_density.max()
     return log_density - peak - np.log(np.exp(log_density - peak).sum() * (x[1] - x[0]))
 
@@ -54,7 +54,7 @@ def posterior(t: int, x_t: float, x_0: float, before: int | None = None):
     """log q(x_s | x_t, x_0) on a grid by Bayes' rule: x [N], log density [N].
 
     Args:
-      before: s; None for t − 1.
+      before: the time s; None for t − 1.
     """
     before = t - 1 if before is None else before
     x = np.linspace(-15, 15, 20001) * np.sqrt(forward(t)[1])
@@ -77,9 +77,8 @@ def ddim_forward(t: int, x_before: float, x_0: float, eta: float):
     factor, spread = forward(t)
     line = ddim_posterior(t, 1.0, 0.0, eta)[0]
     middle, variance = ddim_posterior(t, 0.0, x_0, eta)
-    middle = (
-        x_before - middle
-    ) / line  # where q_σ(x_{t−1} | x_t, x_0) is largest as a function of x_t
+    # The x_t at which q_σ(x_{t−1} | x_t, x_0) is largest.
+    middle = (x_before - middle) / line
     x = middle + np.linspace(-12, 12, 20001) * np.sqrt(variance) / line
     mean, _ = ddim_posterior(t, x, x_0, eta)
     log_density = log_normal(x_before, mean, variance) + log_normal(x, factor * x_0, spread)
@@ -104,9 +103,7 @@ def posterior_variance(t: int) -> float:
 
 
 def divergence_of_x_0(t: int) -> float:
-    """KL(q(x_{t−1} | x_t, x_0) ‖ q(x_{t−1} | x_t, x_θ)) for ‖x_θ − x_0‖ = one deviation of x_t
-    over its factor.
-    """
+    """KL(q(x_{t−1} | x_t, x_0) ‖ q(x_{t−1} | x_t, x_θ)) for ‖x_θ − x_0‖² = (1−ᾱ_t)/ᾱ_t."""
     factor, variance = forward(t)
     return _divergence(t, 0.0, np.sqrt(variance) / factor)
 
@@ -115,7 +112,7 @@ def divergence_of_eps(t: int, variance: float | None = None) -> float:
     """KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for ‖ε_θ − ε‖ = 1.
 
     Args:
-      variance: σ_t² of p_θ; None for that of q.
+      variance: σ_t² of p_θ; None for the variance of q.
     """
     factor, of_x_t = forward(t)
     x_t = 0.3 * np.sqrt(of_x_t)
@@ -133,6 +130,6 @@ def _divergence(t, x_0, x_theta, x_t=0.0, variance=None):
 
 
 def mean_of_eps(t: int, x_t: float, eps: float) -> float:
-    """The mean of x_{t−1} given x_t and the x_0 that x_t and ε belong to."""
+    """The mean of x_{t−1} given x_t and the x_0 that follows from x_t and ε."""
     factor, variance = forward(t)
     return moments(*posterior(t, x_t, (x_t - np.sqrt(variance) * eps) / factor))[0]

@@ -26,9 +26,9 @@ class Erratum(NamedTuple):
       decide: () -> Numbers, whose docstring says what is computed; or an argument in words, without numbers.
       tolerance: maximum relative distance of a formula that agrees with the truth.
       ours: () -> the result of ddpm_jax for the same quantity, or None.
-      ours_tolerance: the tolerance of `ours`, mostly for float32.
-      is_one: False if the printed formula is correct or, with an argument in words, if the slip is one of notation
-        without consequences.
+      ours_tolerance: the tolerance of `ours`, which is mostly computed in float32.
+      is_one: whether this is an erratum. False if the printed formula is correct or, with an argument in words, if
+        only the notation is wrong, without consequences.
     """
 
     place: str
@@ -47,7 +47,7 @@ class Erratum(NamedTuple):
         return "notation" if isinstance(self.decide, str) else "**no erratum**"
 
     def reason(self) -> str:
-        """What decides, as one paragraph."""
+        """The last cell of the line, as one paragraph."""
         text = self.decide if isinstance(self.decide, str) else inspect.getdoc(self.decide)
         return " ".join(text.split())
 

@@ -21,8 +21,8 @@ def divergence_from_the_prior() -> Numbers:
 
 
 def sum_of_levels() -> Numbers:
-    """The sum of p(x_0 | x_1) over the 256 levels of a pixel, for μ_θ = 0.2, σ_1 = 0.5: that of
-    any distribution is 1.
+    """The sum of p(x_0 | x_1) over the 256 levels of a pixel, for μ_θ = 0.2, σ_1 = 0.5.
+    Probabilities sum to 1.
     """
 
     def total(side):
@@ -34,15 +34,15 @@ def sum_of_levels() -> Numbers:
 
 
 def first_mean() -> Numbers:
-    """μ_θ(x_1, 1) for a network that knows ε = 0.7 exactly, x_0 = 0.3: it must give x_0 back."""
+    """μ_θ(x_1, 1) for x_0 = 0.3 and a network that returns ε = 0.7 exactly; it must equal x_0."""
     beta, x_0, eps = chain.BETA[0], 0.3, 0.7
     x_1 = np.sqrt(1 - beta) * x_0 + np.sqrt(beta) * eps
     return Numbers(x_0, x_1 - eps, (x_1 - np.sqrt(beta) * eps) / np.sqrt(1 - beta))
 
 
 def weight_of_the_decoder() -> Numbers:
-    """By how much −log p(x_0 | x_1) grows if μ_θ is 0.1 off x_0 = 0 (nearest level), σ_1 = 0.1,
-    divided by 0.1²: from exact normal integrals over the level.
+    """The increase of −log p(x_0 | x_1) if μ_θ is 0.1 away from x_0 = 0 (nearest level), divided by
+    0.1², for σ_1 = 0.1, from exact normal integrals over the level.
     """
     x_0, std, off = LEVELS[128], 0.1, 0.1
 
@@ -55,8 +55,8 @@ def weight_of_the_decoder() -> Numbers:
 
 
 def weight_of_ddim() -> Numbers:
-    """KL(q_σ(x_t | x_{t+1}, x_0) ‖ p_θ(x_t | x_{t+1})) for ‖ε_θ − ε‖ = 1, both of Lemma 2.1 with
-    half of DDPM's σ, integrated on a grid, at t + 1 = 500; also at 2, 10, 100, 1000.
+    """KL(q_σ(x_t | x_{t+1}, x_0) ‖ p_θ(x_t | x_{t+1})) for ‖ε_θ − ε‖ = 1, both as in Lemma 2.1
+    with half of DDPM's σ, integrated on a grid, at t + 1 = 500; also at 2, 10, 100, 1000.
     """
 
     def truth(t):  # t is the document's t + 1
@@ -80,9 +80,9 @@ def weight_of_ddim() -> Numbers:
 
 
 def variance_of_lemma() -> Numbers:
-    """The variance of q_σ(x_{k−1} | x_k, x_0) with the σ of (2.14), which makes it DDPM's, by
-    Bayes' rule on a grid, at k = 500; also at k = 2, 10, 100, 1000. What is printed is that of
-    q_σ(x_{k−1} | x_0), which the proof is about.
+    """The variance of q_σ(x_{k−1} | x_k, x_0) with the σ of (2.14), for which it is DDPM's, by
+    Bayes' rule on a grid, at k = 500; also at k = 2, 10, 100, 1000. The printed variance is that of
+    q_σ(x_{k−1} | x_0), the subject of the proof.
     """
 
     def right(t):
@@ -101,7 +101,7 @@ def mean_of_x_1() -> Numbers:
 
 def deterministic_step() -> Numbers:
     """The mean of q_σ(x_{t+1} | x_t, x_0) for x_t = 0.5, x_0 = −0.3, by Bayes' rule on a grid from
-    Lemma 2.1 with a hundredth of DDPM's σ, at t + 1 = 500; also at 2, 10, 100, 1000.
+    Lemma 2.1 with 1/100 of DDPM's σ, at t + 1 = 500; also at 2, 10, 100, 1000.
     """
 
     def truth(t):
@@ -114,7 +114,7 @@ def deterministic_step() -> Numbers:
     return Numbers(over(truth), over(solved), over(solved))
 
 
-# X ~ N(0.3, 0.5²) and Y given X ~ N(0.7 X − 0.2, 0.4²): Liu's Appendix B in one dimension each.
+# X ~ N(0.3, 0.5²) and Y given X ~ N(0.7 X − 0.2, 0.4²): an example of Liu's Appendix B in one dimension.
 MEAN_X, VARIANCE_X, SLOPE, SHIFT, VARIANCE_Y_X = 0.3, 0.25, 0.7, -0.2, 0.16
 
 
@@ -135,7 +135,7 @@ def joint():
 def conditional_variance() -> Numbers:
     """The variance of Y given X for X ~ N(0.3, 0.5²) and Y | X ~ N(0.7 X − 0.2, 0.4²), from the
     joint density on a grid. Σ_{22|1} is the variance of X given Y, Σ_22 − Σ_21 Σ_11⁻¹ Σ_12; the
-    expression on its right is that of Σ_{11|2}.
+    expression printed after it is Σ_{11|2}.
     """
     _, of_y, both = joint()
     truth = conditional(0.9)[1]
@@ -153,7 +153,7 @@ def conditional_mean() -> Numbers:
 
 
 def variance_of_a_jump() -> Numbers:
-    """σ² with η = 1, which is to make a DDPM: the variance of x_{τ_{i−1}} given x_{τ_i} and x_0 by
+    """σ² for η = 1, which should give DDPM: the variance of x_{τ_{i−1}} given x_{τ_i} and x_0 by
     Bayes' rule on a grid, for τ = 100, 200 … 1000, shown at τ_i = 500.
     """
 
@@ -176,8 +176,8 @@ ERRATA = (
     Erratum(
         "§1, networks",
         "Kingma and Welling's MLPs have ReLU",
-        "tanh; the 500 hidden units and the sigmoid are theirs",
-        "Words: Kingma & Welling 2014, appendix C. Either network is a VAE; experiments/vae has the ReLU of the notes.",
+        "tanh; the 500 hidden units and the sigmoid are as in their paper",
+        "Argument: Kingma & Welling 2014, appendix C. Both networks make a VAE; experiments/vae uses ReLU, as the notes do.",
     ),
     Erratum(
         "(1.3)",
@@ -206,7 +206,7 @@ ERRATA = (
     Erratum(
         "above (2.15), twice",
         "KL = ((√(1−ᾱ_t−σ²) − √((1−ᾱ_{t+1})/α_{t+1}))/σ)² ‖ε_θ − ε‖²",
-        "½ (…)²; (2.15) itself is right for this γ_t",
+        "½ (…)²; (2.15) itself is correct for this γ_t",
         weight_of_ddim,
         ours=ours.weight_of_ddim,
         ours_tolerance=1e-9,
@@ -239,7 +239,7 @@ ERRATA = (
     Erratum(
         "§2.2, σ_{τ_i}",
         "η √((1−α_{τ_i})(1−ᾱ_{τ_i −1})/(1−ᾱ_{τ_i}))",
-        "η √((1−ᾱ_{τ_{i−1}})/(1−ᾱ_{τ_i})) √(1−ᾱ_{τ_i}/ᾱ_{τ_{i−1}}): the neighbour on the sub-sequence",
+        "η √((1−ᾱ_{τ_{i−1}})/(1−ᾱ_{τ_i})) √(1−ᾱ_{τ_i}/ᾱ_{τ_{i−1}}), with the neighbour on the sub-sequence",
         variance_of_a_jump,
         ours=ours.variance_of_a_jump,
         ours_tolerance=1e-9,

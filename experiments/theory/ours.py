@@ -1,5 +1,5 @@
-"""What ddpm_jax has for the quantities of the table, at the documents' t = 1 … 1000; its own t is
-one less.
+"""The quantities of the table, computed by ddpm_jax. Times are the documents' t = 1 … 1000; the t of
+ddpm_jax is smaller by one.
 """
 
 import jax
@@ -17,7 +17,7 @@ SCHEDULE = schedules.make("linear")
 
 
 def row(times) -> np.ndarray:
-    """Rows of the schedule."""
+    """The rows of the schedule for times of the documents."""
     return np.asarray(times) - 1
 
 
@@ -66,7 +66,7 @@ def factor_of_eps():
 
 
 def divergence_of_eps(times=TIMES, variance: str = "fixed_small"):
-    """L_{t−1} in nats for ε_θ one off ε: `likelihood.term` as the bound uses it."""
+    """L_{t−1} in nats for ε_θ = ε + 1, from `likelihood.term`, which the bound uses."""
     t = row(times)
     x_t, zero = image(np.zeros(len(t))), image(np.zeros(len(t)))
     x_0, x_theta = (_x_0(image(np.full(len(t), e)), x_t, t) for e in (0, 1))
@@ -82,7 +82,7 @@ def prior_term():
 
 
 def last_step():
-    """The spread of many images of a chain that knows its data to be one point."""
+    """The standard deviation of many samples if all data are one point, with the exact x_0."""
     chain = respace(SCHEDULE, [0, 250, 500, 999])
     options = {"prediction": "x_0", "variance": "fixed_large"}
     denoiser = diffusion.denoiser(SCHEDULE, lambda x, t: jnp.full_like(x, 0.3), **options)
@@ -133,8 +133,8 @@ def first_mean():
 
 
 def variance_of_a_jump():
-    """β̃ of the shortened chain, in the order of the table: τ_i = 500 first, and none for the
-    first of τ.
+    """β̃ of the shortened chain, in the order of the table: τ_i = 500 first, and without the first
+    τ, which has no predecessor.
     """
     tau = np.arange(100, 1001, 100)
     variance = diffusion.posterior_variance(respace(SCHEDULE, row(tau)))
@@ -152,13 +152,13 @@ def mean_of_x_1(x_0):
 
 
 def ddim_step(x_before, x_0):
-    t, one = row(TIMES), np.ones(len(TIMES))
-    x = image(x_before * one), image(x_0 * one), t, image(0 * one)
+    t, ones = row(TIMES), np.ones(len(TIMES))
+    x = image(x_before * ones), image(x_0 * ones), t, image(0 * ones)
     return np.ravel(diffusion.q_step_ddim(SCHEDULE, *x, eta=0.0))
 
 
 def correlation(times):
-    """Of two pixels that are the same in the data, 1 or −1 each time."""
+    """The correlation of two pixels that are equal in the data, both 1 or both −1."""
     t = row(times)
     x_t = np.ravel(diffusion.q_sample(SCHEDULE, image(np.ones(len(t))), t, image(0.0 * t)))
     return np.float64(x_t) ** 2  # their covariance; the variance of each is 1

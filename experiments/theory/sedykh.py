@@ -7,13 +7,13 @@ from ddpm_jax.experiments.theory import chain, ours
 from ddpm_jax.experiments.theory.chain import BETA, over, symbols
 from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
-EARLY = (2, 10, 100, 500, 1000)  # where β̃_t and β_t differ most comes first
-CORRELATED = (100, 10, 500, 1000)  # where a good part of the data is left comes first
+EARLY = (2, 10, 100, 500, 1000)  # β̃_t and β_t differ most at the first
+CORRELATED = (100, 10, 500, 1000)  # at the first, x_t still contains much of the data
 
 
 def density() -> Numbers:
-    """The density of x_1 at its mean, as the slope of the normal distribution function there.
-    Printed is the largest number that [0, 1] has.
+    """The density of x_1 at its mean, as the slope of the normal distribution function there. The
+    printed value is the largest number in [0, 1].
     """
     std, h = np.sqrt(BETA[0]), 1e-6
     slope = (special.ndtr(h / std) - special.ndtr(-h / std)) / (2 * h)
@@ -21,8 +21,8 @@ def density() -> Numbers:
 
 
 def first_factor() -> Numbers:
-    """The variance 1 − ᾱ_t of x_t given x_0, one kernel after the other, at t = 1; also at t = 2,
-    10, 100. There is no β_0; printed takes the one that continues the linear schedule, 8e-5.
+    """The variance 1 − ᾱ_t of x_t given x_0, kernel by kernel, at t = 1; also at t = 2, 10, 100.
+    There is no β_0; in the printed formula it is 8e-5, which continues the linear schedule.
     """
     times = (1, 2, 10, 100)
     beta_0 = BETA[0] - (BETA[1] - BETA[0])
@@ -35,9 +35,9 @@ def first_factor() -> Numbers:
 
 
 def correlation() -> Numbers:
-    """The correlation of two pixels of x_t that are the same in the data, both 1 or both −1 with
-    probability ½: their covariance matrix, carried through the kernel C → α_t C + β_t I step by step,
-    at t = 100; also at t = 10, 500, 1000. Given x_{t−1}, or x_0, it is 0.
+    """The correlation of two pixels of x_t that are equal in the data, both 1 or both −1 with
+    probability ½, from their covariance matrix C, which each step maps to α_t C + β_t I, at t = 100;
+    also at t = 10, 500, 1000. Given x_{t−1} or x_0, the correlation is 0.
     """
 
     def truth(t):
@@ -54,9 +54,9 @@ def correlation() -> Numbers:
 
 
 def first_term() -> Numbers:
-    """By how much −log p(x_0 | x_1) of one pixel grows if ε_θ is 1 off, for x_0 = 0 (nearest level)
-    and σ_1² = β_1, from exact normal integrals over the level. Right is β_1²/(2σ_1² α_1 (1−ᾱ_1)), the
-    true weight that L_simple leaves out at t = 1 as at all others.
+    """The increase of −log p(x_0 | x_1) of one pixel if ε_θ is off by 1, for x_0 = 0 (nearest level)
+    and σ_1² = β_1, from exact normal integrals over the level. The correct value is β_1²/(2σ_1² α_1
+    (1−ᾱ_1)), the weight that L_simple leaves out at t = 1 as at all other t.
     """
     alpha, beta, bar, _ = symbols(1)
     x_0, std = 128 / 127.5 - 1, np.sqrt(beta)
@@ -70,10 +70,10 @@ def first_term() -> Numbers:
 
 
 def sinusoids() -> Numbers:
-    """The embedding of t = 500 in 8 numbers by get_timestep_embedding of Ho et al.'s code
-    (diffusion_tf/nn.py), written out; the second number is shown. A network trained with one
-    order reads another's without an error and with wrong results: ddpm_jax has Ho et al.'s, and
-    weights from elsewhere (Improved DDPM: cosines first, divisor half) need their own.
+    """The embedding of t = 500 in 8 numbers, as get_timestep_embedding of Ho et al.'s code
+    (diffusion_tf/nn.py) computes it; the second number is shown. A network that was trained with one
+    order accepts another order, but its results are wrong. ddpm_jax uses Ho et al.'s order; weights of
+    other programs need theirs (Improved DDPM: cosines first, divisor half).
     """
     t, half = 500.0, 4
     ho = np.array([t * np.exp(-np.log(10000) * k / (half - 1)) for k in range(half)])
@@ -116,7 +116,7 @@ def normalising_factor() -> Numbers:
 
 
 def exponent(t, x_t, x_0):
-    """C(x_t, x_0) from densities: what the exponent of Bayes' rule has at x_{t−1} = 0, times −2."""
+    """C(x_t, x_0) from densities: −2 times the exponent of Bayes' rule at x_{t−1} = 0."""
 
     def log_ratio(x_t, x_0):
         (step, beta), (factor, variance) = chain.forward(t, t - 1), chain.forward(t - 1)
@@ -162,7 +162,7 @@ def sign() -> Numbers:
 
 def variance() -> Numbers:
     """The variance of q(x_{t−1} | x_t, x_0), by Bayes' rule on a grid, at t = 2; also at t = 10,
-    100, 500, 1000. The printed fraction is just β_t.
+    100, 500, 1000. The printed fraction equals β_t.
     """
 
     def printed(t):
@@ -218,8 +218,8 @@ def two_variances() -> Numbers:
 
 
 def last_step() -> Numbers:
-    """The standard deviation of generated x_0 for data that are one point, with the exact ε and
-    σ_t² = β_t: the moments of Algorithm 2, step by step. A point has none.
+    """The standard deviation of generated x_0 if all data are one point, with the exact ε and
+    σ_t² = β_t, from the moments of every step of Algorithm 2. That of the data is 0.
     """
 
     def generated(noise_while):
@@ -237,8 +237,8 @@ def last_step() -> Numbers:
 
 
 def pixels_lost() -> Numbers:
-    """The width of x_t less the width of what the network returns; ε_θ must have the shape of x_t,
-    so none may be lost. Printed is Ronneberger et al.'s network, 572 to 388.
+    """The width of x_t minus the width of the network's output; it must be 0, since ε_θ has the shape
+    of x_t. The printed network is Ronneberger et al.'s, 572 to 388.
     """
 
     def lost(width, per_convolution):
@@ -258,7 +258,7 @@ ERRATA = (
     Erratum(
         "§2.1, after (1)",
         "the pixels of x_t are mutually independent, since β_t I is diagonal",
-        "they are so given x_{t−1}, or given x_0; x_t itself keeps ᾱ_t of the data's covariance",
+        "they are independent given x_{t−1} or x_0; the covariance of x_t contains ᾱ_t times that of the data",
         correlation,
         ours=lambda: ours.correlation(CORRELATED),
     ),
@@ -293,14 +293,14 @@ ERRATA = (
     Erratum(
         "(58)–(60), the sign of the cross term",
         "+ 2 x_t x_0 √α_t (…)",
-        "+, with √ᾱ_t: the line above",
+        "+, with √ᾱ_t, see the row above",
         sign,
         is_one=False,
     ),
     Erratum(
         "(51)–(53), (56), (57), (63)–(66)",
         "variance (1−α_t)(1−ᾱ_{t−1})/(1−ᾱ_{t−1})",
-        "(1−α_t)(1−ᾱ_{t−1})/(1−ᾱ_t); (49) and (50) are right",
+        "(1−α_t)(1−ᾱ_{t−1})/(1−ᾱ_t); (49) and (50) are correct",
         variance,
         ours=lambda: ours.posterior_variance(EARLY),
         ours_tolerance=1e-9,
@@ -308,7 +308,7 @@ ERRATA = (
     Erratum(
         "(60)–(64)",
         "x_0 √ᾱ_{t−1} (1−ᾱ_t)/(1−ᾱ_t)",
-        "x_0 √ᾱ_{t−1} (1−α_t)/(1−ᾱ_t), as (53), (65) and (66) have",
+        "x_0 √ᾱ_{t−1} (1−α_t)/(1−ᾱ_t), as in (53), (65) and (66)",
         factor_of_x_0,
         ours=ours.factor_of_x_0,
         ours_tolerance=1e-9,
@@ -316,21 +316,21 @@ ERRATA = (
     Erratum(
         "(72)–(76)",
         "(1−α_t)/(√(1−ᾱ_t) √ᾱ_t) ε",
-        "(1−α_t)/(√(1−ᾱ_t) √α_t) ε, as (77) and (78) have",
+        "(1−α_t)/(√(1−ᾱ_t) √α_t) ε, as in (77) and (78)",
         factor_of_eps,
         ours=ours.factor_of_eps,
     ),
     Erratum(
         "(81)–(91)",
         "L_{t−1} = β_t²/(2σ_t² α_t (1−ᾱ_t)) ‖ε − ε_θ‖², both variances σ_t²",
-        "that of q is β̃_t: + ½(β̃_t/σ_t² − 1 − ln(β̃_t/σ_t²)) for each dimension, 0 only if σ_t² = β̃_t",
+        "the variance of q is β̃_t, which adds ½(β̃_t/σ_t² − 1 − ln(β̃_t/σ_t²)) for each dimension; it is 0 only if σ_t² = β̃_t",
         two_variances,
         ours=lambda: ours.divergence_of_eps(EARLY, "fixed_large"),
     ),
     Erratum(
         "§2.2.2, before (96)",
         "the authors also ignored the entire term L_0",
-        "it is the term t = 1 of L_simple, by Ho et al. §3.4 with density · width for the integral",
+        "L_0 is the term t = 1 of L_simple; Ho et al. §3.4 approximate its integral by density · width",
         first_term,
         tolerance=0.06,
         ours=ours.first_term,
@@ -345,7 +345,7 @@ ERRATA = (
     ),
     Erratum(
         "§2.2.3, size",
-        "unpadded convolutions and max pooling, true of the original U-Net, and not among what Ho et al. changed",
+        "unpadded convolutions and max pooling, as in the original U-Net; not among the changes by Ho et al.",
         "padded convolutions; down by a convolution of stride 2, up by nearest neighbour and convolution",
         pixels_lost,
         ours=ours.pixels_lost,
@@ -354,19 +354,19 @@ ERRATA = (
         "§2.2.3, block",
         "convolution, ReLU, convolution, group norm, ReLU",
         "group norm, swish, convolution, twice, with the embedding of t added between",
-        "Words: the code that Ho et al. published with the paper (diffusion_tf/models/unet.py, "
-        "resnet_block). A block that ended in a ReLU could only ever add to its input.",
+        "Argument: the code that Ho et al. published with the paper (diffusion_tf/models/unet.py, "
+        "resnet_block). A block that ends in a ReLU can only increase its input.",
     ),
     Erratum(
         "§2.2.3, “residual”",
         "the encoder's result is concatenated with the decoder's",
-        "the block returns x + h(x); the concatenation is the U-Net's skip connection, another thing",
-        "Words: He et al. 2016 (1), and the last line of resnet_block in Ho et al.'s code.",
+        "the block returns x + h(x); the concatenation is the U-Net's skip connection, which is different",
+        "Argument: He et al. 2016 (1), and the last line of resnet_block in Ho et al.'s code.",
     ),
     Erratum(
         "(97), (98)",
-        "sine at 2i, cosine at 2i + 1, of pos/10000^(2i/d): the Transformer's, and so Ho et al.'s",
-        "all sines, then all cosines, of t/10000^(i/(d/2 − 1)): what Ho et al.'s code has",
+        "sine at 2i, cosine at 2i + 1, of pos/10000^(2i/d): as in the Transformer, and so in Ho et al.",
+        "all sines, then all cosines, of t/10000^(i/(d/2 − 1)): as in Ho et al.'s code",
         sinusoids,
         ours=lambda: np.roll(ours.time_embedding(500, 8), -1),
     ),

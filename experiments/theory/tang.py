@@ -39,8 +39,8 @@ def corollary() -> Numbers:
 
 
 def convexity() -> Numbers:
-    """Jensen's inequality for ln: the sign of E[ln X] − ln E[X] for X uniform on {1, 3}. A convex
-    function has +.
+    """Jensen's inequality for ln: the sign of E[ln X] − ln E[X] for X uniform on {1, 3}. It is
+    + for a convex function.
     """
     X = np.array([1.0, 3.0])
     return Numbers(np.sign(np.mean(np.log(X)) - np.log(np.mean(X))), 1.0, -1.0)
@@ -54,11 +54,11 @@ ERRATA = (
         corollary,
         ours=lambda: ours.isotropic_divergence(MEAN_1, MEAN_2, VARIANCES),
     ),
-    Erratum("§2.1", "ln is a convex function", "concave; (26) is right", convexity),
+    Erratum("§2.1", "ln is a convex function", "concave; (26) is correct", convexity),
     Erratum(
         "(60)",
         "L_{t−1} = E[β_t²/(2σ_t² α_t (1−ᾱ_t)) ‖ε − ε_θ‖²]",
-        "… + const., as (54) and (57) have: ½(β̃_t/σ_t² − 1 − ln(β̃_t/σ_t²)) for each dimension",
+        "… + const., as in (54) and (57): ½(β̃_t/σ_t² − 1 − ln(β̃_t/σ_t²)) for each dimension",
         sedykh.two_variances,
         ours=lambda: ours.divergence_of_eps(sedykh.EARLY, "fixed_large"),
     ),

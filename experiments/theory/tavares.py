@@ -9,7 +9,7 @@ from ddpm_jax.experiments.theory import chain, ours
 from ddpm_jax.experiments.theory.chain import BETA, over, symbols
 from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
-X_0 = 0.7  # of a chain of two steps, small enough to integrate over both of its latent variables
+X_0 = 0.7  # for a chain of two steps, which can be integrated over both latent variables
 
 
 @functools.cache
@@ -18,7 +18,7 @@ def two_steps():
 
     Returns:
       x [N]; log q(x_1 | x_0), log q(x_2 | x_1), log p(x_2), log p(x_1 | x_2), log p(x_0 | x_1), each
-      [N, N] or to be broadcast so.
+      [N, N] or broadcastable to it.
     """
     x = np.linspace(-9, 9, 901)
     x_1, x_2 = x[:, None], x[None, :]
@@ -31,8 +31,8 @@ def two_steps():
 
 
 def lower_bound() -> Numbers:
-    """The bound less log p_θ(x_0) for a chain of two steps, integrated over both on a grid. The
-    truth is −KL(q ‖ posterior of p_θ): what bounds from below lies below 0.
+    """The bound minus log p_θ(x_0) for a chain of two steps, integrated over x_1 and x_2 on a grid.
+    The truth is −KL(q ‖ posterior of p_θ), which is negative, as for every lower bound.
     """
     x, log_q1, log_q2, log_p2, log_p1, log_p0 = two_steps()
     area = (x[1] - x[0]) ** 2
@@ -44,8 +44,8 @@ def lower_bound() -> Numbers:
 
 
 def signs() -> Numbers:
-    """L = E_q[−log p_θ(x_{0:T})/q(x_{1:T}|x_0)] for a chain of two steps, integrated over both on
-    a grid; printed and right are the sums of the three terms.
+    """L = E_q[−log p_θ(x_{0:T})/q(x_{1:T}|x_0)] for a chain of two steps, integrated over x_1 and
+    x_2 on a grid. Both formulas are sums of the three terms.
     """
     x, log_q1, log_q2, log_p2, log_p1, log_p0 = two_steps()
     dx = x[1] - x[0]
@@ -62,10 +62,10 @@ def weight_of_x_0() -> Numbers:
     100, 1000.
     """
 
-    def formula(t, turned):
+    def formula(t, inverted):
         alpha, _, bar, before = symbols(t)
         fraction = (1 - bar) / (1 - alpha)
-        fraction = fraction if turned else 1 / fraction
+        fraction = fraction if inverted else 1 / fraction
         return fraction * before / (2 * (1 - before)) * (1 - bar) / bar
 
     return Numbers(over(chain.divergence_of_x_0), over(formula, True), over(formula, False))
@@ -92,7 +92,7 @@ def weight_of_eps() -> Numbers:
 def norm() -> Numbers:
     """What a network learns for x_t = 0.3 at t = 500 if the data are 1 with probability 0.2 and −1
     with 0.8: E[ε | x_t] by Bayes' rule, and the minimisers of E‖ε − c‖ and E‖ε − c‖² found
-    numerically. μ_θ needs the mean.
+    numerically. μ_θ needs the mean of ε.
     """
     factor, variance = chain.forward(500)
     x_t, x_0, prior = 0.3, np.array([1.0, -1.0]), np.array([0.2, 0.8])
@@ -113,9 +113,9 @@ def norm() -> Numbers:
 
 
 def length_of_the_chain() -> Numbers:
-    """Mean and standard deviation of generated x_0 for data N(0.3, 0.5²), with the exact ε: the
-    moments of the algorithm, step by step, for T fixed and averaged over T = 1 … 1000. The mean
-    is shown.
+    """Mean and standard deviation of generated x_0 for data N(0.3, 0.5²), with the exact ε, from the
+    moments of every step of the algorithm: for T = 1000, and for T drawn from 1 … 1000. The mean is
+    shown.
     """
     data, std = 0.3, 0.5
     a, b, noise = 1.0, 0.0, 0.0  # x_0 = a x_T + b + noise, from the steps below T
@@ -137,8 +137,8 @@ def length_of_the_chain() -> Numbers:
 
 
 def attribute() -> Numbers:
-    """α_t at t = 500, from the definition 1 − β_t; also at t = 2, 10, 100, 1000. Printed is what
-    `scheduler.alpha` holds there.
+    """α_t at t = 500, from the definition 1 − β_t; also at t = 2, 10, 100, 1000. The printed value is
+    `scheduler.alpha` at t.
     """
     return Numbers(
         over(lambda t: 1 - BETA[t - 1]),
@@ -151,7 +151,7 @@ ERRATA = (
     Erratum(
         "(21), (22) and “maximize … (L)”",
         "L := E_q[−log (p/q)] is the evidence lower bound, to be maximised",
-        "E_q[log (p/q)] is, as (20) has; L bounds −log p from above and is minimised",
+        "E_q[log (p/q)] is the lower bound, as in (20); L bounds −log p from above and is minimised",
         lower_bound,
     ),
     Erratum("(25)", "L = E[L_T] − log p_θ(x_0∣x_1) − E[Σ KL]", "+ E[Σ KL]", signs),
@@ -165,7 +165,7 @@ ERRATA = (
     Erratum(
         "(57)",
         "the weight of (49) times (1−α_t)²/((1−ᾱ_t) α_t), for ‖ε_θ − ε‖²",
-        "(1−α_t)² / (2σ_t² α_t (1−ᾱ_t)): the right weight of (49) times (1−ᾱ_t)/ᾱ_t",
+        "(1−α_t)² / (2σ_t² α_t (1−ᾱ_t)): the correct weight of (49) times (1−ᾱ_t)/ᾱ_t",
         weight_of_eps,
         ours=ours.divergence_of_eps,
     ),
@@ -180,7 +180,7 @@ ERRATA = (
     Erratum(
         "Code, DDPMScheduler",
         "the attribute `alpha` is cumprod(1 − β)",
-        "that is ᾱ, as the line that adds noise takes it, and should be named so; the α_t of the sampling slide is another",
+        "this is ᾱ, which the line that adds noise needs, and should have that name; the α_t of the sampling slide is different",
         attribute,
         ours=ours.alpha,
         ours_tolerance=1e-9,

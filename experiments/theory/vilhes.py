@@ -6,7 +6,7 @@ from ddpm_jax.experiments.theory import chain, ours
 from ddpm_jax.experiments.theory.chain import over, symbols
 from ddpm_jax.experiments.theory.erratum import Erratum, Numbers
 
-SHORT = (2, 3, 5, 8)  # times at which a product of β is still a number
+SHORT = (2, 3, 5, 8)  # times at which ∏β_s does not underflow
 
 
 def factor_of_x_t() -> Numbers:
@@ -27,7 +27,7 @@ def factor_of_x_t() -> Numbers:
 
 def weight_with_beta_bar() -> Numbers:
     """The divergence L_{t−1} for ‖ε_θ − ε‖ = 1, integrated on a grid, at t = 2; also at t = 3, 5,
-    8. β̄_t is defined nowhere; it is read as ∏β_s, as ᾱ_t is ∏α_s.
+    8. The document does not define β̄_t; here it is ∏β_s, as ᾱ_t is ∏α_s.
     """
 
     def formula(t, variance):
@@ -46,7 +46,7 @@ def beta_tilde(t):
 
 def weight_of_eps() -> Numbers:
     """The divergence L_{t−1} for ‖ε_θ − ε‖ = 1, integrated on a grid, at t = 500; also at t = 2,
-    10, 100, 1000. β̄_t is read as β̃_t here, to see what the second ᾱ_t does.
+    10, 100, 1000. Here β̄_t is replaced by β̃_t, to isolate the effect of the second ᾱ_t.
     """
 
     def formula(t, last):
@@ -72,9 +72,7 @@ def mean_from_eps() -> Numbers:
 
 
 def variance_of_the_sum() -> Numbers:
-    """The variance of x_{t+1} given x_0, one kernel after the other, for t + 1 = 500; also for 2,
-    10, 100, 1000.
-    """
+    """The variance of x_{t+1} given x_0, kernel by kernel, at t + 1 = 500; also at 2, 10, 100, 1000."""
 
     def formula(t):
         alpha, _, _, before = symbols(t)
@@ -84,8 +82,8 @@ def variance_of_the_sum() -> Numbers:
 
 
 def variance_of_the_last_line() -> Numbers:
-    """The variance of x_{t+1} given x_0, one kernel after the other, for t + 1 = 500; also for 2,
-    10, 100, 1000. The formula's is the sum of its two squared factors.
+    """The variance of x_{t+1} given x_0, kernel by kernel, at t + 1 = 500; also at 2, 10, 100, 1000.
+    The variance of a formula is the sum of its two squared factors.
     """
 
     def formula(t, first):
@@ -106,7 +104,8 @@ def inverse() -> Numbers:
 
 def bracket() -> Numbers:
     """The variance of q(x_{t−1} | x_t, x_0), by Bayes' rule on a grid, at t = 500; also at t = 2,
-    10, 100, 1000. The formula's is −½ over the factor of x²_{t−1} in its exponent.
+    10, 100, 1000. The variance of a formula is −½ divided by the factor of x²_{t−1}
+    in its exponent.
     """
 
     def formula(t, of_second):
@@ -118,8 +117,8 @@ def bracket() -> Numbers:
 
 def blue() -> Numbers:
     """The variance of q(x_{t−1} | x_t, x_0), by Bayes' rule on a grid, at t = 500; also at t = 2,
-    10, 100, 1000. Printed is that of red · blue / green as a density of x_{t−1}: with blue a density
-    of x_t, only red is left, whose exponent has −½ α_t/β_t before x²_{t−1}.
+    10, 100, 1000. The printed value is the variance of red · blue / green as a density of x_{t−1}:
+    if blue is a density of x_t, only red depends on x_{t−1}, with −½ α_t/β_t before x²_{t−1}.
     """
 
     def printed(t):
@@ -131,7 +130,7 @@ def blue() -> Numbers:
 
 def prior_term() -> Numbers:
     """L_T of a chain that stops at t = 100, for x_0 = 0.3: KL(q(x_T | x_0) ‖ N(0, 1)) integrated
-    on a grid. Printed and right are the expectations under q of what stands there.
+    on a grid. Both formulas are evaluated as expectations under q.
     """
     factor, variance = chain.forward(100)
     x = np.linspace(-9, 9, 20001)
@@ -169,7 +168,7 @@ ERRATA = (
     Erratum(
         "(8)",
         "μ_θ = 1/√ᾱ_t (x_t − (1−α_t)/√(1−ᾱ_t) ε_θ)",
-        "1/√α_t (…), as its §8.6 ends",
+        "1/√α_t (…), as at the end of its §8.6",
         mean_from_eps,
         ours=ours.mean_from_eps,
     ),
@@ -193,7 +192,7 @@ ERRATA = (
     Erratum(
         "§8.4, β̃_t, second line",
         "β̃_t = (1−ᾱ_t)/(β_t (1−ᾱ_{t−1}))",
-        "its inverse β_t (1−ᾱ_{t−1})/(1−ᾱ_t), as the third line has",
+        "its inverse β_t (1−ᾱ_{t−1})/(1−ᾱ_t), as in the third line",
         inverse,
         ours=ours.posterior_variance,
         ours_tolerance=1e-9,
@@ -201,7 +200,7 @@ ERRATA = (
     Erratum(
         "§8.4, the line with ∝",
         "exp[−½(…/(1−α_t)) + …/(1−ᾱ_{t−1}) − …]",
-        "−½ before all three, as the next line has",
+        "−½ before all three, as in the next line",
         bracket,
         ours=ours.posterior_variance,
         ours_tolerance=1e-9,
@@ -209,7 +208,7 @@ ERRATA = (
     Erratum(
         "§8.4, “blue =”",
         "q(x_{t−1}∣x_0) = N(x_t; √ᾱ_{t−1} x_0, (1−ᾱ_{t−1}) I)",
-        "N(x_{t−1}; …), as the line with ∝ has",
+        "N(x_{t−1}; …), as in the line with ∝",
         blue,
         ours=ours.posterior_variance,
         ours_tolerance=1e-9,
@@ -217,8 +216,8 @@ ERRATA = (
     Erratum(
         "§8.5, the second line with “using property 9”",
         "(μ_θ − μ_θ)ᵀ β̃_t⁻¹ (μ_θ − μ_θ) + tr(…)",
-        "(μ̃_t − μ̃_t)ᵀ β̃_t⁻¹ (μ̃_t − μ̃_t) + tr(…): the expectation is about μ̃_t, which is its u too",
-        "Words: both differences are 0, and the line after it, with J for the trace, is right.",
+        "(μ̃_t − μ̃_t)ᵀ β̃_t⁻¹ (μ̃_t − μ̃_t) + tr(…): both the mean and the u of property 9 are μ̃_t",
+        "Argument: both differences are 0, and the next line, with J for the trace, is correct.",
         is_one=False,
     ),
     Erratum(

@@ -1,4 +1,4 @@
-"""Kingma & Welling 2014, Auto-Encoding Variational Bayes, as another Method: same trainer, data, samples.
+"""The variational auto-encoder of Kingma & Welling 2014 as a Method, with the trainer and data of the other Methods.
 
     log p(x) ≥ ELBO = E_q(z|x)[log p(x|z)] − KL(q(z|x) ‖ p(z))                     Kingma & Welling (3)
     q(z|x) = N(μ(x), diag σ²(x)),  p(z) = N(0, I),  p(x|z) = ∏ Bernoulli(x_i; y_i(z))     appendix C
@@ -28,7 +28,7 @@ class Network(nn.Module):
     """Encoder and decoder for D pixels and J latents; Kingma & Welling, appendix C.
 
     Attributes:
-      draws: draws of z for each image in training, their L; see `experiments/vae/draws.py`.
+      draws: number of draws of z for each image in training, L in the paper; see `experiments/vae/draws.py`.
     """
 
     pixels: int
@@ -52,7 +52,7 @@ class Network(nn.Module):
         """logit y(z) [..., D] from z [..., J]."""
         return self.decoder_logits(nn.relu(self.decoder_hidden(z)))
 
-    def __call__(self, x):  # every parameter once, for `init`
+    def __call__(self, x):  # uses every parameter, for `init`
         return self.decode(self.encode(x)[0])
 
 
@@ -62,7 +62,7 @@ def make_network(
     """The network of a config's section vae.
 
     Raises:
-      ValueError: no latents, no hidden units or no draws.
+      ValueError: one of the three numbers is below 1.
     """
     if min(latents, hidden, draws) < 1:
         raise ValueError(
@@ -123,8 +123,8 @@ class VAE(Method):
         eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(eps_keys)
         reconstruction, kl, _ = parts(network, params, grey(images), eps)
         error = -jnp.mean(reconstruction, axis=0)
-        once = jnp.ones_like(kl)
-        return error + kl, {"reconstruction": (error, once), "kl": (kl, once)}, ()
+        weight = jnp.ones_like(kl)
+        return error + kl, {"reconstruction": (error, weight), "kl": (kl, weight)}, ()
 
     def sample(self, params, key, index, label, sampling=NoOptions()):
         """The probabilities y(z) of z ~ N(0, I) as images, as in Kingma & Welling's figures."""

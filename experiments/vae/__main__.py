@@ -4,9 +4,9 @@
     python -m experiments.vae --workdir=runs/vae_2 --num_images=1000
 
 Prints reconstruction, KL and ELBO in nats per image, with standard errors over images, and the bound
-log 1/K Σ_k p(x, z_k)/q(z_k|x) with K draws (Burda et al. 2016), which rises to log p(x) with K. The numbers are also
-written to a .json in workdir/eval. For two latents it also draws the plane of images, in workdir/samples
-(Kingma & Welling, Figure 4). The numbers of image i depend only on the seed and i.
+log 1/K Σ_k p(x, z_k)/q(z_k|x) with K draws (Burda et al. 2016), which approaches log p(x) from below as K grows. The
+numbers are also written to a .json in workdir/eval. For two latents a picture of the plane of latents is written to
+workdir/samples (Kingma & Welling, Figure 4). The numbers of image i depend only on the seed and on i.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from ddpm_jax.training import parallel
 from ddpm_jax.training.step import make_keys
 
 METHOD = "experiments.vae"
-PLANE = 20  # images along each side
+PLANE = 20  # number of images along each side of the plane
 
 
 def make_bounds(network: vae.Network, num_draws: int):
-    """(params, key, images uint8 [B, H, W, C], index [B]) -> {name: [B]} in nats, from K draws of z for each.
+    """Makes a function (params, key, images uint8 [B, H, W, C], index [B]) -> {name: [B]}, in nats, from K draws of z.
 
     reconstruction is −E log p(x|z) and kl the divergence from the prior, so elbo = −reconstruction − kl;
     log_p is the importance-weighted bound.
@@ -81,14 +81,14 @@ def measure(
     batch_size: int | None = None,
     data_dir: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """Measures images of a split, chosen by `data.choose`, with a run's last checkpoint, prints the means, writes a .json.
+    """Measures images of a split with the last checkpoint of a run; prints the means and writes them to a .json.
 
     Args:
-      num_images: how many; None for all of the split.
+      num_images: number of images, chosen by `data.choose`; None for all of the split.
       weights: "ema" or "raw".
-      seed: of the draws of z.
+      seed: seed of the draws of z.
       num_draws: K; the ELBO is averaged over K draws.
-      batch_size: images at a time; affects memory and speed, and the result only by rounding.
+      batch_size: number of images at a time; affects memory and speed, and the result only by rounding.
       data_dir: where the data are; None for the path of the config.
 
     Returns:
@@ -109,15 +109,15 @@ def measure(
     params = parallel.place(run.params)
     batch_size = min(batch_size or 128 * jax.local_device_count(), count)
     progress = writers.Progress("image", count, 0, unit="images")
-    found, spoke = [], time.perf_counter()
+    found, printed = [], time.perf_counter()
     chosen = data.choose(len(dataset), count)
     for first in range(0, count, batch_size):
         rows = chosen[np.minimum(first + np.arange(batch_size), count - 1)]  # one shape for all
         found.append(mapped(params, key, dataset.fetch(rows), rows))
         progress.done = min(first + batch_size, count)
-        if time.perf_counter() - spoke > 10:
+        if time.perf_counter() - printed > 10:
             print(progress.line(), flush=True)
-            spoke = time.perf_counter()
+            printed = time.perf_counter()
     values = {
         name: np.concatenate([part[name] for part in found])[:count].astype(np.float64)
         for name in found[0]
@@ -134,7 +134,7 @@ def measure(
     texts = {name: _pm(*mean_and_error(each)) for name, each in values.items()}
     print(
         f"ELBO {texts['elbo']} nats: reconstruction {texts['reconstruction']}, KL {texts['kl']};"
-        f" log p at least {texts['log_p']} by {num_draws} importance weights\n"
+        f" log p(x) at least {texts['log_p']} with {num_draws} importance weights\n"
         f"{os.path.basename(run.workdir)}, step {run.step:,}, {weights} weights, {network.latents}"
         f" latents: {count:,} images of {dataset.name}/{split}; ± is the standard error over"
         f" images\n{path}",
@@ -148,10 +148,10 @@ def _pm(mean: float, error: float | None) -> str:
 
 
 def plane(network: vae.Network, params) -> np.ndarray:
-    """y(z) for a grid of codes, evenly spaced in probability: z_1 to the right, z_2 upwards.
+    """y(z) for a grid of z, evenly spaced in probability: z_1 to the right, z_2 upwards.
 
-    Kingma & Welling, Figure 4: the middles of even parts of the unit square through the inverse normal
-    distribution function. Returns uint8 [PLANE², D], row by row from the top left.
+    As in Kingma & Welling, Figure 4, the inverse normal distribution function maps a regular grid on the unit square to
+    z. Returns uint8 [PLANE², D], row by row from the top left.
     """
     axis = special.ndtri((np.arange(PLANE) + 0.5) / PLANE).astype(np.float32)
     z = np.stack(np.meshgrid(axis, -axis), axis=-1).reshape(-1, 2)
@@ -178,20 +178,21 @@ def draw_plane(workdir: str, *, weights: str = "ema") -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    first_line, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m experiments.vae",
-        description=f"{first_line}\n{rest}",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, help="the run directory")
-    parser.add_argument("--split", default="test", help="of the data (default: test)")
-    parser.add_argument("--num_images", type=int, help="how many images (default: all)")
+    parser.add_argument("--split", default="test", help="split of the data (default: test)")
+    parser.add_argument("--num_images", type=int, help="number of images (default: all)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of z (default: 0)")
-    parser.add_argument("--num_draws", type=int, default=50, help="K (default: 50)")
-    parser.add_argument("--batch_size", type=int, help="images at a time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws of z (default: 0)")
+    parser.add_argument(
+        "--num_draws", type=int, default=50, help="draws of z for each image, K (default: 50)"
+    )
+    parser.add_argument("--batch_size", type=int, help="number of images at a time")
     parser.add_argument("--data_dir", help="where the data are (default: as in the config)")
     arguments = vars(parser.parse_args(argv))
     for name in ("num_images", "num_draws", "batch_size"):

@@ -5,15 +5,15 @@
     python -m experiments.vae --workdir=runs/vae_20                                        measures it
     python -m experiments.vae.draws --out=runs/vae_draws                                   with more draws of z
 
-A hundred epochs of Adam in batches of a hundred, instead of Kingma & Welling's Adagrad with a small weight decay.
+Training is a hundred epochs of Adam in batches of 100; Kingma & Welling use Adagrad with a small weight decay.
 
 Expected: about -100 nats with 20 latents, as in Kingma & Welling's Figure 2; a lower ELBO with 2 latents, and a plane
 of digits as in their Figure 4 (Figure 2 begins at 3 latents).
-Measured on one core of an AMD EPYC server beside other work, jax 0.10.2, in 20 and 23 minutes, a median of
-4800 images/s and 13,400 at best (at that speed a run takes 8 minutes). Nats per image over the 10,000 test images,
-EMA weights, by the third command; ± is the standard error over images:
+Measured on one core of an AMD EPYC server that did other work too, with jax 0.10.2, in 20 and 23 minutes: the median
+speed was 4800 images/s, the highest 13,400, at which a run takes 8 minutes. The third command gave these nats per image for
+the 10,000 test images, with EMA weights; ± is the standard error over images:
 
-    latents   ELBO               reconstruction    KL              log p, 50 weights   ELBO of training
+    latents   ELBO               reconstruction    KL              log p, 50 weights   ELBO in training
     20        -100.00 ± 0.24      74.43 ± 0.20     25.58 ± 0.05     -96.71 ± 0.23       -99.18
     2         -148.51 ± 0.53     141.84 ± 0.54      6.67 ± 0.01    -144.82 ± 0.51      -140.66
 
@@ -41,7 +41,7 @@ def get_config(variant: str = ""):
     config.optimizer.decay = "cosine"
     config.step.clip = "none"  # the loss is a sum over pixels, and so is its gradient
     config.training.num_steps = 60_000  # a hundred epochs
-    config.training.batch_size = 100  # Kingma & Welling's
+    config.training.batch_size = 100  # as in Kingma & Welling
     config.training.log_every = 600
     config.training.checkpoint_every = 6000
     config.preview = ConfigDict({"every": 6000, "num_images": 32})

@@ -3,26 +3,27 @@
     python -m experiments.vae.draws --out=runs/vae_draws --data_dir=data
 
 Liu: "a sample size of 1 is sufficient"; Kingma & Welling: "as long as the minibatch size M was large enough, e.g. M =
-100". This trains the network of config.py in batches of 100 with 1 and with 5 draws for each image, once for the same
-number of steps (five epochs) and once for about the same time, with three seeds each, which share images, their order
-and the initial weights; and measures the ELBO of the 10,000 test images. Then it decomposes the variance of the gradient
-of one image: for K draws it is D + Z/K, with D between images and Z between draws, so K draws divide the variance of a
-batch by at most (D + Z)/D.
+100". This experiment trains the network of config.py in batches of 100 with 1 and with 5 draws for each image: for the
+same number of steps (five epochs), and for about the same time. Each training has three seeds; trainings with the same
+seed share the images, their order and the initial weights. The ELBO is measured on the 10,000 test images. Then the
+variance of the gradient of one image is decomposed: for K draws it is D + Z/K, with D between images and Z between draws,
+so K draws divide the variance of a batch by at most (D + Z)/D.
 
 Expected: D is larger than Z, and more draws do not help.
-Measured on one core of an AMD EPYC server beside other work, jax 0.10.2, ten minutes in all; nats an image, EMA
-weights; ± is the standard error over three seeds, of a difference seed by seed; the shortest of three times:
+Measured on one core of an AMD EPYC server that did other work too, with jax 0.10.2, in ten minutes: nats per image, EMA
+weights; ± is the standard error over three seeds, for gains that of the differences seed by seed; seconds are the shortest
+of three trainings:
 
     draws   steps   ELBO              gain over the first   seconds
     1       3000    -108.60 ± 0.06                          31
     5       3000    -107.61 ± 0.02    0.99 ± 0.08           63
     1       7000    -104.96 ± 0.06    3.64 ± 0.01           79
 
-Five draws do help: they gain a nat in the same number of steps. But the time is better spent on more steps with one draw,
-which gain 3.6: in this sense one draw is sufficient. The expectation about variances was wrong. For the first 1000
-training images D = 2.0e4 and Z = 12.5e4 before training, 1.8e4 and 6.4e4 after 3000 steps: most of the noise of the
-gradient comes from z, and five draws divide the variance of a batch by 3.2 and 2.6. A batch of a hundred is what makes it
-small, as Kingma & Welling say.
+Five draws help: they gain a nat in the same number of steps. But the time is better spent on more steps with one draw,
+which gain 3.6 nats: in this sense one draw is sufficient. The expectation about variances was wrong. For 1000 training
+images D = 2.0e4 and Z = 12.5e4 before training, and 1.8e4 and 6.4e4 after 3000 steps. So most of the noise of the gradient
+comes from z, and five draws divide the variance of a batch by 3.2 and 2.6. It is the batch of a hundred that makes this
+variance small, as Kingma & Welling say.
 """
 
 import argparse
@@ -64,8 +65,8 @@ def make_config(draws: int, num_steps: int, seed: int, data_dir: str):
 def gradient_variances(network: vae.Network, params, images, key) -> tuple[float, float]:
     """D and Z of the gradient of one image's negative ELBO, summed over parameters.
 
-    Z is half the mean squared difference of the gradients of two draws; their average has D + Z/2 between
-    images, of which D is what is left.
+    Z is half the mean squared difference of the gradients of two draws. The average of the two has variance D + Z/2
+    between images, which gives D.
 
     Args:
       images: uint8 [N, H, W, C].
@@ -80,7 +81,7 @@ def gradient_variances(network: vae.Network, params, images, key) -> tuple[float
 
     @jax.jit
     def sums(images, keys):
-        """Of the mean of the two draws' gradients: the sum and that of its squared norm; ‖difference‖²."""
+        """Sums over images of the mean gradient of two draws, its squared norm, and their squared difference."""
         shape = (2, 1, 1, network.latents)
         eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         first, second = (jax.vmap(gradient)(images, eps[:, n]) for n in (0, 1))
@@ -122,8 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", required=True, help="folder of the runs")
-    parser.add_argument("--data_dir", default="data", help="where MNIST is (default: data)")
+    parser.add_argument("--out", required=True, help="folder for the runs")
+    parser.add_argument("--data_dir", default="data", help="folder of MNIST (default: data)")
     options = parser.parse_args(argv)
     parallel.enable_compilation_cache()
     found = {run: [] for run in RUNS}
@@ -133,11 +134,15 @@ def main(argv: list[str] | None = None) -> None:
             workdir, start = os.path.join(options.out, name), time.perf_counter()
             new = not os.path.exists(workdir)
             loop.train(make_config(draws, num_steps, seed, options.data_dir), workdir)
-            seconds = time.perf_counter() - start if new else np.inf  # not of a run that was there
+            seconds = (
+                time.perf_counter() - start if new else np.inf
+            )  # a run that existed has no time
             values = command.measure(workdir, num_draws=10, data_dir=options.data_dir)
             found[draws, num_steps].append((values["elbo"].mean(), seconds))
     print(table(found))
-    print(f"± is the standard error over {len(SEEDS)} seeds; of a difference, seed by seed")
+    print(
+        f"± is the standard error over {len(SEEDS)} seeds, for gains that of the differences seed by seed"
+    )
 
     run, network = command.load(os.path.join(options.out, "draws_1_steps_3000_seed_0"), "raw")
     mnist = data.load("mnist", data_dir=options.data_dir)
@@ -149,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         D, Z = gradient_variances(network, params, images, jax.random.key(1))
         print(
             f"{when}: variance of one image's gradient between images {D:.4g}, between draws {Z:.4g}; five"
-            f" draws divide that of a batch by {(D + Z) / (D + Z / 5):.3f}, endless ones by {(D + Z) / D:.3f}",
+            f" draws divide the variance of a batch by {(D + Z) / (D + Z / 5):.3f}, infinitely many by"
+            f" {(D + Z) / D:.3f}",
             flush=True,
         )
 
