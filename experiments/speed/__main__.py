@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ddpm_jax import turns
+from ddpm_jax.commands import turns
 
 SIZES = {  # width, multipliers, sides of attention, image, batch, groups of the norms
     "cifar10": (128, (1, 2, 2, 2), (16,), (32, 32, 3), 16, 32),
