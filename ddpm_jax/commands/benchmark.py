@@ -5,15 +5,20 @@
 Prints the time to start, training and sampling speed, operations, memory, and three ratios: the training step over the
 bare forward and backward pass of its network, one network call of each sampler over a bare forward pass, and the
 textbook form of the network over the form that is used. Times are medians after a warm-up; the calls that a ratio
-compares run in turns. Images are random; data are loaded only if the config takes its image shape or classes from them.
+compares run in turns. Operations are those of the network's dots and convolutions (`networks.cost`), also for a sampler
+step; the peak is that of a large matrix product of the same type, measured in the same run. Images are random; data are loaded only if the config takes its image shape or classes from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import resource
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -22,14 +27,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ddpm_jax
 from ddpm_jax import options
+from ddpm_jax.commands import trace, turns
 from ddpm_jax.ddpm import Bounding, Sampling
+from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import from_config, is_diffusion
+from ddpm_jax.networks import cost
 from ddpm_jax.options import AtLeast
 from ddpm_jax.process.samplers import DDIM, SAMPLERS, DPMSolver
-from ddpm_jax.training import parallel
+from ddpm_jax.training import parallel, resume
 from ddpm_jax.training import step as step_lib
 
 CHAIN_STEPS = 10  # steps of the reverse chains that are timed; all steps cost the same
@@ -43,6 +52,15 @@ def benchmark(
         int | None, "How many images are computed at a time. Default: as in the config.", AtLeast(1)
     ] = None,
     plain: Annotated[bool, "Also times the textbook form of the network."] = True,
+    profile: Annotated[
+        bool, "Prints where the time of a training step and a forward pass goes, and nothing else."
+    ] = False,
+    compare: Annotated[
+        str | None,
+        "What to run in turns with the config, instead of the usual report: changed fields, as in"
+        " model.plain=True,step.accumulate=2, or the folder of another checkout.",
+    ] = None,
+    rounds: Annotated[int, "How many turns --compare takes.", AtLeast(2)] = 10,
     sampling: Sampling = Sampling(),
 ) -> dict[str, Any]:
     """Measures how fast a config trains and samples, relative to its network alone.
@@ -55,7 +73,14 @@ def benchmark(
       numbers by name; the names end in their units.
     """
     print(parallel.banner(), flush=True)
+    if compare:
+        return in_turns(config, batch_size, compare, rounds)
     bench = Benchmark.of(config, batch_size)
+    if profile:
+        print(f"\nTraining step: {trace.table(bench.step.as_text(), bench.train)}")
+        forward = bench.bare(bench.method.sized_network)["forward"]
+        print(f"\nForward pass: {trace.table(bench.forward.as_text(), forward)}")
+        return {}
     result = bench.measure(sampling, plain)
     print("\n".join(f"{name:32} {_shown(value)}" for name, value in result.items()))
     print(json.dumps({"device": parallel.banner(), **result}))
@@ -64,6 +89,30 @@ def benchmark(
 
 def _shown(value: float) -> str:
     return f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def in_turns(config, batch_size: int | None, other: str, rounds: int) -> dict[str, turns.Ratio]:
+    """Prints and returns how often `other`, changed fields or a checkout, takes the time of the config."""
+    changed, environments = config.copy_and_resolve_references(), [dict(os.environ)] * 2
+    if os.path.isdir(other):
+        environments[1] = environments[1] | {"PYTHONPATH": os.path.abspath(other)}
+    else:
+        for field, _, text in (part.partition("=") for part in re.split(r",(?=[\w.]+=)", other)):
+            config_lib.override(changed, field, text, resume.readers_of)
+    environments[0]["PYTHONPATH"] = os.path.dirname(os.path.dirname(ddpm_jax.__file__))
+    with tempfile.TemporaryDirectory() as folder:
+        commands, result = [], {}
+        for name, settings in (("ours", config), ("other", changed)):
+            path = os.path.join(folder, f"{name}.json")
+            config_lib.save(settings, path)
+            size = batch_size or settings.training.batch_size
+            commands.append([sys.executable, "-P", turns.__file__, path, str(size)])
+        with turns.workers(commands, environments) as running:
+            for name in running[0].names:
+                result[name] = turns.ratio(*turns.in_turns(running, name, rounds))
+                print(f"{name:20} {result[name]}  {result[name].ours:.4g} s", flush=True)
+    print(f"above 1: {other} takes longer")
+    return result
 
 
 def median_seconds(calls: dict[str, Callable], at_least: float = 10.0) -> dict[str, float]:
@@ -94,6 +143,7 @@ class Benchmark:
     batch: Any  # sharded
     step: Any  # compiled
     seconds: dict[str, float]  # init, compile
+    forward: Any = None  # compiled, as `bare` leaves it
 
     @classmethod
     def of(cls, config, batch_size: int | None) -> Benchmark:
@@ -161,8 +211,8 @@ class Benchmark:
 
             return jax.value_and_grad(loss)(params)
 
-        forward_all, gradient_all = map(parallel.map_shards, (forward, gradient))
-        self.lowered = forward_all.lower(self.params, (x, t, label))
+        forward_all, gradient_all = map(parallel.Mapped, (forward, gradient))
+        self.forward = forward_all.compile(self.params, (x, t, label))
         return {
             "forward": lambda: forward_all(self.params, (x, t, label)),
             "gradient": lambda: gradient_all(self.params, (x, t, label, keys)),
@@ -171,7 +221,7 @@ class Benchmark:
     def mapped(self, function: Callable, *examples) -> Callable:
         """A call of function(params, key, *examples) on all devices."""
         key = jax.random.key(0)
-        all_shards = parallel.map_shards(lambda tree, examples: function(*tree, *examples))
+        all_shards = parallel.Mapped(lambda tree, examples: function(*tree, *examples))
         return lambda: all_shards((self.params, key), examples)
 
     def chains(self, sampling: Sampling) -> dict[str, Callable]:
@@ -200,14 +250,15 @@ class Benchmark:
     def measure(self, sampling: Sampling, plain: bool) -> dict[str, Any]:
         network = self.method.sized_network
         bare, chains = self.bare(network), self.chains(sampling)
-        flops = parallel.flops(self.step)
-        forward_flops = parallel.flops(self.lowered.compile())
+        flops = cost.forward_flops(network, self.method.image_shape)
+        peak = parallel.peak_flops(getattr(network, "dtype", "float32"))
         seconds = median_seconds({"train": self.train, **bare, **chains})
         stats = jax.local_devices()[0].memory_stats() or {}
         calls = {name: self.steps for name in chains}
         calls |= {name: 2 * self.steps - 1 for name in TWO_CALLS}
         chain_step = seconds["ancestral"] / self.steps
-        per_image = jax.local_device_count() / self.batch_size
+        train_flops = 3 * flops * self.batch_size / seconds["train"]  # a product has two gradients
+        sample_flops = flops * self.batch_size / chain_step
         result = {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.params)),
             "batch_size": self.batch_size,
@@ -220,9 +271,12 @@ class Benchmark:
             "sample_chain_steps_timed": self.steps,
             "sample_chain_images_per_second": self.batch_size
             / (chain_step * len(self.method.schedule)),
-            "train_gflop_per_image": flops * per_image / 1e9,
-            "forward_gflop_per_image": forward_flops * per_image / 1e9,
-            "train_gflop_per_second": flops * per_image * self.batch_size / seconds["train"] / 1e9,
+            "train_gflop_per_image": 3 * flops / 1e9,
+            "forward_gflop_per_image": flops / 1e9,
+            "train_gflop_per_second": train_flops / 1e9,
+            "peak_gflop_per_second": peak / 1e9,
+            "train_share_of_peak": train_flops / peak,
+            "sample_step_share_of_peak": sample_flops / peak,
             "step_memory_mib": parallel.memory(self.step) / 2**20,
             "peak_host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
             "train_step_over_bare_gradient": seconds["train"] / seconds["gradient"],

@@ -61,5 +61,5 @@ def _convolution(equation) -> int:
         out = equation.outvars[0].aval.shape[numbers.out_spec[2 + i]]
         first = np.arange(out) * parameters["window_strides"][i] - low
         places = first[:, None] + np.arange(kernel[numbers.rhs_spec[2 + i]])[None, :]
-        products *= int(np.sum((0 <= places) & (places < x[numbers.lhs_spec[2 + i]])))
+        products *= int(np.sum((places >= 0) & (places < x[numbers.lhs_spec[2 + i]])))
     return 2 * products

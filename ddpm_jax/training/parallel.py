@@ -14,9 +14,11 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -170,15 +172,41 @@ def free_memory(root: str = "/") -> float:
     return min(free, default=float("inf")) / jax.local_device_count()
 
 
-def flops(compiled) -> float:
-    """Floating-point operations of a compiled function on one device, as XLA counts them."""
-    costs = compiled.cost_analysis()
-    return (costs[0] if isinstance(costs, list) else costs).get("flops", float("nan"))
+def peak_flops(dtype: str) -> float:
+    """The operations per second of the local devices together, measured at a large matrix product of this type."""
+    cpu = jax.default_backend() == "cpu"
+    side, count, best = (2048, 1, 5) if cpu else (8192, 20, 3)
+    a = jnp.full((jax.local_device_count(), side, side), 1 / side, dtype)
+    product = Mapped(lambda _, a: functools.reduce(lambda b, _: b @ a, range(count), a))
+    seconds = []
+    for _ in range(best + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(product(0.0, a))
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 * count * len(a) / min(seconds[1:])
 
 
-def map_shards(function: Callable) -> Callable:
-    """function(tree, batch) on each of this process's devices: (tree, sharded batch) -> [L, …]."""
-    return jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+class Mapped:
+    """function(tree, batch) on each of this process's devices: (tree, sharded batch) -> [L, …].
+
+    It is compiled with `compiler_options` for the shapes of the batch at their first call; `tree` always has the same.
+    """
+
+    def __init__(self, function: Callable):
+        self.mapped = jax.pmap(function, in_axes=(None, 0), devices=jax.local_devices())
+        self.programs: dict[tuple, Callable] = {}
+
+    def compile(self, tree, batch) -> Callable:
+        """The program for these arguments, which is compiled unless it exists."""
+        if jax.process_count() > 1:  # there a Compiled takes global arrays
+            return self.mapped
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+        if shapes not in self.programs:
+            self.programs[shapes] = compiled(self.mapped, tree, batch)
+        return self.programs[shapes]
+
+    def __call__(self, tree, batch):
+        return self.compile(tree, batch)(tree, batch)
 
 
 def map_examples(function: Callable) -> Callable:
@@ -187,29 +215,20 @@ def map_examples(function: Callable) -> Callable:
     Returns:
       (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last example is repeated to fill all
       devices, and the copies are removed again. `params` come from `place` or from a training state. Its method
-      `compile` takes the same arguments and compiles for their shapes, as the first call with them does.
+      `compile` takes the same arguments and compiles for their shapes.
     """
-    mapped = map_shards(lambda tree, examples: function(*tree, *examples))
-    programs = {}  # by the shapes of their examples
+    mapped = Mapped(lambda tree, examples: function(*tree, *examples))
 
     def sharded(examples):
         count = len(examples[0])
         rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
         return shard(tuple(x[rows] for x in examples))
 
-    def compile(params, key, *examples):
-        arguments = (params, key), sharded(examples)
-        shapes = tuple(x.shape for x in arguments[1])
-        if shapes not in programs:
-            programs[shapes] = compiled(mapped, *arguments)
-        return programs[shapes], arguments
-
     def call(params, key, *examples):
-        program, arguments = compile(params, key, *examples)
-        result = jax.device_get(program(*arguments))
+        result = jax.device_get(mapped((params, key), sharded(examples)))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples[0])], result)
 
-    call.compile = compile
+    call.compile = lambda params, key, *examples: mapped.compile((params, key), sharded(examples))
     return call
 
 

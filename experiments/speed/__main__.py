@@ -1,7 +1,7 @@
 """How fast training and the network are on a CPU beside PyTorch's, with the same network, batch, threads and optimiser.
 
-    pip install -e '.[bench]'
-    python -m experiments.speed --size=digits --rounds=5
+pip install -e '.[bench]'
+python -m experiments.speed --size=digits --rounds=5
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def ours(size: str, plain: bool) -> None:
     params = jax.tree.map(jnp.copy, state.params)
     x = parallel.shard((rng.normal(size=(batch_size, *shape)).astype(np.float32),))
     t = jnp.zeros(batch_size, jnp.float32)
-    mapped = parallel.map_shards(lambda params, x: network.apply({"params": params}, x[0], t))
-    forward = parallel.compiled(mapped, params, x)
+    forward = parallel.Mapped(lambda params, x: network.apply({"params": params}, x[0], t))
     print(sum(leaf.size for leaf in jax.tree.leaves(params)), "parameters", file=sys.stderr)
 
     def train():
@@ -139,11 +138,11 @@ def main() -> None:
         return SERVERS[args.serve](args.size)
     names = ["ours", *args.against.split(",")]
     line = [sys.executable, "-m", "experiments.speed", f"--size={args.size}"]
-    with turns.workers({name: [*line, f"--serve={name}"] for name in names}) as running:
+    with turns.workers([[*line, f"--serve={name}"] for name in names]) as running:
         for what in ("train", "forward"):
-            times = turns.in_turns(running, what, args.rounds)
-            for name in names[1:]:
-                found = turns.ratio(times["ours"], times[name])
+            mine, *others = turns.in_turns(running, what, args.rounds)
+            for name, theirs in zip(names[1:], others, strict=True):
+                found = turns.ratio(mine, theirs)
                 print(f"{args.size} {what}: {found} of {name} ({found.ours:.3f} s)", flush=True)
 
 
