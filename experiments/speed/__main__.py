@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NamedTuple
 
 from ddpm_jax.commands import turns
 
-SIZES = {  # width, multipliers, sides of attention, image, batch, groups of the norms
-    "cifar10": (128, (1, 2, 2, 2), (16,), (32, 32, 3), 16, 32),
-    "medium": (64, (1, 2, 2, 2), (16,), (32, 32, 3), 64, 16),
-    "fashion_mnist": (32, (1, 2, 2), (14,), (28, 28, 1), 128, 8),
-    "digits": (32, (1, 2), (4,), (8, 8, 1), 32, 8),
+
+class Size(NamedTuple):
+    """A network and its batch."""
+
+    channels: int
+    channel_mults: tuple[int, ...]
+    attention: tuple[int, ...]  # sides of the levels that have it
+    blocks: int  # residual blocks of a level
+    groups: int  # of the norms
+    shape: tuple[int, int, int]
+    batch_size: int
+
+
+SIZES = {
+    "cifar10": Size(128, (1, 2, 2, 2), (16,), 2, 32, (32, 32, 3), 16),
+    "medium": Size(64, (1, 2, 2, 2), (16,), 2, 16, (32, 32, 3), 64),
+    "fashion_mnist": Size(32, (1, 2, 2), (14,), 2, 8, (28, 28, 1), 128),
+    "digits": Size(24, (1, 2), (4,), 1, 8, (8, 8, 1), 32),
 }
 
 
@@ -31,12 +45,14 @@ def ours(size: str, plain: bool) -> None:
     from ddpm_jax.process import schedules
     from ddpm_jax.training import parallel, step
 
-    width, mults, attended, shape, batch_size, groups = SIZES[size]
+    one = SIZES[size]
+    shape, batch_size = one.shape, one.batch_size
     network = UNet(
-        channels=width,
-        channel_mults=mults,
-        attention_resolutions=attended,
-        num_groups=groups,
+        channels=one.channels,
+        channel_mults=one.channel_mults,
+        num_res_blocks=one.blocks,
+        attention_resolutions=one.attention,
+        num_groups=one.groups,
         out_channels=shape[-1],
         plain=plain,
     )
@@ -71,23 +87,24 @@ def pytorch(size: str, compiled: bool) -> None:
     import torch
     from diffusers import UNet2DModel
 
-    width, mults, attended, shape, batch_size, groups = SIZES[size]
-    sides = [shape[0] // 2**level for level in range(len(mults))]
-    kinds = ["Attn" if side in attended else "" for side in sides]
+    one = SIZES[size]
+    shape, batch_size = one.shape, one.batch_size
+    sides = [shape[0] // 2**level for level in range(len(one.channel_mults))]
+    kinds = ["Attn" if side in one.attention else "" for side in sides]
     network = UNet2DModel(
         sample_size=shape[0],
         in_channels=shape[-1],
         out_channels=shape[-1],
-        block_out_channels=[width * mult for mult in mults],
+        block_out_channels=[one.channels * mult for mult in one.channel_mults],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        layers_per_block=2,
+        layers_per_block=one.blocks,
         downsample_padding=0,
         attention_head_dim=None,
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
-        norm_num_groups=groups,
+        norm_num_groups=one.groups,
         dropout=0.1,
     )
     print(sum(p.numel() for p in network.parameters()), "parameters", file=sys.stderr)
