@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "bench": ["torch", "diffusers"],  # what experiments.speed compares with
         "heic": ["pillow-heif"],  # photographs of phones, .heic and .heif, in folders of pictures
         "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set
     },
