@@ -26,6 +26,7 @@ from ddpm_jax import data, modes, options
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.method import from_config
 from ddpm_jax.names import foreign_frames, place_of
 from ddpm_jax.names import nearest as nearest_name
 from ddpm_jax.options import ConfigError, Text
@@ -63,7 +64,7 @@ class Request:
         booleans = {
             flag
             for name in modes.COMMANDS
-            for flag, one in modes.flags_of(name).items()
+            for flag, one in modes.all_flags(name).items()
             if one.is_boolean
         }
         words, rest = list(argv), []
@@ -106,11 +107,33 @@ class Request:
             hint = f"; for that write --mode={rest[0]}" if rest[0] in modes.COMMANDS else ""
             raise ConfigError(f"what is {rest[0]!r}? Every option begins with --{hint}")
         self.config_file = self.flags.get("config")
+        self.sampling = self.sampling_of_run()
         self.check_flags()
+
+    def sampling_of_run(self) -> type:
+        """The options of `sample` of the run's Method; those of diffusions if there is no run to be read.
+
+        Code of others is imported only with --allow_code.
+        """
+        self.foreign, command = [], modes.COMMANDS[self.mode]
+        if not {"run", "sampling"} <= inspect.signature(command).parameters.keys():
+            return Sampling
+        with contextlib.suppress(ConfigError, OSError):  # loading the run says what is wrong
+            config = config_lib.load(os.path.join(self.workdir(), "config.json"))
+            self.foreign = runs.foreign_modules(config)
+            if "allow_code" in self.flags or not self.foreign:
+                return from_config(config).Sampling
+        return Sampling
 
     def check_flags(self) -> None:
         """Refuses flags that the mode does not have."""
         known = modes.flags_of(self.mode, self.flags)
+        known |= modes.flags_of(self.mode, self.flags, self.sampling)
+        for flag in [flag for flag, text in self.flags.items() if not text]:
+            positive = flag if flag in known else flag.removeprefix("no")
+            if positive in known and known[positive].is_boolean:  # a switch of code of one's own
+                del self.flags[flag]
+                self.flags[positive] = Text("true" if flag == positive else "false")
         for flag in self.flags:
             if flag in known:
                 continue
@@ -130,7 +153,10 @@ class Request:
                 raise ConfigError(
                     f"--{flag} is for --mode={', '.join(others)}, not for {self.mode}{hint}"
                 )
-            raise ConfigError(f"there is no flag --{flag}{self.near_flag(flag)}")
+            hint = self.near_flag(flag)
+            if self.foreign and "allow_code" not in self.flags:
+                hint += f" (options of the code of this run, {', '.join(self.foreign)}, need --allow_code)"
+            raise ConfigError(f"there is no flag --{flag}{hint}")
 
     def near_flag(self, flag: str) -> str:
         """ "; did you mean …?" for an unknown flag: a field of the config, or a flag of the mode."""
@@ -140,7 +166,8 @@ class Request:
                 exact = [name for name in fields if flag in (name, name.rpartition(".")[2])]
                 if exact or "." in flag:
                     return config_lib.near_field(flag, list(fields))
-        names = ["mode", *modes.flags_of(self.mode, self.flags), *modes.all_flags(self.mode)]
+        names = ["mode", *modes.flags_of(self.mode, self.flags, self.sampling)]
+        names += modes.all_flags(self.mode)
         if self.mode == "train":
             names += [name for mode in modes.COMMANDS for name in modes.all_flags(mode)]
         whole = [name for name in dict.fromkeys(names) if name in flag.split("_")]
@@ -150,9 +177,10 @@ class Request:
         """The flags that the options of these targets take, by the names of the options."""
         result = {}
         for target in targets:
-            for one in options.flat(target, self.flags, skip=modes.POSITIONAL):
-                if one.flag in self.flags:
-                    result[one.name] = self.flags[one.flag]
+            found = list(options.flat(target, self.flags, skip=modes.POSITIONAL))
+            if target is modes.COMMANDS[self.mode] and self.sampling is not Sampling:
+                found += options.flat(self.sampling, self.flags)
+            result |= {one.name: self.flags[one.flag] for one in found if one.flag in self.flags}
         return result
 
     def config(self):
@@ -211,9 +239,8 @@ def execute(request: Request) -> None:
         with _advice_on_writing(workdir):
             command(workdir, **kwargs)
         return
-    options.bind(
-        command, request.values(command), "--", given=modes.POSITIONAL
-    )  # before files are read
+    if request.sampling is Sampling:  # before files are read
+        options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
     with _advice_on_writing(workdir):
         run = runs.load(
             workdir, **options.bind(modes.run_flags, request.values(modes.run_flags), "--")
@@ -292,7 +319,7 @@ def help_text(request: Request) -> str:
         )
     command = modes.COMMANDS[request.mode]
     text = f"{PROGRAM} --mode={request.mode}\n\n{modes.about(command)}\n\n"
-    known = modes.flags_of(request.mode, request.flags)
+    known = modes.flags_of(request.mode, request.flags, request.sampling)
     text += "".join(modes.help_line(one) for one in known.values())
     for one in known.values():
         for name, cls in (

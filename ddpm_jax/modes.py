@@ -14,6 +14,7 @@ from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
 from ddpm_jax.commands.report import report
 from ddpm_jax.options import ConfigError, Option
+from ddpm_jax.settings import Sampling
 from ddpm_jax.training import loop
 
 
@@ -84,13 +85,23 @@ def run_flags(
     """Flags of every mode that loads a run."""
 
 
-def flags_of(mode: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Option]:
-    """{flag: option} of a mode, including those of its choices."""
+def flags_of(
+    mode: str, chosen: Mapping[str, Any] | None = None, sampling: type = Sampling
+) -> dict[str, Option]:
+    """{flag: option} of a mode, including those of its choices.
+
+    Args:
+      sampling: the options of `sample` of the run's Method, where it has its own.
+    """
     command = COMMANDS[mode]
+    parameters = inspect.signature(command).parameters
     found = list(options.flat(shared_flags))
-    if "run" in inspect.signature(command).parameters:
+    if "run" in parameters:
         found += options.flat(run_flags)
-    found += options.flat(command, chosen, skip=POSITIONAL)
+    own = sampling is not Sampling and "sampling" in parameters
+    found += options.flat(command, chosen, skip=(*POSITIONAL, "sampling") if own else POSITIONAL)
+    if own:
+        found += options.flat(sampling, chosen)
     return {one.flag: one for one in found}
 
 

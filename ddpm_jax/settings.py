@@ -12,10 +12,7 @@ STEPS_HELP = (
     "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
     " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
 )
-CLIP_HELP = (
-    "Clips predictions of x_0 to [-1, 1]; --noclip does not, and --clip=dynamic clips by percentile. Default: as"
-    " in the config."
-)
+CLIP_HELP = "Clips predictions of x_0 to [-1, 1]; --noclip does not. Default: as in the config."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +23,11 @@ class Chain:
     spacing: Literal["uniform", "linear", "quadratic", "log_snr"] | None = option(
         None, "How a plain number of steps is spread over the chain. Default: uniform."
     )
-    clip_x0: bool | Literal["dynamic"] | None = option(None, CLIP_HELP, flag="clip")
+    clip_x0: bool | Literal["dynamic"] | None = option(
+        None,
+        CLIP_HELP.replace(" Default", " --clip=dynamic clips by percentile. Default"),
+        flag="clip",
+    )
     guidance: float = option(
         1.0,
         "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"

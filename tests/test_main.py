@@ -355,3 +355,9 @@ def test_signals_are_as_before_after_a_run(tmp_path):
     loop.train(make_config(num_steps=1), tmp_path)
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("word, value", [("--singlestep", "true"), ("--nosinglestep", "false")])
+def test_a_switch_of_a_sampler_is_a_switch(word, value):
+    request = main.Request(["--mode=sample", "--workdir=run", "--sampler=dpm_solver", word])
+    assert request.flags["singlestep"] == value

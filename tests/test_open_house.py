@@ -12,15 +12,17 @@ import pytest
 from ml_collections import ConfigDict
 from test_edit import make_config
 
-from ddpm_jax import modes, options
+from ddpm_jax import main, modes, options
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.experiments import edm, flow_matching, my_network
+from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, runs
+from ddpm_jax.method import from_config
 from ddpm_jax.process import diffusion, schedules
 from ddpm_jax.process.samplers import DDIM, Heun
 from ddpm_jax.process.timesteps import shorten
-from ddpm_jax.training import loop
+from ddpm_jax.training import loop, resume
 
 pytestmark = pytest.mark.slow
 
@@ -289,3 +291,115 @@ def test_what_a_file_offers_is_checked(field, name, words, tmp_path, monkeypatch
         loop.train(config, tmp_path / "run")
     assert words.format(name.lower()) in str(error.value), error.value
     assert "\n" not in str(error.value)
+
+
+METHOD = '''
+import dataclasses
+
+import jax.numpy as jnp
+
+import ddpm_jax as dj
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    scale: float = dj.option(1.0, "The factor of the mean image.")
+    is_negative: bool = dj.option(False, "Whether the image is inverted.")
+
+
+class Mean(dj.Method):
+    """Draws the mean image."""
+
+    image_shape, metric_names, Sampling = (8, 8, 1), (), Settings
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+    def init(self, key):
+        return jnp.ones(self.image_shape)
+
+    def loss_fn(self, params, loss_state, key, batch):
+        return jnp.mean((batch["image"] / 127.5 - 1 - params[None]) ** 2, axis=(1, 2, 3)), {}, ()
+
+    def sample(self, params, key, index, label, sampling=Settings()):
+        sign = -1 if sampling.is_negative else 1
+        return sign * sampling.scale * jnp.repeat(params[None], len(index), axis=0)
+'''
+
+
+def test_the_options_of_a_method_are_flags(tmp_path, monkeypatch, capfd):
+    def command_in(*arguments):
+        status = 0
+        try:
+            main.main(list(arguments))
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_method.py").write_text(METHOD)
+    config = digits.get_config("smoke")
+    for section in ("model", "schedule", "diffusion"):
+        del config[section]
+    config.method, config.training.num_steps = "my_method:Mean", 1
+    config.preview = ConfigDict({"every": 1, "num_images": 1})
+    loop.train(config, str(tmp_path / "run"))
+    sample = ("--mode=sample", "--workdir=run", "--num_samples=2", "--out=x.npz")
+    status, out, err = command_in(*sample, "--scale=0.5", "--is_negative", "--allow_code")
+    assert status == 0, err
+    images = np.load(tmp_path / "x.npz")["images"]
+    assert abs(images.mean() - 64) < 1
+    status, out, err = command_in(*sample, "--help", "--allow_code")
+    assert "--scale=VALUE" in out and "--[no]is_negative" in out and "--sampler" not in out
+    status, out, err = command_in(*sample, "--scale=0.5")
+    assert status == 2 and err.startswith("error: there is no flag --scale")
+    assert "(options of the code of this run, my_method:Mean, need --allow_code)" in err
+    status, out, err = command_in(*sample, "--scal=0.5", "--allow_code")
+    assert status == 2 and "did you mean '--scale'?" in err
+    status, out, err = command_in(*sample, "--steps=5", "--allow_code")
+    assert status == 2 and "--steps is for diffusions" in err
+
+
+def test_new_fields_of_a_subclass_of_DDPM_are_fields_of_the_command_line(
+    mine, monkeypatch, tmp_path
+):
+    (tmp_path / "my_model.py").write_text(
+        "import dataclasses\n"
+        "from ddpm_jax.ddpm import DDPM\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)\n"
+        "class Mine(DDPM):\n"
+        "    share: float = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = digits.get_config("smoke")
+    config.method = "my_model:Mine"
+    config_lib.override(config, "diffusion.share", "0.25", resume.readers_of)
+    assert config.diffusion.share == 0.25 and from_config(config).share == 0.25
+    for field, near in (("diffusion.shar", "share"), ("diffusion.sigma", ""), ("model.parent", "")):
+        with pytest.raises(options.ConfigError, match=f"no field config.{field}.*{near}"):
+            config_lib.override(config, field, "1", resume.readers_of)
+
+
+@pytest.mark.parametrize(
+    "field, value, is_foreign",
+    [
+        ("model.name", "evil-probe:X", True),
+        ("model.name", "evil:X-", True),
+        ("model.name", "ddpm_jaxx:X", True),
+        ("model.name", "npz:X", True),
+        ("method", "evil", True),
+        ("method", "ddpm_jax.ddpm", False),
+        ("model.name", "experiments.my_network:DiT", False),
+        ("model.name", "experiments.evil:DiT", True),
+        ("data.name", "npz:a:b/c.npz", False),
+        ("data.name", "evil:load", True),
+        ("data.data_dir", "C:/data", False),
+    ],
+)
+def test_code_of_others_is_found_however_it_is_written(field, value, is_foreign):
+    config = digits.get_config()
+    section, _, name = field.rpartition(".")
+    (config[section] if section else config)[name] = value
+    assert runs.foreign_modules(config) == ([value] if is_foreign else [])

@@ -69,7 +69,7 @@ def encode(
         shared.check_finite(np.isfinite(latents).all(axis=(1, 2, 3)), chosen)
         return {"latents": latents, "images": loaded.images, **loaded.origin()}
 
-    recipe = loaded.recipe | chosen | {"last": int(steps.times[-1])}  # the time of the latents
+    recipe = loaded.recipe | chosen | {"last": steps.times[-1].item()}  # the time of the latents
     name = run.name("encode", settings=images.named() | options.changed(chain))
     out, arrays = shared.write(run, "encode", recipe, make, output, name)
     latents, shown = arrays["latents"], shared.shown(len(loaded.images))

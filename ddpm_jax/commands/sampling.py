@@ -222,7 +222,7 @@ class _Latents:
         encoded = {k: v for k, v in encoded.items() if v is not None and k not in changed}
         sampling = dataclasses.replace(sampling, sampler=sampler, **encoded)
         with options.errors_at("sampling"):
-            last = int(model.chain(model.resolve(sampling)).times[-1])
+            last = model.chain(model.resolve(sampling)).times[-1].item()
         if recipe.get("last") not in (None, last):
             raise RunError(
                 f"{path} contains x_t of t = {recipe['last']}, but these steps begin at t = {last}; choose"

@@ -144,6 +144,12 @@ def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()
     _drop_fields_of_another(config, field, readers_of)
 
 
+FILLED_IN = {  # parameters of what takes a section that are not fields of it
+    "diffusion": ("schedule", "network", "image_shape", "flip"),
+    "model": ("parent", "name", "out_channels"),
+}
+
+
 def _drop_fields_of_another(config, field: str, readers_of: Callable) -> None:
     """Removes the fields of a section that a newly chosen network or sampler does not have."""
     section = field.rpartition(".")[0]
@@ -161,7 +167,8 @@ def _options_of_section(config, section: str, readers_of: Callable) -> dict:
     with errors_at(f"config.{section}"):
         for reader in readers_of(section, config) if section in config else ():
             chosen = {k: v for k, v in config[section].items() if isinstance(v, str)}
-            found |= {one.name: one for one in options.flat(reader, chosen)}
+            skip = FILLED_IN.get(section, ())
+            found |= {one.name: one for one in options.flat(reader, chosen, skip=skip)}
     return found
 
 

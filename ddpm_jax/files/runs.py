@@ -138,11 +138,11 @@ def foreign_modules(config) -> list[str]:
     """The modules named in a config that do not belong to this installation."""
     found = []
     for field, value in config_lib.fields(config).items():
-        is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
-        if field != "method" and not is_name:
+        module, colon, _ = str(value).partition(":")
+        is_path = field == "data.data_dir" or (field == "data.name" and module in data.WITH_PATH)
+        if field != "method" and (not isinstance(value, str) or not colon or is_path):
             continue
-        module = str(value).partition(":")[0]
-        if not full_name(module).startswith("ddpm_jax") and module not in data.WITH_PATH:
+        if not f"{full_name(module)}.".startswith("ddpm_jax."):
             found.append(value)
     return found
 

@@ -59,6 +59,8 @@ class Schedule:
         if not (np.isfinite(alpha) & np.isfinite(sigma) & (alpha >= 0) & (sigma > 0)).all():
             raise ValueError("alpha must be at least 0, sigma above 0, and both finite")
         times = np.arange(alpha.size) if self.times is None else np.array(self.times, np.float64)
+        if not np.isfinite(times).all():
+            raise ValueError("times must be finite")
         whole = (times == np.round(times)).all()
         times = times.astype(np.int32 if whole else np.float32)
         if times.shape != alpha.shape or (np.diff(times) <= 0).any() or (whole and times[0] < 0):
@@ -68,12 +70,15 @@ class Schedule:
         self._set(alpha=alpha, sigma=sigma, times=times)
         if not (self.ratio[1:] >= self.ratio[:-1]).all():
             raise ValueError("sigma / alpha must not decrease: every step adds noise")
-        step_variance = self.step_variance
-        if step_variance is None:
-            step_variance = sigma**2 - self.step_alpha**2 * self.sigma_prev**2
+        difference = sigma**2 - self.step_alpha**2 * self.sigma_prev**2
+        step_variance = difference if self.step_variance is None else self.step_variance
         step_variance = np.array(step_variance, np.float64)
         if step_variance.shape != alpha.shape or not (step_variance > 0).all():
             raise ValueError("every step must add noise, but the variance of one is not above 0")
+        if not (abs(step_variance - difference) <= 1e-6 * sigma**2).all():
+            raise ValueError(
+                "step_variance must be sigma² − (alpha/alpha of the step before)² sigma² of it"
+            )
         self._set(step_variance=step_variance)
 
     def _set(self, **tables: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 
@@ -39,9 +41,19 @@ def readers_of(section: str, config) -> tuple:
         return find(name or "linear", schedules.SCHEDULES, "schedule"), schedules.make
     if section == "model":
         return (find(name or "unet", NETWORKS, "network"),)
-    readers = {"data": data.load, "diffusion": DDPM, "optimizer": step.make_optimizer}
+    readers = {"data": data.load, "diffusion": _diffusion_of(config)}
+    readers |= {"optimizer": step.make_optimizer}
     readers |= {"preview": Sampling, "step": step.make_update}
     return (readers[section],) if section in readers else ()
+
+
+def _diffusion_of(config) -> type:
+    """The class of DDPM that a config names; DDPM itself for a function that makes one."""
+    named = None
+    if ":" in str(config.get("method")):
+        with contextlib.suppress(ValueError):  # the Method is refused where it is made
+            named = find(config.method, {}, "method")
+    return named if inspect.isclass(named) and issubclass(named, DDPM) else DDPM
 
 
 def refuse_another_config(config, path: str, *, moved: bool = False) -> None:

@@ -345,3 +345,13 @@ def test_respacing_to_all_steps_changes_nothing():
     full = make("linear")
     same = timesteps.respace(full, np.arange(1000))
     np.testing.assert_allclose(same.beta, full.beta, rtol=1e-9)
+
+
+def test_tables_that_contradict_themselves_are_refused():
+    u = np.arange(1, 51) / 51
+    path = {"alpha": np.cos(np.pi / 2 * u), "sigma": np.sin(np.pi / 2 * u)}
+    with pytest.raises(ValueError, match="step_variance must be"):
+        schedules.Schedule(**path, step_variance=np.full(50, 0.5))
+    for last in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="times must be finite"):
+            schedules.Schedule(**path, times=np.append(np.arange(49.0), last))
