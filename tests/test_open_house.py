@@ -77,6 +77,19 @@ def test_a_sampler_of_ones_own_on_the_command_line(mine):
     assert "did you mean '--share'" in command(*shared, "--shar=0.5").stderr
 
 
+def test_samples_are_drawn_again_when_the_sampler_has_changed(mine):
+    folder, command = mine
+    shared = ("--mode=sample", "--workdir=run", "--sampler=my_idea:Lazy", "--num_samples=2")
+    first = command(*shared, "--steps=3", "--allow_code")
+    assert first.returncode == 0, first.stderr
+    again = command(*shared, "--steps=3", "--allow_code")
+    assert "2 images with this recipe exist already" in again.stdout
+    with open(folder / "my_idea.py", "a") as file:
+        file.write("# another version\n")
+    again = command(*shared, "--steps=3", "--allow_code")
+    assert again.returncode == 0 and "exist already" not in again.stdout, again.stdout
+
+
 def test_a_sampler_of_ones_own_in_a_config_python_and_the_report(mine, monkeypatch):
     folder, _ = mine
     monkeypatch.syspath_prepend(str(folder))

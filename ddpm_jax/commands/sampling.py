@@ -180,7 +180,8 @@ def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: 
             run.method.chain(chosen, x_0_error=x_0_error)
     else:
         check_sampling(run.method, chosen, "sampling")
-    recipe = run.recipe() | {"seed": seed} | options.describe(chosen) | {"x_0_error": origin}
+    described = options.describe(chosen)
+    recipe = run.recipe(described) | {"seed": seed} | described | {"x_0_error": origin}
     named = options.changed(sampling)
     if run.method.num_classes:
         recipe["labels"] = labels

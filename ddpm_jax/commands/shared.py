@@ -284,7 +284,7 @@ def write(
     """
     out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
     out = results.out_path(out, ".npz", run.workdir)
-    recipe = run.recipe() | {"mode": mode} | recipe
+    recipe = run.recipe(recipe) | {"mode": mode} | recipe
     with results.in_progress(out, recipe, named=output.out is not None) as (_, finished):
         if finished:
             print("nothing new to compute: the result exists with the same recipe", flush=True)

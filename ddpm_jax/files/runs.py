@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,20 +47,25 @@ class Run:
     step: int
     weights: str
 
-    def recipe(self) -> dict:
-        """The origin of the parameters, with digests of them and of their model."""
+    def recipe(self, settings: Mapping[str, Any] | None = None) -> dict:
+        """The origin of the parameters, with digests of them, of their model, and of code outside ddpm_jax.
+
+        Args:
+          settings: of the result, whose code counts too, such as a sampler of one's own; they are not part of the recipe.
+        """
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
             weights.update(np.ascontiguousarray(leaf))
-        settings = ("training", "step", "optimizer", "preview", "data", "seed")
+        left_out = ("training", "step", "optimizer", "preview", "data", "seed")
         config = json.loads(config_lib.to_json(self.config))
-        model = {name: value for name, value in config.items() if name not in settings}
+        model = {name: value for name, value in config.items() if name not in left_out}
         return {
             "workdir": self.workdir,
             "step": self.step,
             "weights": self.weights,
             "weights_sha256": weights.hexdigest(),
             "model_sha256": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+            **code_of(config_lib.fields(self.config) | dict(settings or {})),
         }
 
     @property
@@ -145,6 +152,26 @@ def foreign_modules(config) -> list[str]:
         if not f"{full_name(module)}.".startswith("ddpm_jax."):
             found.append(value)
     return found
+
+
+def code_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """{"code_sha256": digest} of the files of the modules that settings name, {} if they are all those of ddpm_jax.
+
+    A result is computed again if a sampler or network of one's own has changed since.
+    """
+    modules = {
+        full_name(str(value).partition(":")[0])
+        for name, value in settings.items()
+        if isinstance(value, str) and (":" in value or name == "method")
+    }
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and (not name.startswith("ddpm_jax.") or name.startswith("ddpm_jax.experiments.")):
+            digest.update(pathlib.Path(file).read_bytes())
+    return (
+        {} if digest.digest() == hashlib.sha256().digest() else {"code_sha256": digest.hexdigest()}
+    )
 
 
 def ema_warning(config, step: int) -> str:
