@@ -1,14 +1,20 @@
 """Installs the package `ddpm_jax`, with the folders configs and experiments inside it."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
 
+VERSION = re.search(
+    r'__version__ = "(.*)"', Path("ddpm_jax/__init__.py").read_text(encoding="utf-8")
+)[1]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
 setup(
     name="ddpm_jax",
-    version="0.2.0",
+    version=VERSION,
     license="Apache-2.0",
     description="Denoising diffusion probabilistic models in JAX and Flax",
     packages=PACKAGES + [f"ddpm_jax.{name}" for name in FOLDERS],

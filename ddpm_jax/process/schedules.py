@@ -75,7 +75,7 @@ class Schedule:
         step_variance = np.array(step_variance, np.float64)
         if step_variance.shape != alpha.shape or not (step_variance > 0).all():
             raise ValueError("every step must add noise, but the variance of one is not above 0")
-        if not (abs(step_variance - difference) <= 1e-6 * sigma**2).all():
+        if not (abs(step_variance - difference) <= 1e-6 * sigma**2 + 1e-13).all():
             raise ValueError(
                 "step_variance must be sigma² − (alpha/alpha of the step before)² sigma² of it"
             )

@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import ddpm_jax
+
 AXIS = "batch"
 
 
@@ -246,8 +248,8 @@ def any_process(flag: bool) -> bool:
 
 def banner() -> str:
     """Versions and devices, in one line; a warning if an accelerator is present but unused."""
-    packages = ("ddpm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = []
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = [f"ddpm_jax {ddpm_jax.__version__}"]  # an editable install may have an older number
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")

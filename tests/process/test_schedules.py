@@ -352,6 +352,9 @@ def test_tables_that_contradict_themselves_are_refused():
     path = {"alpha": np.cos(np.pi / 2 * u), "sigma": np.sin(np.pi / 2 * u)}
     with pytest.raises(ValueError, match="step_variance must be"):
         schedules.Schedule(**path, step_variance=np.full(50, 0.5))
+    assert (
+        schedules.linear(10, start=1e-12).step_variance[0] == 1e-12
+    )  # exact, unlike the difference
     for last in (np.nan, np.inf):
         with pytest.raises(ValueError, match="times must be finite"):
             schedules.Schedule(**path, times=np.append(np.arange(49.0), last))
