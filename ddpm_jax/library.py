@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from typing import Any
 
 import jax
@@ -13,15 +14,17 @@ from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
 from ddpm_jax.ddpm import DDPM, Bounding
+from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import runs, writers
 from ddpm_jax.method import Method, labels_of
 from ddpm_jax.names import short_name
 from ddpm_jax.networks import NETWORKS, UNet
-from ddpm_jax.options import Choice
+from ddpm_jax.options import Choice, ConfigError
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS
 from ddpm_jax.stats import mean_and_error
 from ddpm_jax.training import parallel
 from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.guards import TrainingError
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.preview import check_sampling, drawn
 
@@ -109,8 +112,8 @@ def fit(
     Args:
       images: uint8 [N, H, W, C], or a `Dataset`.
       labels: int [N], for a network with classes.
-      warmup_steps: None for a twentieth of the steps, at most 5000.
-      ema_decay: None for 1 − 10/num_steps, at most 0.9999.
+      warmup_steps: None for a twentieth of the steps, at most 5000, or as in the run that is continued.
+      ema_decay: None for 1 − 10/num_steps, at most 0.9999, or as in the run that is continued.
       workdir: a run directory to train in, and to resume from; None writes no files.
 
     Returns:
@@ -123,13 +126,9 @@ def fit(
     >>> int(state.step)
     2
     """
-    dataset = images
-    if not isinstance(images, data.Dataset):
-        dataset = data.Dataset.from_arrays(images, labels)
-    if dataset.image_shape != tuple(model.image_shape):
-        raise data.DataError(
-            f"the images are {dataset.image_shape}, and the model is for {tuple(model.image_shape)}"
-        )
+    for name, value in {"num_steps": num_steps, "batch_size": batch_size}.items():
+        check_whole(name, value)
+    dataset = _dataset(model, images, labels)
     if model.num_classes and dataset.num_classes != model.num_classes:
         raise data.DataError(
             f"the model has {model.num_classes} classes and the labels have {dataset.num_classes}"
@@ -139,9 +138,12 @@ def fit(
     config.seed = seed
     config.data = {"name": "arrays", "data_dir": "data", "image_shape": tuple(model.image_shape)}
     config.data.flip = getattr(model, "flip", False)
-    warmup = min(5000, num_steps // 20) if warmup_steps is None else warmup_steps
+    warmup, decay = _of_run(workdir)
+    warmup = min(5000, num_steps // 20) if warmup is None else warmup
+    warmup = warmup if warmup_steps is None else warmup_steps
     config.optimizer = {"learning_rate": learning_rate, "warmup_steps": warmup, "decay": "none"}
-    decay = min(0.9999, 1.0 - 10.0 / max(num_steps, 20)) if ema_decay is None else ema_decay
+    decay = min(0.9999, 1.0 - 10.0 / max(num_steps, 20)) if decay is None else decay
+    decay = decay if ema_decay is None else ema_decay
     config.step = {"ema_decay": decay, "ema_warmup": True, "accumulate": 1}
     config.training = {"num_steps": num_steps, "batch_size": batch_size}
     config.preview = {"every": max(1, num_steps // 4), "num_images": 16}
@@ -150,6 +152,54 @@ def fit(
     if workdir is not None:
         return train(config, workdir, method=model, dataset=dataset)
     return _fit(model, dataset, config)
+
+
+def _of_run(workdir: str | None) -> tuple[int | None, float | None]:
+    """warmup_steps and ema_decay of a run that is to be continued; None, None for a new one."""
+    path = os.path.join(workdir or "", "config.json")
+    if workdir is None or not os.path.exists(path):
+        return None, None
+    config = config_lib.load(path)
+    return config.optimizer.warmup_steps, config.step.ema_decay
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuses what is not a whole number of at least 1.
+
+    Raises:
+      ConfigError: one line.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _dataset(model: Method, images, labels) -> data.Dataset:
+    """Images, an array or a data set, with labels that suit the model.
+
+    Raises:
+      DataError: shapes that differ, or labels of other classes; one line.
+    """
+    if isinstance(images, data.Dataset):
+        if labels is not None:
+            raise data.DataError("a data set has its own labels; leave out labels=")
+        dataset = images
+    else:
+        dataset = data.Dataset.from_arrays(images, labels)
+    if dataset.image_shape != tuple(model.image_shape):
+        raise data.DataError(
+            f"the images are {dataset.image_shape}, and the model is for {tuple(model.image_shape)}"
+        )
+    labels, count = np.asarray(dataset.labels), model.num_classes
+    if count and not dataset.num_classes:
+        raise data.DataError(
+            f"the model has {count} classes; give labels=, one of 0 to {count - 1} for each image"
+        )
+    if count and (labels >= count).any():
+        wrong = labels[labels >= count][0]
+        raise data.DataError(
+            f"labels must be 0 to {count - 1}, as the model's classes are; got {wrong}"
+        )
+    return dataset
 
 
 def _fit(model, dataset, config) -> step_lib.TrainState:
@@ -175,9 +225,17 @@ def _fit(model, dataset, config) -> step_lib.TrainState:
                     compiled = parallel.compile_step(update, state, batch)
             state, loss = compiled(state, batch)
             progress.done = step
-            if progress.is_due():
+            if progress.is_due() or step == num_steps:
+                _check_loss(float(loss), step)
                 progress.show(f"loss {float(loss):.4f}")
     return state
+
+
+def _check_loss(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {step} or before: try a smaller learning_rate, or more warmup_steps"
+        )
 
 
 def sample(
@@ -204,6 +262,7 @@ def sample(
     >>> x.shape, x.dtype
     ((4, 8, 8, 1), dtype('uint8'))
     """
+    check_whole("num_samples", num_samples)
     chosen = options.build(model.Sampling, sampling, "")
     check_sampling(model, chosen, "sampling")
     with options.errors_at("sampling"):
@@ -240,7 +299,7 @@ def bits_per_dim(
     >>> bits.mean > 0, bits.total.shape, bits.terms.shape
     (True, (4,), (5,))
     """
-    dataset = data.Dataset.from_arrays(images, labels)
+    dataset = _dataset(model, images, labels)
     chosen = options.build(Bounding, bounding, "")
     with options.errors_at("bits_per_dim"):
         model.bound_chain(chosen)
@@ -259,6 +318,8 @@ def bits_per_dim(
 
 def _map(function, params, key, examples, batch_size: int | None):
     """function(params, key, *examples) over all examples, in batches."""
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
     count = len(examples[0])
     batch_size = min(batch_size or parallel.examples_at_once(), count)
     params, mapped, parts = parallel.place(params), parallel.map_examples(function), []
@@ -300,6 +361,7 @@ def to_config(model: DDPM) -> ConfigDict:
             continue
         value = getattr(model, option.name)
         if option.choice is not None:
+            diffusion |= options.describe(value)
             value = options.name_of(value, Choice("t_sampling", TIME_SAMPLERS))
         elif callable(value):
             value = _full_name(value)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +12,8 @@ import tiny
 import ddpm_jax as dj
 from ddpm_jax.data import DataError
 from ddpm_jax.options import ConfigError
+from ddpm_jax.process.time_sampling import Importance
+from ddpm_jax.training.guards import TrainingError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (50, 8, 8, 1), np.uint8)
@@ -52,7 +55,7 @@ def test_with_labels():
     state = dj.fit(model, IMAGES, labels=labels, num_steps=2, batch_size=8)
     x = dj.sample(model, state.params, 4, labels=[2], guidance=2.0, steps=3)
     assert x.shape == (4, 8, 8, 1)
-    with pytest.raises(DataError, match="3 classes and the labels have 0"):
+    with pytest.raises(DataError, match="has 3 classes; give labels="):
         dj.fit(model, IMAGES, num_steps=2)
 
 
@@ -96,3 +99,72 @@ def test_every_public_name_is_there_and_nothing_heavy_is_imported_before():
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
     with pytest.raises(AttributeError, match="no attribute 'DDIMM'"):
         dj.DDIMM  # noqa: B018
+
+
+def tiny_model(**changes):
+    network = dj.UNet(
+        channels=4, channel_mults=(1,), num_res_blocks=1, num_classes=changes.pop("classes", 0)
+    )
+    settings = {"schedule": dj.linear_schedule(20), "network": network, "image_shape": (4, 4, 1)}
+    return dj.DDPM(**settings | changes)
+
+
+def test_a_saved_model_keeps_the_options_of_its_time_sampler(tmp_path):
+    pictures = np.zeros((4, 4, 4, 1), np.uint8)
+    model = tiny_model(t_sampling=Importance(size=3))
+    dj.fit(model, pictures, num_steps=1, batch_size=4, workdir=str(tmp_path / "run"))
+    assert dj.load(str(tmp_path / "run")).method.t_sampling == Importance(size=3)
+    other = tiny_model(t_sampling=Importance(size=4))
+    with pytest.raises(ConfigError, match=r"diffusion\.size is 3 there and 4 here"):
+        dj.fit(other, pictures, num_steps=2, batch_size=4, workdir=str(tmp_path / "run"))
+
+
+def test_a_fit_can_be_continued_for_longer(tmp_path):
+    pictures = np.zeros((4, 4, 4, 1), np.uint8)
+    for num_steps in (2, 60):  # whose own defaults of warmup_steps and ema_decay would differ
+        state = dj.fit(
+            tiny_model(), pictures, num_steps=num_steps, batch_size=4, workdir=str(tmp_path / "run")
+        )
+        assert int(state.step) == num_steps
+
+
+def test_a_refused_resume_does_not_print_whole_tables(tmp_path):
+    pictures = np.zeros((4, 4, 4, 1), np.uint8)
+    dj.fit(tiny_model(), pictures, num_steps=1, batch_size=4, workdir=str(tmp_path / "run"))
+    other = tiny_model(schedule=dj.linear_schedule(19))
+    with pytest.raises(ConfigError) as caught:
+        dj.fit(other, pictures, num_steps=2, batch_size=4, workdir=str(tmp_path / "run"))
+    assert "… 20 in all" in str(caught.value) and len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (
+            lambda m, p: dj.sample(m, p, 0),
+            "num_samples must be a whole number of at least 1, got 0",
+        ),
+        (lambda m, p: dj.sample(m, p, 2, batch_size=-1), "batch_size must be a whole number"),
+        (lambda m, p: dj.bits_per_dim(m, p, ZEROS), "has 3 classes; give labels="),
+        (lambda m, p: dj.bits_per_dim(m, p, ZEROS, labels=[0, 3]), "labels must be 0 to 2.*got 3"),
+        (
+            lambda m, p: dj.bits_per_dim(m, p, np.zeros((2, 8, 8, 1), np.uint8), labels=[0, 1]),
+            r"images are \(8, 8, 1\), and the model is for \(4, 4, 1\)",
+        ),
+        (lambda m, p: dj.fit(m, ZEROS, num_steps=1.5), "num_steps must be a whole number"),
+        (lambda m, p: dj.fit(m, ZEROS, num_steps=-1), "num_steps must be a whole number"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(call, expected):
+    model = tiny_model(classes=3)
+    with pytest.raises((ConfigError, DataError), match=expected) as caught:
+        call(model, model.init(jax.random.key(0)))
+    assert "\n" not in str(caught.value)
+
+
+ZEROS = np.zeros((2, 4, 4, 1), np.uint8)
+
+
+def test_a_loss_that_is_not_finite_ends_a_fit_without_files():
+    with pytest.raises(TrainingError, match="loss is nan"):
+        dj.fit(tiny_model(), ZEROS, num_steps=60, batch_size=4, learning_rate=1e12, warmup_steps=0)

@@ -75,7 +75,7 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     if moved and run_data.saved_data(os.path.dirname(path)) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
     changed = [
-        f"{field} is {saved!r} there and {new!r} here"
+        f"{field} is {_shown(saved)} there and {_shown(new)} here"
         for field, (saved, new) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
         and not (field == "config.data.image_shape" and new is None)
@@ -88,6 +88,13 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
             f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
             " it, or another --workdir to start a new run"
         )
+
+
+def _shown(value) -> str:
+    """A value in a message; a long list by its beginning and its length."""
+    if isinstance(value, (tuple, list)) and len(value) > 8:
+        return f"({', '.join(map(repr, value[:3]))}, … {len(value)} in all)"
+    return repr(value)
 
 
 def as_saved(config, path: str) -> None:
