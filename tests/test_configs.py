@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
-from ddpm_jax.files.config import find_file, override
+from ddpm_jax.files.config import find_file, from_file, override
 from ddpm_jax.files.runs import foreign_modules
 from ddpm_jax.method import from_config
 from ddpm_jax.names import find
@@ -152,3 +152,21 @@ def test_fields_of_a_chosen_network_and_of_every_schedule_can_be_given():
     assert config.model.depth == 1 and from_config(config).schedule.alpha[-1] == 0
     with pytest.raises(options.ConfigError, match=r"did you mean --config\.schedule\.zero_snr"):
         override(config, "schedule.zero_sn", "true", resume.readers_of)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("def get_config(:\n", "line 1: "),
+        ("def get_config():\n    pass\n", r"get_config\(\) must return a ConfigDict, got None"),
+        (
+            "from ddpm_jax.configs import digits\n"
+            "def get_config():\n    config = digits.get_config()\n    del config.step\n    return config\n",
+            "the config lacks step",
+        ),
+    ],
+)
+def test_a_config_file_that_is_none_is_one_line(tmp_path, text, expected):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(options.ConfigError, match=f"mine.py.*{expected}"):
+        from_file(str(tmp_path / "mine.py"))

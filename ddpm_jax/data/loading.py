@@ -113,6 +113,11 @@ def load(
             found = prepared.pictures(folder, name, split)
         elif name in archives.SUMS:  # to be downloaded
             dataset = archives.official(name, split, root)
+        elif name == "arrays":
+            raise DataError(
+                "this run was trained on arrays in Python, which it does not keep; give --images=FILE.npz where the"
+                " command takes it, or use run = dj.load(…) and run.bits_per_dim(images) in Python"
+            )
         elif _is_module_name(name):
             return _of_own(name, split, shape, root)
         else:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from ddpm_jax import options
+from ddpm_jax.method import SHARED_SECTIONS
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
@@ -68,7 +69,8 @@ def from_file(name: str):
       name: see `find_file`.
 
     Raises:
-      ConfigError: no such file or variant, or no get_config in it. Other errors in the file are not caught.
+      ConfigError: no such file or variant, no get_config in it, or it does not return a config. Other errors in the file
+        are not caught.
     """
     name = find_file(name)
     file, _, variant = name.partition(":")
@@ -77,7 +79,10 @@ def from_file(name: str):
         sys.path.append(root)
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise ConfigError(f"{file} is not a config file: it has no get_config()")
@@ -85,6 +90,13 @@ def from_file(name: str):
         raise ConfigError(f"{file} has no variants: leave out :{variant}")
     with errors_at(name):
         config = get_config(*([variant] if variant else []))
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {config!r:.80}")
+    missing = [name for name in SHARED_SECTIONS if name not in config]
+    if missing:
+        raise ConfigError(
+            f"{file}: the config lacks {', '.join(missing)}; begin with one of ddpm_jax.configs, such as digits"
+        )
     return config.lock()
 
 
