@@ -24,7 +24,15 @@ from ddpm_jax.method import Method, check_shape, fold_in_each, mirror_at_random
 from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
-from ddpm_jax.process import diffusion, likelihood, losses, predictions, schedules, timesteps
+from ddpm_jax.process import (
+    diffusion,
+    likelihood,
+    losses,
+    predictions,
+    schedules,
+    time_sampling,
+    timesteps,
+)
 from ddpm_jax.process.diffusion import LEARNED, VARIANCES, Denoiser
 from ddpm_jax.process.guidance import guided
 from ddpm_jax.process.samplers.chain import check_clip
@@ -91,6 +99,7 @@ class DDPM(Method):
             check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
+        time_sampling.check(self.t_sampling, self.schedule)
         if not isinstance(self.network, nn.Module):
             raise ValueError(f"{described(self.network, 'network')} is not a flax Module")
         check_takes(self.network, ("x", "t", "labels"), "network")
@@ -175,10 +184,10 @@ class DDPM(Method):
         return quarters + (("simple", "vlb") if self.loss == "hybrid" else ())
 
     def init_loss_state(self) -> Any:
-        return self.t_sampling.init(self.schedule)
+        return time_sampling.initial(self.t_sampling, self.schedule)
 
     def update_loss_state(self, loss_state: Any, record: Any) -> Any:
-        return self.t_sampling.update(loss_state, *record) if record else loss_state
+        return time_sampling.updated(self.t_sampling, loss_state, *record) if record else loss_state
 
     def example_keys(self, key, batch) -> tuple:
         """Keys of t, ε, dropout, mirroring and hidden labels: [B] each."""
@@ -202,6 +211,7 @@ class DDPM(Method):
         variance = None if self.loss == "simple" else self.variance
         denoiser = self.denoiser(params, label, variance=variance, dropout_keys=dropout_keys)
         values, parts = self.compare(denoiser(self.schedule), x_0, t, eps)
+        check_shape(values, t.shape, self.compare, "the Method's")
         metrics = {name: (part, weight) for name, part in parts.items()}
         quarter = 4 * t // len(self.schedule)
         for q in range(4):
@@ -275,6 +285,7 @@ class DDPM(Method):
                 )
             self.reverse_variance(sampler.variance, steps, x_0_error)
         if hasattr(sampler, "check"):
+            check_takes(sampler.check, ("chain",), "sampler")
             sampler.check(steps)
         return steps
 

@@ -16,7 +16,7 @@ from ddpm_jax import data, options
 from ddpm_jax.ddpm import DDPM, Bounding
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import runs, writers
-from ddpm_jax.method import Method, labels_of
+from ddpm_jax.method import Method, labels_of, sample_of
 from ddpm_jax.names import short_name
 from ddpm_jax.networks import NETWORKS, UNet
 from ddpm_jax.options import Choice, ConfigError
@@ -270,7 +270,7 @@ def sample(
         classes = labels_of(model, np.arange(num_samples), labels, key=key)
 
     def draw(params, key, index, label):
-        return drawn(model.sample(params, key, index, label, chosen))[0]
+        return drawn(sample_of(model, params, key, index, label, chosen))[0]
 
     examples = np.arange(num_samples), classes
     return np.asarray(_map(draw, params, key, examples, batch_size)).view(Images)

@@ -23,14 +23,15 @@ from absl import logging
 
 import ddpm_jax
 from ddpm_jax import data, modes, options
+from ddpm_jax.commands import analytic
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.method import from_config
+from ddpm_jax.method import Method, from_config
 from ddpm_jax.names import foreign_frames, place_of
 from ddpm_jax.names import nearest as nearest_name
 from ddpm_jax.options import ConfigError, Text
-from ddpm_jax.training import guards, loop, parallel, resume
+from ddpm_jax.training import guards, loop, parallel, preview, resume
 
 PROGRAM = "python -m ddpm_jax.main"
 
@@ -248,17 +249,24 @@ def execute(request: Request) -> None:
         command(run, **arguments(command, run, request.values(command), "--"))
 
 
-def check(argv: list[str]) -> None:
-    """Checks a command line without a run, and the config if it trains.
+def check(argv: list[str], method: Method | None = None) -> Method | None:
+    """Checks a command line without running it: a training with its model, or a command on a run of `method`.
+
+    Returns:
+      the Method that the command line trains, or `method`.
 
     Raises:
-      one of USER_ERRORS.
+      one of USER_ERRORS, or what code of the user's own raises; see `explain`.
     """
     request = Request(argv)
     command = modes.COMMANDS[request.mode]
-    options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
+    kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
     if request.mode == "train":
-        loop.check(request.config())
+        return loop.check(request.config())
+    for name in ("sampling", "bounding") if method is not None else ():
+        if name in kwargs and analytic.variance_of(kwargs[name]) != "analytic":  # not measured yet
+            preview.check_sampling(method, kwargs[name], name)
+    return method
 
 
 def arguments(
@@ -365,23 +373,28 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
         print(str(error) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # an orderly exit would wait for what the device is doing
-    except USER_ERRORS as error:
-        line = traceback.format_exc() if debug else f"error: {error}"
-        status = 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
-        own = foreign_frames(error)
-        if jax.process_count() == 1 and (debug or not own):
+        line = None if debug else explain(error)
+        if line is None and jax.process_count() == 1 and not isinstance(error, USER_ERRORS):
             raise
-        line, status = traceback.format_exc(), 1
-        if own and not debug:  # a mistake in a file of the user
-            message = str(error).strip().splitlines() or [""]
-            line = f"error: {place_of(error)}: {type(error).__name__}: {message[0]} (--debug shows more)"
+        line = f"error: {line}" if line else traceback.format_exc()
+        status = 2 if isinstance(error, ConfigError) else 1
     print(line, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         os._exit(
             status
         )  # an orderly exit would wait for the other processes, and they for this one
     sys.exit(status)
+
+
+def explain(error: Exception) -> str | None:
+    """An error in one line; None for a mistake of this program."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    if not foreign_frames(error):
+        return None
+    message = str(error).strip().splitlines() or [""]
+    return f"{place_of(error)}: {type(error).__name__}: {message[0]} (--debug shows more)"
 
 
 if __name__ == "__main__":

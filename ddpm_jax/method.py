@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from ddpm_jax.names import described, find, import_module, nearest
+from ddpm_jax.names import check_takes, described, find, import_module, nearest
 from ddpm_jax.options import ConfigError, errors_at
 from ddpm_jax.process.schedules import PRIOR_STREAM
 
@@ -94,7 +95,12 @@ class Method(Protocol):
         return None
 
 
-REQUIRED = ("init", "loss_fn", "sample")
+# {method that every Method has: its arguments}
+REQUIRED = {
+    "init": ("key",),
+    "loss_fn": ("params", "loss_state", "key", "batch"),
+    "sample": ("params", "key", "index", "label", "sampling"),
+}
 
 
 def is_diffusion(method: Any) -> bool:
@@ -125,6 +131,43 @@ def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> N
         raise ConfigError(f"{described(source, kind)} returns {found}, and must return {shape}")
 
 
+def loss_of(method: Method, params, loss_state, key, batch) -> tuple:
+    """`loss_fn`, with a check of what it returns.
+
+    Raises:
+      ConfigError: another shape, or metrics other than `metric_names`; names the file of the Method.
+    """
+    result = method.loss_fn(params, loss_state, key, batch)
+    if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], dict)):
+        raise ConfigError(
+            f"{described(method.loss_fn, 'the Method')} returns {type(result).__name__}, and must return"
+            " (loss [B], metrics {name: (values, weights)}, record)"
+        )
+    check_shape(result[0], batch["index"].shape, method.loss_fn, "the Method")
+    if set(result[1]) != set(method.metric_names):
+        names = ", ".join(sorted(result[1])) or "none"
+        raise ConfigError(
+            f"{described(method.loss_fn, 'the Method')} returns the metrics {names}, and its metric_names"
+            f" are {', '.join(method.metric_names) or 'none'}"
+        )
+    return result
+
+
+def sample_of(method: Method, params, key, index, label, sampling, **more) -> Any:
+    """`sample`, with a check of the shape that it returns.
+
+    Args:
+      more: further arguments of `DDPM.sample`; with `frames` it returns a Trajectory too.
+
+    Raises:
+      ConfigError: it is another one; names the file of the Method.
+    """
+    result = method.sample(params, key, index, label, sampling, **more)
+    images = result[0] if more.get("frames") else result
+    check_shape(images, (*index.shape, *method.image_shape), method.sample, "the Method")
+    return result
+
+
 def from_config(config: Any) -> Method:
     """The Method of a config.
 
@@ -143,6 +186,9 @@ def from_config(config: Any) -> Method:
             maker = find(spec, {}, "method")
             source = maker
             maker = getattr(maker, "from_config", maker)
+            if inspect.isclass(maker):
+                raise ValueError(f"{described(maker, 'class')} has no from_config(config)")
+            check_takes(maker, ("config",), "method")
         else:
             source = import_module(spec, "method")
             maker = getattr(source, "make", None)
@@ -157,12 +203,17 @@ def from_config(config: Any) -> Method:
                 f" {', '.join(known)})"
             )
     method = maker(config)
-    missing = [name for name in REQUIRED if not callable(getattr(method, name, None))]
-    missing += [] if hasattr(method, "image_shape") else ["image_shape"]
+    names = [name for name in ("image_shape", *vars(Method)) if not name.startswith("_")]
+    missing = [name for name in names if not hasattr(method, name)]
+    missing += [name for name in REQUIRED if getattr(type(method), name, 0) is vars(Method)[name]]
     if missing:
         raise ConfigError(
-            f"config.method: what {spec} makes is not a Method: it has no {', '.join(missing)}"
+            f"config.method: what {spec} makes is not a Method: it has no {', '.join(missing)}; subclass"
+            " dj.Method, and write init, loss_fn, sample and image_shape"
         )
+    with errors_at("config.method"):
+        for name, arguments in REQUIRED.items():
+            check_takes(getattr(method, name), arguments, "the Method's")
     return method
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ddpm_jax import hints
-from ddpm_jax.names import find, nearest, short_name
+from ddpm_jax.names import described, find, nearest, short_name
 
 EMPTY = inspect.Parameter.empty
 
@@ -90,9 +90,11 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
 def options_of(target: Callable) -> tuple[Option, ...]:
     """The options of a function or class, in the order of its signature; positional parameters are not options."""
     is_class = inspect.isclass(target)
-    annotations = typing.get_type_hints(target, include_extras=True)
-    if is_class and not dataclasses.is_dataclass(target):
-        annotations = typing.get_type_hints(target.__init__, include_extras=True)
+    hinted = target.__init__ if is_class and not dataclasses.is_dataclass(target) else target
+    try:
+        annotations = typing.get_type_hints(hinted, include_extras=True)
+    except NameError as error:
+        raise ConfigError(f"{described(target, 'annotations of')}: {error}") from error
     fields = (
         {f.name: f for f in dataclasses.fields(target)} if dataclasses.is_dataclass(target) else {}
     )
@@ -166,6 +168,11 @@ def _chosen(one: Option, name: Any) -> tuple[type | None, Any]:
     found = find(name, one.choice.built_in, one.choice.kind)
     if inspect.isclass(found):
         return found, (default if type(default) is found else None)
+    if not dataclasses.is_dataclass(found):
+        kind = one.choice.kind
+        raise ValueError(
+            f"{described(found, kind)} must be a dataclass, with its options as fields"
+        )
     return type(found), found
 
 
@@ -334,6 +341,11 @@ def describe(group: Any) -> dict[str, Any]:
     """The flat values of a dataclass, from which `build` makes it again: {"sampler": "ddim", "eta": 0.5, …}."""
     result = {}
     for one in options_of(type(group)):
+        if not hasattr(group, one.name):
+            raise ConfigError(
+                f"{described(group, 'class')} takes {one.name!r} and has no attribute of this name; make it a"
+                " dataclass"
+            )
         value = getattr(group, one.name)
         if one.choice is not None and value is not None:
             inner = describe(value)

@@ -131,13 +131,17 @@ class Sweep:
 
 
 def check(commands: dict[str, list[list[str]]]) -> None:
-    """Exits with one line if a command of any row is wrong, before any training."""
+    """Exits with one line if a command of any row is wrong, or code that its config names, before any training."""
     for row, of_row in commands.items():
+        method = None
         for command in of_row:
             try:
-                main_lib.check(command[3:])
-            except main_lib.USER_ERRORS as error:
-                fail(f"row {row}: {error}")
+                method = main_lib.check(command[3:], method)
+            except Exception as error:
+                line = main_lib.explain(error)
+                if line is None:
+                    raise
+                fail(f"row {row}: {line}")
 
 
 def run(commands: list[list[str]]) -> None:

@@ -15,6 +15,11 @@ from ddpm_jax.files.runs import Run
 from ddpm_jax.process.timesteps import SPACINGS, as_text
 
 
+def variance_of(chosen) -> str | None:
+    """The variance in given options of sampling or of the bound."""
+    return getattr(getattr(chosen, "sampler", chosen), "variance", None)
+
+
 def measured(chosen) -> Bounding:
     """The options under which errors are measured for given options of sampling or of the bound."""
     steps = chosen.steps

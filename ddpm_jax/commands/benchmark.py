@@ -40,6 +40,7 @@ from ddpm_jax.options import AtLeast
 from ddpm_jax.process.samplers import DDIM, SAMPLERS, DPMSolver
 from ddpm_jax.training import parallel, resume
 from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.preview import check_sampling
 
 CHAIN_STEPS = 10  # steps of the reverse chains that are timed; all steps cost the same
 TWO_CALLS = ("heun",)  # samplers that evaluate the network twice in every step but the last
@@ -75,7 +76,7 @@ def benchmark(
     print(parallel.banner(), flush=True)
     if compare:
         return in_turns(config, batch_size, compare, rounds)
-    bench = Benchmark.of(config, batch_size)
+    bench = Benchmark.of(config, batch_size, sampling)
     if profile:
         print(f"\nTraining step: {trace.table(bench.step.as_text(), bench.train)}")
         forward = bench.bare(bench.method.sized_network)["forward"]
@@ -146,7 +147,7 @@ class Benchmark:
     forward: Any = None  # compiled, as `bare` leaves it
 
     @classmethod
-    def of(cls, config, batch_size: int | None) -> Benchmark:
+    def of(cls, config, batch_size: int | None, sampling: Sampling = Sampling()) -> Benchmark:
         config = config.copy_and_resolve_references()
         run_data.fill_in(config)
         batch_size = batch_size or config.training.batch_size
@@ -155,6 +156,7 @@ class Benchmark:
         method = from_config(config)
         if not is_diffusion(method):
             raise RunError(f"{config.method} (config.method) is not a diffusion: nothing to time")
+        check_sampling(method, dataclasses.replace(sampling, steps=None), "sampling")
         tx, _ = step_lib.optimizer_of(config)
         key = jax.random.key(config.seed)
         update = step_lib.make_update(method, tx, key, axis_name=parallel.AXIS, **config.step)

@@ -33,7 +33,7 @@ from ddpm_jax.files import run_data, writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.metrics import METRICS, Extractor, Features
-from ddpm_jax.names import find, import_module
+from ddpm_jax.names import check_takes, described, find, import_module
 from ddpm_jax.options import AtLeast
 from ddpm_jax.training import parallel
 from ddpm_jax.training.preview import check_sampling
@@ -47,7 +47,7 @@ def load_extractor(spec: str) -> Extractor:
     """The Extractor that MODULE:PATH names; "inception" and "inception:PATH" stand for `networks.inception`.
 
     Raises:
-      RunError: there is no such module, or no `load` in it; and what that raises.
+      RunError: there is no such module, no `load` in it, or it returns something else; and what that raises.
     """
     module, _, path = spec.partition(":")
     module = INCEPTION if module in ("inception", "ddpm_jax.inception") else module
@@ -58,7 +58,16 @@ def load_extractor(spec: str) -> Extractor:
             f"--features={spec!r}: no module {module!r} with a load(path) -> Extractor ({error});"
             " write inception, or MODULE:PATH such as experiments.feature_classifier:FILE.npz"
         ) from None
-    return load(config_lib.path(path))
+    with options.errors_at(f"--features={spec!r}"):
+        check_takes(load, ("path",), "features")
+    extractor = load(config_lib.path(path))
+    fields = [name for name in Extractor._fields if not hasattr(extractor, name)]
+    if fields:
+        raise RunError(
+            f"--features={spec!r}: {described(load, 'function')} returns {type(extractor).__name__}, and"
+            f" must return an Extractor({', '.join(Extractor._fields)})"
+        )
+    return extractor
 
 
 def evaluate(
@@ -111,6 +120,8 @@ def evaluate(
     names = [name.strip() for name in metrics.split(",")]
     with options.errors_at("--metrics"):
         functions = {name: find(name, METRICS, "metric") for name in names if name != "nll"}
+        for function in functions.values():
+            check_takes(function, ("generated", "reference"), "metric")
     out = check_out(output.out, run.workdir)
     chosen = options.changed(sampling)
     for_nll = {name: chosen[name] for name in ("variance", "clip_x0") if name in chosen}
@@ -184,9 +195,8 @@ def refuse_unused(options_of_samples: dict, metrics: str, images: str | None) ->
 def check_sampler(run: Run, sampling: Sampling) -> None:
     """Checks that options of sampling fit the run, before anything is computed."""
     chosen = shared.resolved(run, sampling)
-    variance = getattr(getattr(chosen, "sampler", None), "variance", None)
-    if variance == "analytic":
-        analytic.errors_for(run, sampling, variance)
+    if analytic.variance_of(chosen) == "analytic":
+        analytic.errors_for(run, sampling, "analytic")
     else:
         check_sampling(run.method, chosen, "sampling")
 
@@ -240,7 +250,15 @@ def numbers(
     """
     prefix, result = "" if extractor.startswith("inception") else f"{extractor}_", {}
     for function in functions.values():
-        result |= function(generated, reference)
+        values = function(generated, reference)
+        if not isinstance(values, dict) or any(
+            np.ndim(value) or np.asarray(value).dtype.kind not in "iuf" for value in values.values()
+        ):
+            raise ValueError(
+                f"{described(function, 'metric')} returns {values!r}, and must return"
+                " {name: number}"
+            )
+        result |= values
     if "fid" in functions:
         warning = metrics_lib.warning(len(generated.features), generated.features.shape[1])
         if warning:
@@ -323,8 +341,14 @@ def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
     def chunk(first):
         """Features and logits side by side, and how many are features."""
         rows = np.minimum(first + np.arange(min(CHUNK, len(dataset))), len(dataset) - 1)
-        features, logits = extractor.features(dataset.fetch(rows))  # one shape for all
-        return np.concatenate([features, logits], axis=1), features.shape[1]
+        pair = extractor.features(dataset.fetch(rows))  # one shape for all
+        shapes = [np.shape(part) for part in pair] if isinstance(pair, (tuple, list)) else []
+        if len(shapes) != 2 or any(len(s) != 2 or s[0] != len(rows) for s in shapes):
+            raise RunError(
+                f"{described(extractor.features, 'features')} must return features [B, D] and logits [B, K];"
+                f" for {len(rows)} images it returns {shapes or type(pair).__name__}"
+            )
+        return np.concatenate(pair, axis=1), shapes[0][1]
 
     rows, D = chunk(0)
     growing = results_lib.GrowingFile(os.path.join(folder, "features"), rows.shape[1:], np.float32)

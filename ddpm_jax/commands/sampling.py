@@ -29,7 +29,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, run_data, writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
-from ddpm_jax.method import labels_of
+from ddpm_jax.method import labels_of, sample_of
 from ddpm_jax.options import AtLeast
 from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.process.samplers import DDIM
@@ -159,7 +159,7 @@ class Plan:
         extra = {"x_0_error": self.x_0_error} if self.x_0_error is not None else {}
         extra |= {"frames": frames} if frames else {}
         extra |= {"x_T": x_T[0]} if x_T else {}
-        return self.run.method.sample(params, key, index, label, self.sampling, **extra)
+        return sample_of(self.run.method, params, key, index, label, self.sampling, **extra)
 
 
 def prepare(run: Run, sampling, seed: int, labels: str, output: Output, *parts: str) -> Plan:

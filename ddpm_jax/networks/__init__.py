@@ -51,12 +51,22 @@ class Network(Protocol):
 
 
 def init_params(network: Any, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> Any:
-    """Initialises the parameters of a network for images (H, W, C), with its own initialisers."""
+    """Initialises the parameters of a network for images (H, W, C), with its own initialisers.
+
+    Raises:
+      ConfigError: it has no parameters, or also other variables, such as the averages of batch normalisation.
+    """
     if hasattr(network, "init_params"):
         return network.init_params(key, image_shape)
     x, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
     labels = t if getattr(network, "num_classes", 0) else None
-    return jax.jit(network.init)(key, x, t, labels)["params"]
+    variables = jax.jit(network.init)(key, x, t, labels)
+    if set(variables) != {"params"}:
+        raise options.ConfigError(
+            f"{described(network, 'network')} must have parameters, and no other variables; it has"
+            f" {', '.join(sorted(variables)) or 'none'}"
+        )
+    return variables["params"]
 
 
 def make_network(section: Any, image_shape: tuple[int, int, int]) -> nn.Module:

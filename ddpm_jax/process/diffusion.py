@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float64, Int, Key, UInt8, UInt32
 
-from ddpm_jax.process.predictions import named as named_prediction
+from ddpm_jax.process.predictions import coefficients
 from ddpm_jax.process.schedules import PRIOR_STREAM, Schedule
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "analytic")
@@ -325,10 +325,9 @@ def denoiser(
       learned_variance: whether the last C output channels parametrise the variance.
       variance: of p(x_s | x_t), see `model_log_variance`; None leaves `Denoised.log_variance` at None.
     """
-    predict = named_prediction(prediction)
 
     def on(chain: Schedule) -> DenoiseFn:
-        tables = predict(trained, chain)
+        tables = coefficients(prediction, trained, chain)
         from_x_t, from_output = tables.to_x_0(chain)
         times = jnp.asarray(tables.time)
 

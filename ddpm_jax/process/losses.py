@@ -33,7 +33,7 @@ def target(
     schedule: Schedule, prediction: str | Callable, x_0: Images, t: Times, eps: Images
 ) -> Images:
     """The training target of the network at x_t: u_t x_0 + w_t ε, see `predictions`."""
-    tables = predictions.named(prediction)(schedule, schedule)
+    tables = predictions.coefficients(prediction, schedule, schedule)
     if tables.is_eps:
         return eps
     return diffusion.at(tables.of_x_0, t, x_0) * x_0 + diffusion.at(tables.of_eps, t, x_0) * eps
@@ -75,7 +75,7 @@ def min_snr_weight(
 
     x̂_0 contains the output times `from_output`, so the weight of the output's error is min(SNR_t, γ) from_output².
     """
-    tables = predictions.named(prediction)(schedule, schedule)
+    tables = predictions.coefficients(prediction, schedule, schedule)
     _, from_output = tables.to_x_0(schedule)
     with np.errstate(invalid="ignore"):
         weight = np.minimum(schedule.snr, gamma) * from_output**2

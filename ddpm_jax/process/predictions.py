@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Num
 
-from ddpm_jax.names import find
+from ddpm_jax.names import check_takes, described, find
+from ddpm_jax.options import ConfigError
 from ddpm_jax.process.schedules import Schedule
 
 DATA_STD = 0.5  # of the data, in EDM's preconditioning; Karras et al. 2022, Table 1
@@ -122,14 +123,36 @@ def named(prediction: str | Callable) -> Callable:
     return find(prediction, PREDICTIONS, "prediction")
 
 
+def coefficients(prediction: str | Callable, trained: Schedule, chain: Schedule) -> Prediction:
+    """The coefficients of a prediction, after a check of what a function of one's own returns.
+
+    Raises:
+      ConfigError: it is not a Prediction of one number for each step of `chain`; names the function's file.
+    """
+    function = named(prediction)
+    result = function(trained, chain)
+    for name in Prediction._fields if isinstance(result, Prediction) else ("",):
+        found = getattr(result, name, result)
+        if name != "scale" or found is not None:
+            found = np.shape(found) if name else type(found).__name__
+            if found != (len(chain),):
+                raise ConfigError(
+                    f"{described(function, 'prediction')} returns {f'{name} of shape ' * bool(name)}{found},"
+                    " and must return a Prediction(of_x_0, of_eps, time, scale) of shape"
+                    f" ({len(chain)},) each, one number for each step of the chain"
+                )
+    return result
+
+
 def check(schedule: Schedule, prediction: str | Callable) -> None:
     """Checks that x_0 can be recovered in float32 at every step of a schedule.
 
     Raises:
-      ValueError: a coefficient of x̂_0 exceeds 1e30, as with "eps" where α is 0.
+      ValueError: a coefficient of x̂_0 exceeds 1e30, as with "eps" where α is 0, or a function of one's own has other
+        arguments or results.
     """
-    tables = named(prediction)(schedule, schedule)
-    factors = np.abs(np.stack(tables.to_x_0(schedule)))
+    check_takes(named(prediction), ("trained", "chain"), "prediction")
+    factors = np.abs(np.stack(coefficients(prediction, schedule, schedule).to_x_0(schedule)))
     if not factors.max() < 1e30:
         raise ValueError(
             f"prediction {prediction!r} cannot recover x_0 on this schedule, where alpha² falls to"

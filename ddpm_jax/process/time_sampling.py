@@ -1,7 +1,7 @@
 """Time samplers: how the step t of each training example is drawn.
 
-A time sampler of your own is a frozen dataclass with the three methods of `TimeSampler`; config.diffusion.t_sampling names
-it, as module:NAME.
+A time sampler of your own is a frozen dataclass with the method `draw` of `TimeSampler`, and with `init` and `update` if
+it has a state; config.diffusion.t_sampling names it, as module:NAME.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Key, UInt32
 
+from ddpm_jax.names import check_takes, described
 from ddpm_jax.process.schedules import PRIOR_STREAM, Schedule
 
 
@@ -88,6 +89,12 @@ class Importance(TimeSampler):
     size: int = 10
     uniform: float = 0.001
 
+    def __post_init__(self):
+        if self.size < 1 or not 0 <= self.uniform <= 1:
+            raise ValueError(
+                f"size must be at least 1 and uniform in [0, 1], got {self.size} and {self.uniform}"
+            )
+
     def init(self, schedule) -> LossHistory:
         T = len(schedule)
         losses, count = np.zeros((T, self.size), np.float32), np.zeros(T, np.int32)
@@ -127,6 +134,49 @@ class Importance(TimeSampler):
         t = jnp.searchsorted(last, words, side="left").astype(jnp.int32)
         count = (parts[t] - np.uint32(1)).astype(jnp.float32) + 1.0  # 2³² is stored as 0
         return t, (2.0**32 / len(parts)) / count
+
+
+def initial(time_sampler: TimeSampler, schedule: Schedule) -> Any:
+    """The state before the first step; () for a time sampler without `init`."""
+    return time_sampler.init(schedule) if hasattr(time_sampler, "init") else ()
+
+
+def updated(time_sampler: TimeSampler, state: Any, t, losses) -> Any:
+    """The state after a step; the same for a time sampler without `update`."""
+    return time_sampler.update(state, t, losses) if hasattr(time_sampler, "update") else state
+
+
+def check(time_sampler: TimeSampler, schedule: Schedule) -> None:
+    """Draws t once from a time sampler of one's own, and checks them.
+
+    Raises:
+      ValueError: other arguments or results than those of `TimeSampler`; names the file.
+    """
+    if type(time_sampler) in TIME_SAMPLERS.values():
+        return
+    draw = getattr(time_sampler, "draw", None)
+    if draw is None:
+        raise ValueError(f"{described(time_sampler, 'time sampler')} has no draw")
+    check_takes(draw, ("schedule", "state", "key", "keys", "position"), "time sampler")
+    if hasattr(time_sampler, "update"):
+        check_takes(time_sampler.update, ("state", "t", "losses"), "time sampler")
+    size, key = 8, jax.random.key(0)
+    state, position = initial(time_sampler, schedule), np.arange(size, dtype=np.float32) / size
+    result = jax.jit(draw, static_argnums=0)(
+        schedule, state, key, jax.random.split(key, size), position
+    )
+    parts = jax.tree.leaves(result)
+    fits = isinstance(result, tuple) and [part.shape for part in parts] == [(size,)] * 2
+    got = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts) or "nothing"
+    if fits and jnp.issubdtype(parts[0].dtype, jnp.integer):
+        low, high = int(parts[0].min()), int(parts[0].max())
+        if 0 <= low and high < len(schedule):
+            return
+        got = f"t from {low} to {high}"
+    raise ValueError(
+        f"{described(draw, 'time sampler')} must return t, int32 [B] in 0 … {len(schedule) - 1}, and a"
+        f" weight, float32 [B]; for {size} examples it returns {got}"
+    )
 
 
 TIME_SAMPLERS = {"uniform": Uniform, "antithetic": Antithetic, "importance": Importance}

@@ -62,8 +62,8 @@ class Length:
             raise ValueError("num_steps, the intervals and keep must all be positive")
 
 
-def check(config) -> None:
-    """Checks a config without training; reads its data only if the config leaves fields to them.
+def check(config) -> Method:
+    """The Method of a config, after a check without training; reads data only if the config leaves fields to them.
 
     Raises:
       ConfigError, DataError: one line that says what to do.
@@ -72,7 +72,10 @@ def check(config) -> None:
     length = options.build(Length, config.training, "config.training")
     config = run_data.with_absolute_paths(config)
     run_data.fill_in(config)
-    Trainer(config, "", length, print, None, ()).make_parts(None)
+    trainer = Trainer(config, "", length, print, None, ())
+    trainer.make_parts(None)
+    step_lib.check_shapes(trainer.method)
+    return trainer.method
 
 
 def train(

@@ -10,11 +10,12 @@ import numpy as np
 
 from ddpm_jax import data, options
 from ddpm_jax.files import writers
-from ddpm_jax.method import Method, fold_in_each, labels_of
+from ddpm_jax.method import Method, fold_in_each, labels_of, sample_of
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.process.timesteps import respace
+from ddpm_jax.settings import Bounding
 from ddpm_jax.training import parallel
 
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
@@ -60,7 +61,9 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
     check_sampling(method, sampling, "config.preview")
     index = np.arange(count)
     draw = parallel.map_examples(
-        lambda params, key, index, label: drawn(method.sample(params, key, index, label, sampling))
+        lambda params, key, index, label: drawn(
+            sample_of(method, params, key, index, label, sampling)
+        )
     )
 
     def preview(state, step):
@@ -75,14 +78,15 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
 
 
 def check_sampling(method: Method, sampling, where: str) -> None:
-    """Checks that options of sampling fit a Method, before anything is computed.
+    """Checks that options of sampling, or of the bound, fit a Method, before anything is computed.
 
     Raises:
       ConfigError: one line.
     """
-    if hasattr(method, "chain"):
+    check = "bound_chain" if isinstance(sampling, Bounding) else "chain"
+    if hasattr(method, check):
         with options.errors_at(where):
-            method.chain(sampling)
+            getattr(method, check)(sampling)
 
 
 def drawn(x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 
 from ddpm_jax import options
+from ddpm_jax.method import loss_of
 from ddpm_jax.names import check_choice
 
 NEVER = np.int32(2**31 - 1)
@@ -121,6 +123,21 @@ def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
     )
 
 
+def check_shapes(method) -> None:
+    """Traces the loss of one image, without computing it.
+
+    Raises:
+      ConfigError, or what code of the user's own raises.
+    """
+    key, number = jax.random.key(0), jax.ShapeDtypeStruct((1,), np.int32)
+    batch = {"image": jax.ShapeDtypeStruct((1, *method.image_shape), np.uint8)}
+    batch |= {"label": number, "index": number}
+    batch |= {"position": jax.ShapeDtypeStruct((1,), np.float32)}
+    params = jax.eval_shape(method.init, key)
+    loss = functools.partial(loss_of, method)
+    jax.eval_shape(loss, params, method.init_loss_state(), key, batch)
+
+
 def norm(tree):
     """The Euclidean norm of all numbers of a tree, float32 []."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
@@ -172,7 +189,7 @@ def make_update(
         raise ValueError(f"accumulate must be at least 1 and max_grad_norm positive, got {numbers}")
 
     def loss_and_more(params, loss_state, key, batch):
-        loss, metrics, record = method.loss_fn(params, loss_state, key, batch)
+        loss, metrics, record = loss_of(method, params, loss_state, key, batch)
         return jnp.mean(loss), (_sums(loss, metrics), record)
 
     gradient = jax.grad(loss_and_more, has_aux=True)
