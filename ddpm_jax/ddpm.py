@@ -93,6 +93,23 @@ class DDPM(Method):
     Bounding = Bounding
 
     def __post_init__(self):
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"schedule must be a Schedule, such as dj.linear_schedule(1000); got {self.schedule!r}"
+            )
+        if inspect.isclass(self.network):
+            raise ValueError(
+                f"network must be an instance, such as {self.network.__name__}(), not the class"
+            )
+        if np.shape(self.image_shape) != (3,) or not all(
+            isinstance(size, (int, np.integer)) and size > 0 for size in self.image_shape
+        ):
+            raise ValueError(
+                f"image_shape must be (H, W, C), such as (32, 32, 3); got {self.image_shape}"
+            )
+        if isinstance(self.t_sampling, str):
+            time_sampler = find(self.t_sampling, TIME_SAMPLERS, "t_sampling")()
+            object.__setattr__(self, "t_sampling", time_sampler)
         check_choice("variance", self.variance, VARIANCES)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
@@ -110,6 +127,8 @@ class DDPM(Method):
                 f" {self.label_dropout}"
             )
         _ = self.sized_network  # refuses a network without the fields that are filled in
+        if hasattr(self.network, "check"):
+            self.network.check(self.image_shape)
 
     # ---- the network
 

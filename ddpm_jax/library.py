@@ -17,7 +17,7 @@ from ddpm_jax.ddpm import DDPM, Bounding
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import runs, writers
 from ddpm_jax.method import Method, labels_of, sample_of
-from ddpm_jax.names import short_name
+from ddpm_jax.names import described, short_name
 from ddpm_jax.networks import NETWORKS, UNet
 from ddpm_jax.options import Choice, ConfigError
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS
@@ -133,19 +133,21 @@ def fit(
         raise data.DataError(
             f"the model has {model.num_classes} classes and the labels have {dataset.num_classes}"
         )
-    is_ddpm = isinstance(model, DDPM)
-    config = to_config(model) if is_ddpm else ConfigDict({"method": _full_name(type(model))})
+    is_ddpm, config = isinstance(model, DDPM), ConfigDict()
+    if workdir is not None:
+        config = to_config(model) if is_ddpm else ConfigDict({"method": _full_name(type(model))})
     config.seed = seed
     config.data = {"name": "arrays", "data_dir": "data", "image_shape": tuple(model.image_shape)}
     config.data.flip = getattr(model, "flip", False)
     warmup, decay = _of_run(workdir)
     warmup = min(5000, num_steps // 20) if warmup is None else warmup
     warmup = warmup if warmup_steps is None else warmup_steps
-    config.optimizer = {"learning_rate": learning_rate, "warmup_steps": warmup, "decay": "none"}
+    config.optimizer = {"learning_rate": float(learning_rate), "warmup_steps": int(warmup)}
+    config.optimizer.decay = "none"
     decay = min(0.9999, 1.0 - 10.0 / max(num_steps, 20)) if decay is None else decay
     decay = decay if ema_decay is None else ema_decay
-    config.step = {"ema_decay": decay, "ema_warmup": True, "accumulate": 1}
-    config.training = {"num_steps": num_steps, "batch_size": batch_size}
+    config.step = {"ema_decay": float(decay), "ema_warmup": True, "accumulate": 1}
+    config.training = {"num_steps": int(num_steps), "batch_size": int(batch_size)}
     config.preview = {"every": max(1, num_steps // 4), "num_images": 16}
     if is_ddpm:
         config.preview.update(sampler="ddim", steps=str(min(50, len(model.schedule))))
@@ -209,9 +211,10 @@ def _fit(model, dataset, config) -> step_lib.TrainState:
         parallel.check_batch_size("batch_size", batch_size)
         keys = step_lib.make_keys(config.seed)
     tx, _ = step_lib.optimizer_of(config)
-    update = step_lib.make_update(
-        model, tx, keys.train, axis_name=parallel.AXIS, **config.step.to_dict()
-    )
+    with options.errors_at("fit"):
+        update = step_lib.make_update(
+            model, tx, keys.train, axis_name=parallel.AXIS, **config.step.to_dict()
+        )
     state = parallel.place(step_lib.init_state(model, tx, keys.init))
     progress = writers.Progress("step", num_steps, 0, unit="images", per_count=batch_size)
     compiled = None
@@ -351,6 +354,12 @@ def to_config(model: DDPM) -> ConfigDict:
         for field in dataclasses.fields(network)
         if field.name not in ("parent", "name", "out_channels")
     }
+    for field, value in fields.items():
+        if callable(value):
+            raise ConfigError(
+                f"{described(network, 'network')} has a function as its field {field!r}, which config.json"
+                " cannot hold; write the function in the class, or leave out workdir="
+            )
     if isinstance(network, UNet):
         fields["num_groups"] = network.groups
         fields["attention_resolutions"] = network.attended(model.image_shape)
@@ -374,5 +383,14 @@ def to_config(model: DDPM) -> ConfigDict:
 
 
 def _full_name(thing: Any) -> str:
-    """module:NAME of a class or function."""
+    """module:NAME of a class or function.
+
+    Raises:
+      ConfigError: it has no name, such as a functools.partial.
+    """
+    if not hasattr(thing, "__qualname__"):
+        raise ConfigError(
+            f"{thing!r} has no name that config.json could hold; define a function in a file, or leave out"
+            " workdir="
+        )
     return f"{short_name(thing.__module__)}:{thing.__qualname__}"

@@ -139,8 +139,9 @@ def loss_of(method: Method, params, loss_state, key, batch) -> tuple:
     """
     result = method.loss_fn(params, loss_state, key, batch)
     if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], dict)):
+        found = "one array" if hasattr(result, "shape") else type(result).__name__
         raise ConfigError(
-            f"{described(method.loss_fn, 'the Method')} returns {type(result).__name__}, and must return"
+            f"{described(method.loss_fn, 'the Method')} returns {found}, and must return"
             " (loss [B], metrics {name: (values, weights)}, record)"
         )
     check_shape(result[0], batch["index"].shape, method.loss_fn, "the Method")
@@ -249,6 +250,8 @@ def labels_of(
         chosen = np.array(
             [int(n) for n in labels.split(",")] if isinstance(labels, str) else labels
         )
+        if chosen.dtype.kind not in "iu":
+            raise ValueError("not whole numbers")
     except ValueError:
         raise ValueError(
             f"cannot read labels={labels!r}; write cycle, random, a class such as 3, or 3,5,7"

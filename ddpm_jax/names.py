@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +89,13 @@ def import_module(name: str, kind: str):
     Raises:
       ValueError: one line: there is no such module, or an error in it, with file and line.
     """
+    if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+        path = os.path.basename(name) if os.path.isabs(name) else name
+        near = re.sub(r"\W+", ".", path.removesuffix(".py")).strip(".")
+        raise ValueError(
+            f"{kind}: {name!r} is not the name of a module as `import` takes it"
+            + (f", such as {near}:NAME" if near else "; write module:NAME")
+        )
     name = full_name(name)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

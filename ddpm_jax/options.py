@@ -226,7 +226,8 @@ def _bind(target, left: dict, where: str, given=frozenset(), base=None) -> dict[
         elif one.choice is not None:
             value = left.pop(one.name, None)
             if value is not None and not isinstance(value, str) and not inspect.isclass(value):
-                kwargs[one.name] = value  # an instance, from Python
+                inner = _bind(type(value), left, where, base=value)  # an instance, from Python
+                kwargs[one.name] = dataclasses.replace(value, **inner) if inner else value
                 continue
             cls, default = _chosen(one._replace(default=default), value)
             if cls is None:
@@ -316,6 +317,8 @@ def convert(one: Option, value: Any, where: str) -> Any:
     if value is None and hints.is_sequence(one.hint):
         value = ()
     if not hints.fits(value, one.hint):
+        value = _plain(value)
+    if not hints.fits(value, one.hint):
         hint = nearest(value, hints.literals(one.hint)) if isinstance(value, str) else ""
         raise ConfigError(
             f"{_called(one, where)} must be {hints.expected(one.hint)}, got {value!r}{hint}"
@@ -323,6 +326,12 @@ def convert(one: Option, value: Any, where: str) -> Any:
     if one.least is not None and isinstance(value, int) and value < one.least:
         raise ConfigError(f"{_called(one, where)} must be at least {one.least}, got {value}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's; an array or a range as a tuple."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(value) if isinstance(value, (list, range)) else value
 
 
 # ---- from things to flat values --------------------------------------------------------------------

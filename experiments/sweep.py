@@ -34,7 +34,7 @@ from scipy import stats
 
 from ddpm_jax import main as main_lib
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.names import installed
+from ddpm_jax.names import installed, place_of
 
 SIZES = {
     "full": "",
@@ -71,7 +71,10 @@ def load(experiment: str):
         fail(f"no experiment {experiment!r}: there is no file {path} (choose from {names})")
     spec = importlib.util.spec_from_file_location(f"experiment_{Path(experiment).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{experiment}: {place_of(error)}: {type(error).__name__}: {error}")
     if not hasattr(module, "rows"):
         fail(f"{experiment} is not a table: it has no rows(size) (choose from {names})")
     return module

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -252,6 +253,43 @@ def refused(capsys, *arguments) -> str:
 )
 def test_mistakes_are_one_line(arguments, said, capsys):
     assert said in refused(capsys, *arguments)
+
+
+WRONG_ROW = """
+import flax.linen as nn
+from ddpm_jax.configs import digits
+
+class Wide(nn.Module):
+    out_channels: int = 1
+    @nn.compact
+    def __call__(self, x, t, labels=None): return nn.Dense(7)(x)
+
+def broken(schedule, denoise_fn, x_0, t, eps): return nowhere
+
+def get_config(size=""): return digits.get_config(size)
+def rows(size): return {{"one": {{}}, "two": {row}}}
+def evaluations(size, row): return {{"nll": ["--mode=nll", "--steps=4", *{flags}]}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row, flags, said",
+    [
+        ({"config.model.name": "wrong_row:Wide"}, [], "row two: network Wide"),
+        ({"config.diffusion.loss": "wrong_row:broken"}, [], "NameError: name 'nowhere' is not"),
+        ({}, ["--variance=learned"], "row one: bounding: variance 'learned' needs outputs"),
+        ({}, ["--variance=learned_range"], "row one: bounding: variance 'learned_range' needs"),
+        ({"config.training.batch_size": 0}, [], "row two: config.training: batch_size 0"),
+    ],
+)
+def test_no_row_is_trained_if_one_cannot_be(row, flags, said, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "wrong_row.py"
+    file.write_text(WRONG_ROW.format(row=row, flags=flags))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wrong_row", raising=False)
+    assert said in refused(capsys, str(file), "--size=smoke", "--run", f"--root={tmp_path}/runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rows_can_be_chosen(capsys):

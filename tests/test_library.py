@@ -1,5 +1,7 @@
 """The library: training, sampling and bounds in a few lines, on arrays, without flags."""
 
+import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -12,11 +14,20 @@ import tiny
 import ddpm_jax as dj
 from ddpm_jax.data import DataError
 from ddpm_jax.options import ConfigError
-from ddpm_jax.process.time_sampling import Importance
+from ddpm_jax.process import predictions
+from ddpm_jax.process.time_sampling import Importance, TimeSampler
 from ddpm_jax.training.guards import TrainingError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (50, 8, 8, 1), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Late(TimeSampler):
+    first: int = 10
+
+    def draw(self, schedule, state, key, keys, position):
+        return np.full(len(keys), self.first, np.int32), np.ones(len(keys), np.float32)
 
 
 def make_model(**fields):
@@ -153,6 +164,18 @@ def test_a_refused_resume_does_not_print_whole_tables(tmp_path):
         ),
         (lambda m, p: dj.fit(m, ZEROS, num_steps=1.5), "num_steps must be a whole number"),
         (lambda m, p: dj.fit(m, ZEROS, num_steps=-1), "num_steps must be a whole number"),
+        (lambda m, p: dj.sample(m, p, 2, labels=None), r"cannot read labels=\[None\]"),
+        (lambda m, p: dj.sample(m, p, 2, labels=[0.5]), r"cannot read labels=\[0.5\]"),
+        (lambda m, p: dj.sample(m, p, 2, seed=1.5), "seed must lie in 0 … .*, got 1.5"),
+        (lambda m, p: dj.sample(m, p, 2, steps=3.0), "steps must be text or a whole number"),
+        (
+            lambda m, p: dj.sample(m, p, 2, sampler=dj.Ancestral(), eta=0.2),
+            "eta is an option of sampler 'ddim', and 'ancestral' has none",
+        ),
+        (
+            lambda m, p: dj.fit(m, ZEROS, labels=[0, 2], num_steps=1, batch_size=4, ema_decay=2),
+            r"ema_decay must lie in \[0, 1\), got 2",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_line(call, expected):
@@ -163,6 +186,50 @@ def test_arguments_that_do_not_fit_are_one_line(call, expected):
 
 
 ZEROS = np.zeros((2, 4, 4, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"schedule": "linear"}, "must be a Schedule, such as dj.linear_schedule"),
+        ({"network": dj.UNet}, r"must be an instance, such as UNet\(\)"),
+        ({"image_shape": (4, 4)}, r"image_shape must be \(H, W, C\)"),
+        ({"image_shape": 4}, r"image_shape must be \(H, W, C\)"),
+        ({"t_sampling": "importanc"}, "did you mean 'importance'"),
+        ({"t_sampling": Late(first=20)}, "t, int32 .* in 0 … 19.* it returns t from 20 to 20"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(changes, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        tiny_model(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = tiny_model(t_sampling="importance", image_shape=tuple(np.array([4, 4, 1])))
+    params = model.init(jax.random.key(0))
+    expected = dj.sample(model, params, 2, sampler="ddim", eta=0.5, steps=(0, 5, 10, 15))
+    for steps in (np.arange(0, 20, 5), range(0, 20, 5), [0, 5, 10, 15], "[0,5,10,15]"):
+        for sampler in ({"sampler": dj.DDIM(), "eta": np.float32(0.5)}, HALF):
+            x = dj.sample(model, params, 2, steps=steps, **sampler)
+            np.testing.assert_array_equal(x, expected)
+
+
+HALF = {"sampler": dj.DDIM(eta=np.float32(0.5))}
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"prediction": functools.partial(predictions.edm, data_std=0.25)}, "has no name that"),
+        ({"network": tiny.Network(act=np.tanh)}, "has a function as its field 'act'"),
+    ],
+)
+def test_what_config_json_cannot_hold_is_refused_with_a_workdir_only(changes, expected, tmp_path):
+    settings = {"num_steps": 1, "batch_size": 4}
+    dj.fit(tiny_model(**changes), ZEROS, **settings)
+    with pytest.raises(ConfigError, match=expected):
+        dj.fit(tiny_model(**changes), ZEROS, **settings, workdir=str(tmp_path / "run"))
 
 
 def test_a_loss_that_is_not_finite_ends_a_fit_without_files():

@@ -229,6 +229,8 @@ def test_a_mistake_in_a_file_of_ones_own_is_one_line(loss, words, mine):
 WRONG = """
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
+from ddpm_jax.process.predictions import Prediction
 
 class NoCall:
     share: float = 1.0
@@ -254,9 +256,57 @@ class Wide(nn.Module):
     @nn.compact
     def __call__(self, x, t, labels): return nn.Dense(3)(x)
 
+class Empty(nn.Module):
+    out_channels: int = 1
+    def __call__(self, x, t, labels): return x
+
+class Normed(nn.Module):
+    out_channels: int = 1
+    @nn.compact
+    def __call__(self, x, t, labels): return nn.BatchNorm(use_running_average=False)(x)
+
+def function(chain, denoiser, x_T, keys, **loop): return x_T
+
+class Typed:
+    share: "Nowhere" = 1.0
+    def __init__(self, share: "Nowhere" = 1.0): pass
+
+class Unchecked:
+    def check(self): pass
+    def __call__(self, chain, denoiser, x_T, keys, **loop): return x_T
+
 def scalar(schedule, denoise_fn, x_0, t, eps): return jnp.mean(denoise_fn(x_0, t).eps)
 
 def cold(num_timesteps, *, temperature): pass
+
+def unchained(chain): pass
+
+def nothing(trained, chain): pass
+
+def pair(trained, chain): return np.zeros(len(chain)), np.ones(len(chain))
+
+def of_three(trained, chain): return Prediction(np.zeros(3), np.ones(len(chain)), chain.times)
+
+def of_zeros(trained, chain): return Prediction(*np.zeros((2, len(chain))), chain.times)
+
+class Drawless: pass
+
+class Timeless:
+    def draw(self, schedule, state): return ()
+
+class Late:
+    def draw(self, schedule, state, key, keys, position):
+        return jnp.full(len(keys), len(schedule)), jnp.ones(len(keys))
+
+class Floating:
+    def draw(self, schedule, state, key, keys, position):
+        return jnp.zeros(len(keys)), jnp.ones(len(keys))
+
+class Single:
+    def draw(self, schedule, state, key, keys, position): return jnp.zeros((), int), jnp.ones(())
+
+class Alone:
+    def draw(self, schedule, state, key, keys, position): return jnp.zeros(len(keys), int)
 """
 
 
@@ -271,6 +321,22 @@ def cold(num_timesteps, *, temperature): pass
         ("model.name", "Fixed", "has no field out_channels, which the model fills in"),
         ("model.name", "Short", "wrong_{}.py) takes (x), and must take (x, t, labels)"),
         ("model.name", "Wide", "wrong_{}.py) returns (1, 8, 8, 3), and must return (1, 8, 8, 1)"),
+        ("model.name", "Empty", "must have parameters, and no other variables; it has none"),
+        ("model.name", "Normed", "no other variables; it has batch_stats, params"),
+        ("preview.sampler", "function", "must be a dataclass, with its options as fields"),
+        ("preview.sampler", "Typed", "wrong_{}.py): name 'Nowhere' is not defined"),
+        ("preview.sampler", "Unchecked", "takes (), and must take (chain)"),
+        ("diffusion.prediction", "unchained", "takes (chain), and must take (trained, chain)"),
+        ("diffusion.prediction", "nothing", "returns NoneType, and must return a Prediction"),
+        ("diffusion.prediction", "pair", "returns tuple, and must return a Prediction"),
+        ("diffusion.prediction", "of_three", "of_x_0 of shape (3,), and must return a Prediction"),
+        ("diffusion.prediction", "of_zeros", "cannot recover x_0 on this schedule"),
+        ("diffusion.t_sampling", "Drawless", "wrong_{}.py) has no draw"),
+        ("diffusion.t_sampling", "Timeless", "must take (schedule, state, key, keys, position)"),
+        ("diffusion.t_sampling", "Late", "it returns t from 10 to 10"),
+        ("diffusion.t_sampling", "Floating", "it returns float32 [8], float32 [8]"),
+        ("diffusion.t_sampling", "Single", "it returns int32 [], float32 []"),
+        ("diffusion.t_sampling", "Alone", "it returns int32 [8]"),
         ("diffusion.loss", "scalar", "wrong_{}.py) returns (), and must return (1,)"),
         ("schedule.name", "cold", "cold' lacks the field 'temperature'"),
     ],
@@ -339,6 +405,69 @@ class Mean(dj.Method):
         sign = -1 if sampling.is_negative else 1
         return sign * sampling.scale * jnp.repeat(params[None], len(index), axis=0)
 '''
+
+
+MISTAKEN = """
+
+class NoMaker:
+    pass
+
+class NoKey(Mean):
+    def init(self): return jnp.ones(self.image_shape)
+
+class Scalar(Mean):
+    def loss_fn(self, params, loss_state, key, batch): return jnp.mean(params)
+
+class Total(Mean):
+    def loss_fn(self, params, loss_state, key, batch): return jnp.mean(params), {}, ()
+
+class Named(Mean):
+    metric_names = ("gap",)
+
+class One(Mean):
+    def sample(self, params, key, index, label, sampling=Settings()): return params
+
+def not_a_method(config): return 3
+
+class Wider(dj.DDPM):
+    def compare(self, denoise_fn, x_0, t, eps): return jnp.zeros(3), {}
+"""
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("NoMaker", ".py) has no from_config(config)"),
+        ("NoKey", ".py) takes (), and must take (key)"),
+        ("Scalar", ".py) returns one array, and must return (loss [B], metrics "),
+        ("Total", ".py) returns (), and must return (1,)"),
+        ("Named", ".py) returns the metrics none, and its metric_names are gap"),
+        ("One", ".py) returns (8, 8, 1), and must return (1, 8, 8, 1)"),
+        ("not_a_method", "is not a Method: it has no image_shape, num_classes"),
+        ("Wider", "Wider.compare ({}.py) returns (3,), and must return (1,)"),
+    ],
+)
+def test_what_a_method_returns_is_checked(name, words, tmp_path, monkeypatch):
+    module = f"mistaken_{name.lower()}"
+    (tmp_path / f"{module}.py").write_text(METHOD + MISTAKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = make_config()
+    config.method = f"{module}:{name}"
+    config.training.update(batch_size=4, num_steps=1)
+    config.preview = ConfigDict({"every": 1, "num_images": 2})
+    with pytest.raises(options.ConfigError) as error:
+        loop.train(config, tmp_path / "run")
+    words = words.format(tmp_path / module)
+    assert words in str(error.value), error.value
+
+
+def test_init_and_update_of_a_time_sampler_are_optional(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(WRONG.replace("len(schedule)),", "len(schedule) - 1),"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = make_config()
+    config.diffusion.t_sampling = "late:Late"
+    config.training.num_steps = 1
+    assert int(loop.train(config, tmp_path / "run").step) == 1
 
 
 def test_the_options_of_a_method_are_flags(tmp_path, monkeypatch, capfd):

@@ -118,6 +118,39 @@ def test_features_continue_where_they_were_left(workdir, tmp_path, monkeypatch):
     assert other["pixels_fid_1100"]["values"] == whole["pixels_fid_1100"]["values"]
 
 
+MINE = """
+import numpy as np
+from ddpm_jax.metrics import Extractor
+
+def one(generated): return {"a": 1.0}
+def nothing(generated, reference): pass
+def number(generated, reference): return 3.0
+def words(generated, reference): return {"a": "b"}
+
+def load(path):
+    one = lambda images: np.zeros((len(images), 4))
+    return None if path == "none" else Extractor("mine", "0" * 64, "none", one)
+"""
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"metrics": "my_score:one"}, ConfigError, "must take .generated, reference"),
+        ({"metrics": "my_score:nothing"}, ConfigError, "my_score.py. returns None, and must ret"),
+        ({"metrics": "my_score:number"}, ConfigError, "returns 3.0, and must return .name: num"),
+        ({"metrics": "my_score:words"}, ConfigError, "returns {'a': 'b'}, and must return"),
+        ({"features": "my_score:none"}, RunError, "returns NoneType, and must return an Extr"),
+        ({"features": "my_score:x"}, RunError, "must return features .B, D. and logits .B, K"),
+    ],
+)
+def test_mistakes_in_a_metric_of_ones_own(workdir, options, error, words, tmp_path, monkeypatch):
+    (tmp_path / "my_score.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(error, match=words):
+        call("eval", workdir, **{"features": "pixels:1", "num_samples": 4, **options})
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

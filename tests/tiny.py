@@ -1,5 +1,7 @@
 """A diffusion whose network is one matrix: compiles in a moment where a U-Net takes seconds."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -14,6 +16,7 @@ class Network(nn.Module):
 
     out_channels: int = 1
     num_classes: int = 0
+    act: Callable | None = None
 
     @nn.compact
     def __call__(self, x, t, labels=None, *, dropout_keys=None):

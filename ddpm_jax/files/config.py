@@ -165,9 +165,9 @@ FILLED_IN = {  # parameters of what takes a section that are not fields of it
 def _drop_fields_of_another(config, field: str, readers_of: Callable) -> None:
     """Removes the fields of a section that a newly chosen network or sampler does not have."""
     section = field.rpartition(".")[0]
-    found = _options_of_section(config, section, readers_of)
-    if field not in CHOICES or not found:
+    if field not in CHOICES or not readers_of(section, config):
         return
+    found = _options_of_section(config, section, readers_of)
     with config[section].unlocked():
         for other in set(config[section]) - set(found) - {"name", "every", "num_images"}:
             del config[section][other]

@@ -234,7 +234,7 @@ def ddim_std(
     Raises:
       ValueError: eta is neither.
     """
-    if eta != "hat" and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
+    if eta != "hat" and not (isinstance(eta, (int, float, np.floating)) and 0 <= eta <= 1):
         raise ValueError(
             f"eta must lie in 0 … 1, or be 'hat' for Song et al.'s larger σ̂; got {eta!r}"
         )

@@ -148,7 +148,12 @@ def ddim_gamma(schedule: Schedule, eta: float) -> Float64[np.ndarray, " S"]:
 
     Args:
       eta: in (0, 1]. At 0 the objective is infinite: both distributions of a step have variance 0.
+
+    Raises:
+      ValueError: eta is another one, or α is 0 at the last step, where ε does not determine the mean.
     """
+    if not schedule.alpha[-1] > 0:
+        raise ValueError("DDIM's objective needs alpha above 0 at every step")
     from_eps, std = diffusion.ddim_std(schedule, eta)
     if eta == "hat" or not eta > 0:
         raise ValueError(f"DDIM's objective needs eta in (0, 1], got {eta!r}")

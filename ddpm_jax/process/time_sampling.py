@@ -170,7 +170,7 @@ def check(time_sampler: TimeSampler, schedule: Schedule) -> None:
     got = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts) or "nothing"
     if fits and jnp.issubdtype(parts[0].dtype, jnp.integer):
         low, high = int(parts[0].min()), int(parts[0].max())
-        if 0 <= low and high < len(schedule):
+        if low >= 0 and high < len(schedule):
             return
         got = f"t from {low} to {high}"
     raise ValueError(

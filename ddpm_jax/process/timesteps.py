@@ -101,8 +101,9 @@ def _listed(steps, T: int) -> Int[np.ndarray, " S"]:
         tau = np.asarray(steps)
     except ValueError:  # a list of lists of different lengths
         tau = np.zeros((0, 0))
-    if tau.ndim != 1 or tau.size == 0 or not np.issubdtype(tau.dtype, np.integer):
-        raise ValueError(f"a list of steps must hold whole numbers, got {list(steps)!r}")
+    whole = np.issubdtype(tau.dtype, np.integer)
+    if tau.ndim != 1 or tau.size == 0 or not whole or any(isinstance(t, bool) for t in steps):
+        raise ValueError(f"steps must be whole numbers, got {steps!r}")
     if (np.diff(tau) <= 0).any() or tau[0] < 0 or tau[-1] >= T:
         raise ValueError(
             f"a list of steps must increase strictly within 0 … {T - 1}, got {tau.tolist()}"

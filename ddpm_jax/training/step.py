@@ -103,10 +103,10 @@ def make_keys(seed: int) -> Keys:
     """The streams of a seed in 0 … 2³² − 1 (larger ones would repeat).
 
     Raises:
-      ValueError: the seed is out of range.
+      ValueError: the seed is out of range, or no whole number.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {seed}")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in 0 … {2**32 - 1}, got {seed!r}")
     return Keys(*jax.random.split(jax.random.key(seed), len(Keys._fields)))
 
 
