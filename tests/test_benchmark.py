@@ -17,6 +17,7 @@ from ddpm_jax.training import parallel
 SMALL = UNet(channels=16, channel_mults=(1, 2), num_res_blocks=1, out_channels=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network, shape",
     [
@@ -76,6 +77,7 @@ def test_the_paper_network_has_11_6_billion_operations_in_a_forward_pass():
     assert round(cost.forward_flops(network, (32, 32, 3)) / 1e9, 1) == 11.6
 
 
+@pytest.mark.slow
 def test_a_program_by_kind_and_layer():
     network = SMALL.clone(dtype="float32")
     x, t = jnp.ones((2, 8, 8, 3)), jnp.zeros(2)
@@ -137,6 +139,7 @@ def test_a_benchmark_has_shares_of_a_peak_that_it_measures(monkeypatch, capsys):
     np.testing.assert_allclose(result["train_share_of_peak"], rate / 1e3)
 
 
+@pytest.mark.slow
 def test_the_peak_is_a_rate():
     assert 1e8 < parallel.peak_flops("float32") < 1e16
 

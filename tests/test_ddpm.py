@@ -119,6 +119,7 @@ def test_an_untrained_network_predicts_nothing():
     assert (weights.sum(axis=1) > 10).all()
 
 
+@pytest.mark.slow
 def test_losses_and_masks_do_not_depend_on_the_batch():
     method = from_config(make_config(model__dropout=0.5))
     params, batch = far_from_zero(method.init(KEY)), make_batch(8)
@@ -257,6 +258,7 @@ def test_guidance_mixes_what_the_network_says_with_and_without_the_label(predict
     assert np.abs(alone.eps - without.eps).max() > 0.01
 
 
+@pytest.mark.slow
 def test_guidance_one_and_zero_are_the_two_models_to_the_bit_and_cost_one_pass():
     method, params = make_guided()
     index, label = np.arange(4), np.array([0, 1, 2, 0])

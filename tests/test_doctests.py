@@ -11,7 +11,9 @@ import pytest
 import ddpm_jax as dj
 from ddpm_jax.files import writers
 
-NAMES = [name for name in dj.__all__ if name not in ("__version__", "train")]
+pytestmark = pytest.mark.slow
+
+NAMES = [name for name in dj.__all__ if name != "__version__"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def run(docstring, name, namespace):
     return len(example.examples), "".join(report)
 
 
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_example_of(name, shared, monkeypatch):
     monkeypatch.setattr(writers.Progress, "show", lambda *args, **kwargs: None)  # rates differ
     monkeypatch.setattr(writers.Log, "__call__", lambda *args, **kwargs: None)

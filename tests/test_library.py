@@ -35,6 +35,7 @@ def make_model(**fields):
     return dj.DDPM(schedule=schedule, network=tiny.Network(), image_shape=(8, 8, 1), **fields)
 
 
+@pytest.mark.slow
 def test_from_images_to_samples_and_back_from_the_run(tmp_path):
     model, workdir = make_model(), str(tmp_path / "run")
     state = dj.fit(model, IMAGES, num_steps=4, batch_size=8, workdir=workdir)
@@ -113,9 +114,7 @@ def test_every_public_name_is_there_and_nothing_heavy_is_imported_before():
 
 
 def tiny_model(**changes):
-    network = dj.UNet(
-        channels=4, channel_mults=(1,), num_res_blocks=1, num_classes=changes.pop("classes", 0)
-    )
+    network = tiny.Network(num_classes=changes.pop("classes", 0))
     settings = {"schedule": dj.linear_schedule(20), "network": network, "image_shape": (4, 4, 1)}
     return dj.DDPM(**settings | changes)
 
@@ -124,7 +123,7 @@ def test_a_saved_model_keeps_the_options_of_its_time_sampler(tmp_path):
     pictures = np.zeros((4, 4, 4, 1), np.uint8)
     model = tiny_model(t_sampling=Importance(size=3))
     dj.fit(model, pictures, num_steps=1, batch_size=4, workdir=str(tmp_path / "run"))
-    assert dj.load(str(tmp_path / "run")).method.t_sampling == Importance(size=3)
+    assert dj.load(str(tmp_path / "run"), allow_code=True).method.t_sampling == Importance(size=3)
     other = tiny_model(t_sampling=Importance(size=4))
     with pytest.raises(ConfigError, match=r"diffusion\.size is 3 there and 4 here"):
         dj.fit(other, pictures, num_steps=2, batch_size=4, workdir=str(tmp_path / "run"))
@@ -233,5 +232,5 @@ def test_what_config_json_cannot_hold_is_refused_with_a_workdir_only(changes, ex
 
 
 def test_a_loss_that_is_not_finite_ends_a_fit_without_files():
-    with pytest.raises(TrainingError, match="loss is nan"):
-        dj.fit(tiny_model(), ZEROS, num_steps=60, batch_size=4, learning_rate=1e12, warmup_steps=0)
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf)"):
+        dj.fit(tiny_model(), ZEROS, num_steps=60, batch_size=4, learning_rate=1e25, warmup_steps=0)

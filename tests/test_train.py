@@ -84,6 +84,7 @@ def test_a_run_directory(tmp_path, capsys):
     assert any("step 6/6  100 %" in line and "images/s" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_forward_process_is_a_picture_of_every_diffusion(tmp_path, capsys):
     loop.train(make_config(num_steps=2), tmp_path / "other")
     assert not (tmp_path / "other" / "forward.png").exists()  # affine.py is no diffusion

@@ -147,6 +147,7 @@ def test_groups_and_attention_by_default(side, channels, mults, groups, attended
     assert unet.groups == groups and unet.attended((side, side)) == attended
 
 
+@pytest.mark.slow
 def test_output_is_nearly_zero_at_initialisation():
     x, t = inputs()
     y = apply(init_params(UNet(**TINY), jax.random.key(0), SHAPE), x, t)
