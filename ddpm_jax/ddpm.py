@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, Int32, Key
 from ddpm_jax import options
 from ddpm_jax.method import Method, check_shape, fold_in_each, mirror_at_random
 from ddpm_jax.names import check_choice, check_takes, described, find
-from ddpm_jax.networks import init_params, make_network
+from ddpm_jax.networks import check_network, init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
 from ddpm_jax.process import (
     diffusion,
     likelihood,
     losses,
     predictions,
+    samplers,
     schedules,
     time_sampling,
     timesteps,
@@ -97,10 +98,6 @@ class DDPM(Method):
             raise ValueError(
                 f"schedule must be a Schedule, such as dj.linear_schedule(1000); got {self.schedule!r}"
             )
-        if inspect.isclass(self.network):
-            raise ValueError(
-                f"network must be an instance, such as {self.network.__name__}(), not the class"
-            )
         if np.shape(self.image_shape) != (3,) or not all(
             isinstance(size, (int, np.integer)) and size > 0 for size in self.image_shape
         ):
@@ -117,9 +114,7 @@ class DDPM(Method):
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
         time_sampling.check(self.t_sampling, self.schedule)
-        if not isinstance(self.network, nn.Module):
-            raise ValueError(f"{described(self.network, 'network')} is not a flax Module")
-        check_takes(self.network, ("x", "t", "labels"), "network")
+        check_network(self.network, self.image_shape)
         classes = getattr(self.network, "num_classes", 0)
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not classes):
             raise ValueError(
@@ -127,8 +122,6 @@ class DDPM(Method):
                 f" {self.label_dropout}"
             )
         _ = self.sized_network  # refuses a network without the fields that are filled in
-        if hasattr(self.network, "check"):
-            self.network.check(self.image_shape)
 
     # ---- the network
 
@@ -294,8 +287,7 @@ class DDPM(Method):
             )
         sampler = getattr(sampling, "sampler", None)
         if sampler is not None:
-            arguments = ("chain", "denoiser", "x_T", "keys")
-            check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
+            samplers.check(sampler, steps)
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(
@@ -303,41 +295,15 @@ class DDPM(Method):
                     " fixed_large"
                 )
             self.reverse_variance(sampler.variance, steps, x_0_error)
-        if hasattr(sampler, "check"):
-            check_takes(sampler.check, ("chain",), "sampler")
-            sampler.check(steps)
         return steps
 
     def reverse_variance(
         self, variance: str | None, steps: Schedule, x_0_error=None
     ) -> str | np.ndarray:
-        """A variance as an argument of `diffusion.model_log_variance`; None for that of the model.
-
-        Raises:
-          ValueError: one line: the model has no such variance on the chain `steps`.
-        """
-        variance = variance or self.variance
-        if not isinstance(variance, str):
-            return variance
-        check_choice("variance", variance, VARIANCES)
-        if variance in LEARNED and variance != self.variance:
-            raise ValueError(
-                f"variance {variance!r} needs outputs that this network does not have: it was trained with"
-                f" {self.variance!r}; use that, fixed_small, fixed_large or analytic"
-            )
-        if variance == "learned" and (steps.times != self.schedule.times[: len(steps)]).any():
-            raise ValueError(
-                "variance 'learned' is that of single steps of the full chain; in fewer steps use"
-                " fixed_small, fixed_large or analytic, or train with learned_range"
-            )
-        if variance != "analytic":
-            return variance
-        if x_0_error is None or len(x_0_error) != len(steps):
-            raise ValueError(
-                "variance 'analytic' needs x_0_error, the mean squared error of x̂_0 measured at each"
-                f" of the {len(steps)} steps of the chain"
-            )
-        return diffusion.analytic_log_variance(steps, x_0_error)
+        """A variance as an argument of `diffusion.model_log_variance`; None for that of the model."""
+        return diffusion.reverse_variance(
+            variance or self.variance, steps, self.schedule, self.variance, x_0_error
+        )
 
     def sample(
         self,

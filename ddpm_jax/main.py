@@ -34,8 +34,6 @@ from ddpm_jax.options import ConfigError, Text
 from ddpm_jax.training import guards, loop, parallel, preview, resume
 
 PROGRAM = "python -m ddpm_jax.main"
-
-
 USER_ERRORS = (
     ConfigError,
     data.DataError,

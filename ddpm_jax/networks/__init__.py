@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, Num
 
 from ddpm_jax import options
-from ddpm_jax.names import described, find
+from ddpm_jax.names import check_takes, described, find
 from ddpm_jax.networks.unet import UNet
 
 NETWORKS = {"unet": UNet}
@@ -50,6 +50,23 @@ class Network(Protocol):
         ...
 
 
+def check_network(network: Any, image_shape: tuple[int, int, int]) -> None:
+    """Checks that a network is a flax Module with the arguments of `Network`, and fits the images.
+
+    Raises:
+      ValueError: one line; for another class or arguments it names the network's file.
+    """
+    if inspect.isclass(network):
+        raise ValueError(
+            f"network must be an instance, such as {network.__name__}(), not the class"
+        )
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{described(network, 'network')} is not a flax Module")
+    check_takes(network, ("x", "t", "labels"), "network")
+    if hasattr(network, "check"):
+        network.check(image_shape)
+
+
 def init_params(network: Any, key: Key[Array, ""], image_shape: tuple[int, int, int]) -> Any:
     """Initialises the parameters of a network for images (H, W, C), with its own initialisers.
 
@@ -80,7 +97,6 @@ def make_network(section: Any, image_shape: tuple[int, int, int]) -> nn.Module:
         section = ONCE_DEFAULT | section
         section["attention_resolutions"] = section["attention_resolutions"] or ()
     network = options.build(network, section, "config.model", name=None, parent=None)
-    if hasattr(network, "check"):
-        with options.errors_at("config.model"):
-            network.check(image_shape)
+    with options.errors_at("config.model"):
+        check_network(network, image_shape)
     return network

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Float64, Int, Key, UInt8, UInt32
 
+from ddpm_jax.names import check_choice
 from ddpm_jax.process.predictions import coefficients
 from ddpm_jax.process.schedules import PRIOR_STREAM, Schedule
 
@@ -215,6 +216,46 @@ def model_log_variance(
         low, high = (fixed_log_variance(schedule, end) for end in ("fixed_small", "fixed_large"))
         return large * at(high, t, x_t) + (1.0 - large) * at(low, t, x_t)
     return at(fixed_log_variance(schedule, variance), t, x_t)
+
+
+def reverse_variance(
+    variance: str | np.ndarray,
+    chain: Schedule,
+    trained: Schedule,
+    learned: str,
+    x_0_error: np.ndarray | None = None,
+) -> str | np.ndarray:
+    """A variance as an argument of `model_log_variance`, after a check that a model has it on a chain.
+
+    Args:
+      variance: one of `VARIANCES`, or a table, which is returned as it is.
+      trained, learned: the schedule and the variance that the model was trained with.
+      x_0_error: [S], for "analytic"; see `analytic_log_variance`.
+
+    Raises:
+      ValueError: one line: the model has no such variance on this chain.
+    """
+    if not isinstance(variance, str):
+        return variance
+    check_choice("variance", variance, VARIANCES)
+    if variance in LEARNED and variance != learned:
+        raise ValueError(
+            f"variance {variance!r} needs outputs that this network does not have: it was trained with"
+            f" {learned!r}; use that, fixed_small, fixed_large or analytic"
+        )
+    if variance == "learned" and (chain.times != trained.times[: len(chain)]).any():
+        raise ValueError(
+            "variance 'learned' is that of single steps of the full chain; in fewer steps use"
+            " fixed_small, fixed_large or analytic, or train with learned_range"
+        )
+    if variance != "analytic":
+        return variance
+    if x_0_error is None or len(x_0_error) != len(chain):
+        raise ValueError(
+            "variance 'analytic' needs x_0_error, the mean squared error of x̂_0 measured at each"
+            f" of the {len(chain)} steps of the chain"
+        )
+    return analytic_log_variance(chain, x_0_error)
 
 
 # ---- DDIM's family of processes --------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from jaxtyping import Array, Key
 
+from ddpm_jax.names import check_takes
 from ddpm_jax.process.diffusion import Denoiser, Images
 from ddpm_jax.process.samplers.ancestral import Ancestral
 from ddpm_jax.process.samplers.chain import Trajectory
@@ -54,6 +55,19 @@ class Sampler(Protocol):
           ValueError: one line, for a chain or an option that it cannot use.
         """
         ...
+
+
+def check(sampler: Sampler, chain: Schedule) -> None:
+    """Checks that a sampler takes the arguments of `Sampler`, and can run this chain.
+
+    Raises:
+      ValueError: one line; for arguments it names the sampler's file.
+    """
+    arguments = ("chain", "denoiser", "x_T", "keys")
+    check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
+    if hasattr(sampler, "check"):
+        check_takes(sampler.check, ("chain",), "sampler")
+        sampler.check(chain)
 
 
 SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM, "dpm_solver": DPMSolver, "heun": Heun}
