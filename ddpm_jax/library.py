@@ -22,7 +22,7 @@ from ddpm_jax.networks import NETWORKS, UNet
 from ddpm_jax.options import Choice, ConfigError
 from ddpm_jax.process.time_sampling import TIME_SAMPLERS
 from ddpm_jax.stats import mean_and_error
-from ddpm_jax.training import parallel
+from ddpm_jax.training import jobs, parallel
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.guards import TrainingError
 from ddpm_jax.training.loop import train
@@ -224,7 +224,7 @@ def _fit(model, dataset, config) -> step_lib.TrainState:
         for step, batch in enumerate(batches, 1):
             batch = parallel.shard(batch)
             if compiled is None:
-                with progress.pause():
+                with progress.once("compiling"):
                     compiled = parallel.compile_step(update, state, batch)
             state, loss = compiled(state, batch)
             progress.done = step
@@ -323,21 +323,15 @@ def _map(function, params, key, examples, batch_size: int | None):
     """function(params, key, *examples) over all examples, in batches."""
     if batch_size is not None:
         check_whole("batch_size", batch_size)
-    count = len(examples[0])
-    batch_size = min(batch_size or parallel.examples_at_once(), count)
-    params, mapped, parts = parallel.place(params), parallel.map_examples(function), []
-    progress = writers.Progress("image", count, 0, unit="images")
-    for first in range(0, count, batch_size):
-        rows = np.minimum(first + np.arange(batch_size), count - 1)  # one shape for all
-        batch = [np.asarray(values)[rows] for values in examples]
-        if first == 0:
-            with progress.pause():
-                mapped.compile(params, key, *batch)
-        parts.append(mapped(params, key, *batch))
-        progress.done = min(first + batch_size, count)
-        if progress.is_due():
-            progress.show()
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    progress, parts = writers.Progress("image", len(examples[0]), 0, unit="images"), []
+
+    def chosen(rows):
+        return tuple(np.asarray(values)[rows] for values in examples)
+
+    for _, part in jobs.in_batches(function, params, key, chosen, progress, batch_size):
+        parts.append(part)
+        progress.show()
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def to_config(model: DDPM) -> ConfigDict:

@@ -39,7 +39,7 @@ def run(docstring, name, namespace):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_of(name, shared, monkeypatch):
-    monkeypatch.setattr(writers.Progress, "show", lambda *args, **kwargs: None)  # rates differ
+    monkeypatch.setattr(writers.Progress, "say", lambda *args: None)  # rates differ
     monkeypatch.setattr(writers.Log, "__call__", lambda *args, **kwargs: None)
     count, report = run(getattr(dj, name).__doc__, name, shared)
     assert count, f"{name} has no example"

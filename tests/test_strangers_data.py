@@ -482,18 +482,22 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
     monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(writers, "SHOW_SECONDS", 0.0)
 
-    def map_examples(function):
-        def call(params, key, x):
-            clock[0] += 2.0
-            return x
+    class FakeExamples:
+        def __init__(self, function):
+            self.busy = 0.0
 
-        def compile(params, key, x):
+        def compile(self, params, key, x):
             clock[0] += 100.0
 
-        call.compile = compile
-        return call
+        def send(self, params, key, x):
+            self.busy = max(self.busy, clock[0]) + 2.0
+            return self.busy, x
 
-    monkeypatch.setattr(parallel, "map_examples", map_examples)
+        def fetch(self, sent):
+            clock[0] = max(clock[0], sent[0])
+            return sent[1]
+
+    monkeypatch.setattr(parallel, "map_examples", FakeExamples)
     run = runs.load(workdir, allow_code=True)
     shared.map_images(run, None, None, np.arange(40), batch_size=4, settings={})
     first, *lines = (line for line in capsys.readouterr().out.splitlines() if "EMA" not in line)

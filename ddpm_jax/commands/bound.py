@@ -24,7 +24,7 @@ from ddpm_jax.names import full_name
 from ddpm_jax.options import option
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.stats import mean_and_error, plus_minus
-from ddpm_jax.training import parallel
+from ddpm_jax.training import jobs, parallel
 from ddpm_jax.training.step import make_keys
 
 CURVE = "curve_"  # begins the names of means over images, arrays [S] in the .npz
@@ -199,25 +199,20 @@ class Request:
             batch = {"image": image, "label": label, "index": index}
             return self.run.method.bound(params, key, batch, chosen, x_0_error=errors)
 
-        batch_size = min(self.output.batch_size or parallel.examples_at_once(), num_images)
+        def examples(at):
+            return dataset.fetch(rows[at]), dataset.labels[rows[at]], rows[at]
+
         progress = writers.Progress("image", num_images, tally.count, unit="images")
-        params, mapped = None, None
-        while tally.count < num_images:
-            at = np.minimum(tally.count + np.arange(batch_size), num_images - 1)  # equal shapes
-            images, new = dataset.fetch(rows[at]), min(batch_size, num_images - tally.count)
-            examples = (images, dataset.labels[rows[at]], rows[at])
-            if mapped is None:
-                params = parallel.place(self.run.params)
-                mapped = shared.compiled(function, progress, params, key, *examples)
-            parts = mapped(params, key, *examples)
-            finite = np.isfinite(parts["total"][:new])
+        for at, parts in jobs.in_batches(
+            function, self.run.params, key, examples, progress, self.output.batch_size
+        ):
+            finite = np.isfinite(parts["total"])
             if not finite.all():
                 raise RunError(
-                    f"the bound is not finite for {np.sum(~finite)} of {new} images; try the other"
+                    f"the bound is not finite for {np.sum(~finite)} of {len(at)} images; try the other"
                     " weights (--weights), or an earlier checkpoint: see loss.png"
                 )
-            tally.add(parts, new, data.image_digests(images[:new]))
-            progress.done = tally.count
+            tally.add(parts, data.image_digests(dataset.fetch(rows[at])))
             progress.show(f"{plus_minus(*mean_and_error(tally.arrays['total']))} bits/dim")
 
 
@@ -232,11 +227,11 @@ class _Tally:
     def count(self) -> int:
         return len(self.arrays.get("total", ()))
 
-    def add(self, parts: dict[str, np.ndarray], new: int, digests: np.ndarray) -> None:
-        """Adds the first `new` rows of the parts, each [B] or [B, S], and saves the tally."""
-        count, result = self.count, {}
+    def add(self, parts: dict[str, np.ndarray], digests: np.ndarray) -> None:
+        """Adds parts of further images, each [B] or [B, S], and saves the tally."""
+        count, new, result = self.count, len(digests), {}
         for name, values in parts.items():
-            values = np.asarray(values[:new], np.float64)
+            values = np.asarray(values, np.float64)
             if values.ndim == 1:
                 result[name] = np.append(self.arrays.get(name, ()), values)
             else:

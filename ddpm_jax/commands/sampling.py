@@ -33,7 +33,7 @@ from ddpm_jax.method import labels_of, sample_of
 from ddpm_jax.options import AtLeast
 from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.process.samplers import DDIM
-from ddpm_jax.training import parallel
+from ddpm_jax.training import jobs
 from ddpm_jax.training.preview import check_sampling
 
 GRID_LIMIT = 100  # maximum number of images in the .png
@@ -101,7 +101,7 @@ def sample(
         if growing.count:
             print(f"{growing.count} images with this recipe exist already", flush=True)
         num_samples = max(num_samples, growing.count)
-        _grow(run, plan, growing, inputs, num_samples, encoded, output.batch_size)
+        _grow(run, plan, growing, inputs, num_samples, output.batch_size)
         images = growing.rows()
         arrays = {}
         if run.method.num_classes:
@@ -118,22 +118,14 @@ def sample(
     return plan.out
 
 
-def _grow(run, plan, growing, inputs, num_samples, encoded, batch_size) -> None:
+def _grow(run, plan, growing, inputs, num_samples, batch_size) -> None:
     """Draws images until `num_samples` are saved."""
-    params, mapped = None, None
-    batch_size = batch_size or parallel.examples_at_once()
     progress = writers.Progress("image", num_samples, growing.count, unit="images")
-    while growing.count < num_samples:
-        index = growing.count + np.arange(min(batch_size, num_samples))  # batches of equal shape
-        index = index if encoded is None else np.minimum(index, len(encoded.latents) - 1)
-        batch = inputs(index)
-        if mapped is None:
-            params = parallel.place(run.params)
-            mapped = shared.compiled(plan.draw, progress, params, plan.key, *batch)
-        images, finite = mapped(params, plan.key, *batch)
+    for _, (images, finite) in jobs.in_batches(
+        plan.draw, run.params, plan.key, inputs, progress, batch_size
+    ):
         shared.check_finite(finite, plan.recipe)
-        growing.append(images[: num_samples - growing.count])
-        progress.done = growing.count
+        growing.append(images)
         progress.show()
 
 

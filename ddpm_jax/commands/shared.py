@@ -17,7 +17,7 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.method import is_diffusion, labels_of
 from ddpm_jax.options import AtLeast, option
-from ddpm_jax.training import parallel
+from ddpm_jax.training import jobs
 from ddpm_jax.training.preview import drawn
 from ddpm_jax.training.step import make_keys
 
@@ -225,15 +225,6 @@ def check_finite(finite: np.ndarray, settings: dict) -> None:
     )
 
 
-def compiled(function: Callable, progress: writers.Progress, params, key, *examples) -> Callable:
-    """Compiles `parallel.map_examples(function)` for examples of these shapes; `progress` does not count the time."""
-    mapped = parallel.map_examples(function)
-    with progress.pause():
-        print("compiling", flush=True)
-        mapped.compile(params, key, *examples)
-    return mapped
-
-
 def map_images(
     run: Run, function: Callable, key, *examples, batch_size: int | None, settings: dict
 ):
@@ -248,16 +239,13 @@ def map_images(
     Returns:
       the results as NumPy arrays [N, …]; each `Drawn` is replaced by its images.
     """
-    count = len(examples[0])
-    batch_size = min(batch_size or parallel.examples_at_once(), count)
-    progress, parts = writers.Progress("image", count, 0, unit="images"), []
-    params, mapped = parallel.place(run.params), None
-    for first in range(0, count, batch_size):
-        rows = np.minimum(first + np.arange(batch_size), count - 1)  # batches of equal shape
-        batch = [np.asarray(values)[rows] for values in examples]
-        mapped = mapped or compiled(function, progress, params, key, *batch)
-        parts.append(mapped(params, key, *batch))
-        progress.done = min(first + batch_size, count)
+    progress, parts = writers.Progress("image", len(examples[0]), 0, unit="images"), []
+
+    def chosen(rows):
+        return tuple(np.asarray(values)[rows] for values in examples)
+
+    for _, part in jobs.in_batches(function, run.params, key, chosen, progress, batch_size):
+        parts.append(part)
         progress.show()
 
     def images(node):
@@ -266,7 +254,7 @@ def map_images(
             return node.images
         return node
 
-    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:count], *parts)
+    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     return jax.tree.map(images, whole, is_leaf=lambda node: isinstance(node, Drawn))
 
 

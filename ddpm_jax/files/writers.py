@@ -333,22 +333,38 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, done: int, *, unit: str, per_count: int = 1):
-        self._what, self._total, self._unit, self._per_count = what, total, unit, per_count
+        self._what, self._unit, self._per_count = what, unit, per_count
+        self.total = total
         self.done = self._first = self._last = done
         self._start = self._last_time = time.perf_counter()
         self._shown = -math.inf
 
     @contextlib.contextmanager
-    def pause(self):
-        """Excludes the time inside the context from the speed."""
+    def once(self, what: str = ""):
+        """Excludes the time inside the context, which will not come again, from the speed and the time left.
+
+        Args:
+          what: what is done there, such as "compiling"; it is printed.
+        """
+        if what:
+            self.say(what)
         before = time.perf_counter()
+        with self.aside():
+            yield
+        self._start += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Excludes the time inside the context, such as that of a checkpoint, from the speed."""
+        before, inner = time.perf_counter(), self._last_time
         yield
-        away = time.perf_counter() - before
-        self._start += away
-        self._last_time += away
+        self._last_time = inner + time.perf_counter() - before
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
 
     def rate(self) -> float:
-        """Units per second since `begin`, without pauses."""
+        """Units per second since `begin`, without what was done aside."""
         seconds = time.perf_counter() - self._last_time
         return (self.done - self._last) * self._per_count / max(seconds, 1e-9)
 
@@ -356,22 +372,22 @@ class Progress:
         """Prints `line` if `is_due`."""
         if self.is_due():
             self._shown = time.perf_counter()
-            print(self.line(text), flush=True)
+            self.say(self.line(text))
 
     def is_due(self) -> bool:
         """Whether `SHOW_SECONDS` have passed since the last line, or all is done."""
         late = time.perf_counter() - self._shown >= SHOW_SECONDS
-        return self.done >= self._total or late
+        return self.done >= self.total or late
 
     def line(self, text: str = "") -> str:
         """The progress as one line: step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""
         each = (time.perf_counter() - self._start) / max(self.done - self._first, 1)
         parts = [
-            f"{self._what} {self.done:,}/{self._total:,}",
-            f"{100 * self.done // max(self._total, 1)} %",
+            f"{self._what} {self.done:,}/{self.total:,}",
+            f"{100 * self.done // max(self.total, 1)} %",
             text,
             f"{self.rate():.4g} {self._unit}/s",
-            f"{duration((self._total - self.done) * each)} left",
+            f"{duration((self.total - self.done) * each)} left",
         ]
         return "  ".join(part for part in parts if part)
 

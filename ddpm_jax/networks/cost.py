@@ -45,6 +45,30 @@ def count(jaxpr: core.Jaxpr) -> int:
     return total
 
 
+def live_bytes(jaxpr: core.Jaxpr) -> int:
+    """The most bytes that intermediate arrays hold at a time, if each equation writes its results to memory.
+
+    Arguments and constants are not counted. A compiled program needs less where it fuses operations.
+    """
+    last = {id(v): i for i, equation in enumerate(jaxpr.eqns) for v in equation.invars}
+    last |= {id(v): len(jaxpr.eqns) for v in jaxpr.outvars}
+    live, most, alive = 0, 0, {}
+    for i, equation in enumerate(jaxpr.eqns):
+        alive |= {id(v): v for v in equation.outvars}
+        live += sum(map(_bytes, equation.outvars))
+        inner = max(map(live_bytes, _inside(equation.params)), default=0)
+        most = max(most, live + inner)
+        used = {id(v) for v in (*equation.invars, *equation.outvars)}
+        dead = [v for v in used & alive.keys() if last.get(v, -1) <= i]
+        live -= sum(_bytes(alive.pop(v)) for v in dead)
+    return most
+
+
+def _bytes(variable) -> int:
+    shape = variable.aval.shape
+    return math.prod(shape) * getattr(variable.aval.dtype, "itemsize", 4)
+
+
 def _inside(parameters: dict) -> list[core.Jaxpr]:
     """The jaxprs among the parameters of an equation."""
     leaves = jax.tree.leaves(parameters, is_leaf=lambda v: isinstance(v, core.ClosedJaxpr))

@@ -339,7 +339,7 @@ class Trainer:
             # All processes must save at the same step, so they agree at steps that all of them know.
             agree = self.step % length.log_every == 0
             stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
-        with self.progress.pause():
+        with self.progress.aside():
             if due or self.step % length.checkpoint_every == 0 or end:
                 self.save()
             on_time = self.step % self.preview_every == 0
@@ -386,6 +386,9 @@ class Trainer:
         guards.check_finite(self.state, self.directory)
         if not self.leader:
             return
+        if not self.looked:
+            with self.progress.once():
+                self.preview.compile(self.state)
         picture = self.path("samples", f"step_{self.step:08d}.png")
         rows, columns = self.preview(self.state, self.step)
         with guards.os_errors_as_warnings(self.say):

@@ -211,32 +211,38 @@ class Mapped:
         return self.compile(tree, batch)(tree, batch)
 
 
-def map_examples(function: Callable) -> Callable:
+class map_examples:
     """Runs function(params, key, *examples) over this process's devices.
 
-    Returns:
-      (params, key, *examples [N, …]) -> a tree of NumPy [N, …] for any N: the last example is repeated to fill all
-      devices, and the copies are removed again. `params` come from `place` or from a training state. Its method
-      `compile` takes the same arguments and compiles for their shapes.
+    A call takes (params, key, *examples [N, …]) and returns a tree of NumPy [N, …] for any N: the last example is repeated
+    to fill all devices, and the copies are removed again. `params` come from `place` or from a training state.
     """
-    mapped = Mapped(lambda tree, examples: function(*tree, *examples))
 
-    def sharded(examples):
-        count = len(examples[0])
-        rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
-        return shard(tuple(x[rows] for x in examples))
+    def __init__(self, function: Callable):
+        self.mapped = Mapped(lambda tree, examples: function(*tree, *examples))
 
-    def call(params, key, *examples):
-        result = jax.device_get(mapped((params, key), sharded(examples)))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples[0])], result)
+    def compile(self, params, key, *examples) -> None:
+        """Compiles for examples of these shapes."""
+        self.mapped.compile((params, key), _filled(examples))
 
-    call.compile = lambda params, key, *examples: mapped.compile((params, key), sharded(examples))
-    return call
+    def send(self, params, key, *examples):
+        """Starts the computation; returns at once with what `fetch` takes."""
+        return len(examples[0]), self.mapped((params, key), _filled(examples))
+
+    def fetch(self, sent):
+        """Waits for the results of `send`."""
+        count, result = sent
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], jax.device_get(result))
+
+    def __call__(self, params, key, *examples):
+        return self.fetch(self.send(params, key, *examples))
 
 
-def examples_at_once() -> int:
-    """The default number of images that a command computes at a time: small on a CPU, so that progress is shown often."""
-    return (16 if jax.devices()[0].platform == "cpu" else 64) * jax.local_device_count()
+def _filled(examples):
+    """The shards of the examples, with copies of the last to fill all devices."""
+    count = len(examples[0])
+    rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
+    return shard(tuple(x[rows] for x in examples))
 
 
 def any_process(flag: bool) -> bool:

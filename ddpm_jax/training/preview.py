@@ -46,7 +46,7 @@ def save_forward(path: str, schedule: Schedule, images: np.ndarray, key) -> None
 
 
 def make_preview(section, method: Method, key) -> tuple[int, Callable]:
-    """config.preview.every, and (state, step) -> (rows, columns) for `writers.save_grids`.
+    """config.preview.every, and (state, step) -> (rows, columns) for `writers.save_grids`, with a method `compile(state)`.
 
     Raw and EMA parameters draw from the same noise at every preview, so that rows can be compared.
 
@@ -74,6 +74,10 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
             rows.append((f"step {step:,}, {name}{bad}", images))
         return rows, min(count, 8)
 
+    def compile(state):
+        draw.compile(state.params, key, index, labels_of(method, index))
+
+    preview.compile = compile
     return every, preview
 
 

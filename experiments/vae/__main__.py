@@ -12,7 +12,6 @@ workdir/samples (Kingma & Welling, Figure 4). The numbers of image i depend only
 import argparse
 import os
 import sys
-import time
 
 import jax
 import numpy as np
@@ -26,7 +25,7 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import fold_in_each
 from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.stats import mean_and_error
-from ddpm_jax.training import parallel
+from ddpm_jax.training import jobs, parallel
 from ddpm_jax.training.step import make_keys
 
 METHOD = "experiments.vae"
@@ -105,22 +104,19 @@ def measure(
     if count > len(dataset):
         raise RunError(f"{count} images requested, but {dataset.name}/{split} has {len(dataset)}")
 
-    mapped = parallel.map_examples(make_bounds(network, num_draws))
-    params = parallel.place(run.params)
-    batch_size = min(batch_size or 128 * jax.local_device_count(), count)
-    progress = writers.Progress("image", count, 0, unit="images")
-    found, printed = [], time.perf_counter()
+    progress, found = writers.Progress("image", count, 0, unit="images"), []
     chosen = data.choose(len(dataset), count)
-    for first in range(0, count, batch_size):
-        rows = chosen[np.minimum(first + np.arange(batch_size), count - 1)]  # one shape for all
-        found.append(mapped(params, key, dataset.fetch(rows), rows))
-        progress.done = min(first + batch_size, count)
-        if time.perf_counter() - printed > 10:
-            print(progress.line(), flush=True)
-            printed = time.perf_counter()
+
+    def examples(rows):
+        return dataset.fetch(chosen[rows]), chosen[rows]
+
+    for _, part in jobs.in_batches(
+        make_bounds(network, num_draws), run.params, key, examples, progress, batch_size or 128
+    ):
+        found.append(part)
+        progress.show()
     values = {
-        name: np.concatenate([part[name] for part in found])[:count].astype(np.float64)
-        for name in found[0]
+        name: np.concatenate([part[name] for part in found]).astype(np.float64) for name in found[0]
     }
 
     summary = {"num_images": count}
