@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -520,18 +521,49 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch)
     found = {}
     check = guards.check_memory
     monkeypatch.setattr(
-        guards, "check_memory", lambda needed, state: found.update(needed=needed, state=state)
+        guards,
+        "check_memory",
+        lambda config, needed, state: found.update(config=config, needed=needed, state=state),
     )
     loop.train(make_config(num_steps=1), tmp_path)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(found["state"]))
     assert found["needed"] > held > 0
     monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held)
     check(**found)  # just fits
-    check(float("nan"), found["state"])  # of several processes: unknown
+    check(found["config"], float("nan"), found["state"])  # of several processes: unknown
     monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held - 1)
-    names = "accumulate=2.*model.remat.*training.batch_size.*model.channels.*data.image_shape"
+    names = r"accumulate=2 \(now 1\).*training.batch_size=.* \(now .*model.channels"
     with pytest.raises(guards.TrainingError, match=names):
         check(**found)
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulate, times, said",
+    [
+        (128, 1, 2.0, ["accumulate=2 (now 1)", "batch_size=64 (now 128)"]),
+        (128, 2, 3.5, ["accumulate=8 (now 2)", "batch_size=36 (now 128)"]),
+        (24, 1, 3.0, ["accumulate=3 (now 1)", "batch_size=8 (now 24)"]),
+        (
+            4,
+            1,
+            2.0,
+            ["For a new run --config.model.dtype=bfloat16 or --config.model.channels (fewer)"],
+        ),
+    ],
+)
+def test_what_to_change_when_memory_does_not_suffice(
+    batch_size, accumulate, times, said, monkeypatch
+):
+    config = make_config()
+    config.training.batch_size, config.step.accumulate = batch_size, accumulate
+    line = guards.less_memory(config, times)
+    assert all(words in line for words in said), line
+    chosen = [int(number) for number in re.findall(r"accumulate=(\d+)", line)]
+    assert all(batch_size % (number * jax.device_count()) == 0 for number in chosen)
+    config.model = {"remat": False, "dtype": "float32"}
+    assert "remat" not in guards.less_memory(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "--config.model.remat=True" in guards.less_memory(config)
 
 
 MIB = 2**20

@@ -54,6 +54,7 @@ class UNet(nn.Module):
       dtype: "float32" or "bfloat16", for convolutions and dense layers. Embeddings, norms, softmax
         and the last convolution are always float32.
       remat: recompute each residual block in the backward pass instead of storing it.
+      remat_resolutions: recompute only the blocks at levels whose smaller side is one of these, which hold the most.
       plain: the textbook form of every layer: same parameters and function, other dropout masks.
 
     >>> network = dj.UNet(channels=8, channel_mults=(1, 2), num_res_blocks=1, out_channels=1)
@@ -76,6 +77,7 @@ class UNet(nn.Module):
     num_groups: int | None = None
     dtype: str = "float32"
     remat: bool = False
+    remat_resolutions: tuple[int, ...] = ()
     plain: bool = False
 
     @nn.compact
@@ -99,7 +101,6 @@ class UNet(nn.Module):
         num_groups, attended = self.groups, self.attended(x.shape[1:3])
 
         embedding = self.embed(t, labels)  # [B, 4 channels]
-        make_block = nn.remat(ResBlock) if self.remat else ResBlock
         layer = 0
 
         def block(h, level, name):
@@ -107,6 +108,8 @@ class UNet(nn.Module):
             layer += 1
             channels = self.channels * self.channel_mults[level]
             options = (self.dropout, self.scale_shift, self.dtype, num_groups, self.plain)
+            remat = self.remat or min(h.shape[1:3]) in self.remat_resolutions
+            make_block = nn.remat(ResBlock) if remat else ResBlock
             return make_block(channels, *options, layer, name=name)(h, embedding, dropout_keys)
 
         def attention(h, name):
@@ -205,12 +208,14 @@ class UNet(nn.Module):
                 f"image {image_shape[0]}×{image_shape[1]} is too small for {len(sides)} levels; "
                 f"the smallest side that works is {2 ** (len(sides) - 1)}"
             )
-        for resolution in attended:
-            if resolution not in sides:
-                raise ValueError(
-                    f"attention_resolutions: no level has smaller side {resolution}; "
-                    f"levels are {', '.join(map(str, sides))}"
-                )
+        named = {"attention_resolutions": attended, "remat_resolutions": self.remat_resolutions}
+        for name, resolutions in named.items():
+            for resolution in resolutions:
+                if resolution not in sides:
+                    raise ValueError(
+                        f"{name}: no level has smaller side {resolution}; "
+                        f"levels are {', '.join(map(str, sides))}"
+                    )
         self._check_heads(sides, attended)
         if self.groups >= self.channels and not self.scale_shift:
             logging.warning(

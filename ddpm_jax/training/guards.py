@@ -19,11 +19,6 @@ FIRST_FILES = (  # written by a start before its first step
     *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
     checkpoints.LOCK,
 )
-LESS_MEMORY = (
-    "Try, in this order: --config.step.accumulate=2, --config.model.remat=True (a started run may change both);"
-    " for a new run also --config.model.dtype=bfloat16, or a smaller"
-    " --config.training.batch_size, --config.model.channels or --config.data.image_shape"
-)
 
 
 class TrainingError(RuntimeError):
@@ -65,8 +60,28 @@ def check_finite(state: TrainState, directory: str) -> None:
         )
 
 
+def less_memory(config, times: float = 2.0) -> str:
+    """What to change, and by how much, so that the images of a step need this many times less memory."""
+    size, parts = config.training.batch_size, config.step.get("accumulate", 1)
+    each = size // parts // jax.device_count()  # images that a device computes at a time
+    fits = max((n for n in range(1, each + 1) if each % n == 0 and n * times <= each), default=1)
+    changes = []
+    if fits < each:
+        changes += [f"--config.step.accumulate={parts * each // fits} (now {parts})"]
+    if jax.default_backend() != "cpu" and not config.get("model", {}).get("remat", True):
+        changes += ["--config.model.remat=True"]  # XLA takes it away again on a CPU
+    smaller = max(1, int(size / times) // jax.device_count()) * jax.device_count()
+    new = ["--config.model.channels (fewer)"]
+    if smaller < size:
+        new.insert(0, f"--config.training.batch_size={smaller} (now {size})")
+    if config.get("model", {}).get("dtype") == "float32":
+        new.insert(0, "--config.model.dtype=bfloat16")
+    started = f"Change {' or '.join(changes)}, also of a started run; for" if changes else "For"
+    return f"{started} a new run {' or '.join(new)}"
+
+
 @contextlib.contextmanager
-def out_of_memory_advice():
+def out_of_memory_advice(config):
     """Turns the device's out-of-memory error into one line that names the settings to change."""
     try:
         yield
@@ -74,11 +89,11 @@ def out_of_memory_advice():
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            f"the device is out of memory. {LESS_MEMORY} ({str(error).splitlines()[0][:200]})"
+            f"the device is out of memory. {less_memory(config)} ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
-def check_memory(needed: float, state: TrainState) -> None:
+def check_memory(config, needed: float, state: TrainState) -> None:
     """Refuses a step that does not fit in memory, before the system kills the program.
 
     Args:
@@ -90,9 +105,10 @@ def check_memory(needed: float, state: TrainState) -> None:
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = parallel.free_memory()
     if needed - held > free:
+        advice = less_memory(config, (needed - held) / max(free, 1.0))
         raise TrainingError(
             f"a step needs {writers.memory(needed)} on each device, of which the state already holds"
-            f" {writers.memory(held)}, and only {writers.memory(free)} are free. {LESS_MEMORY}"
+            f" {writers.memory(held)}, and only {writers.memory(free)} are free. {advice}"
         )
 
 

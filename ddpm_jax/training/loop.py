@@ -131,7 +131,7 @@ def train(
 
         signals = Signals(say, leave)
         try:
-            with signals, guards.out_of_memory_advice():
+            with signals, guards.out_of_memory_advice(config):
                 say(f"run directory: {workdir}")
                 trainer = Trainer(config, workdir, length, say, signals, change)
                 trainer.prepare(method, dataset)
@@ -285,7 +285,7 @@ class Trainer:
             f" {writers.duration(time.perf_counter() - clock)}; a step needs"
             f" {writers.memory(needed)} on each device"
         )
-        guards.check_memory(needed, self.state)
+        guards.check_memory(self.config, needed, self.state)
 
     def run(self) -> TrainState:
         """The loop. It waits for an earlier step, not for the one just dispatched, so that the device always has work."""

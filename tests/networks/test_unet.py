@@ -317,9 +317,10 @@ def test_gradient_reaches_every_parameter():
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("chosen", [{"remat": True}, {"remat_resolutions": (5,)}])
+def test_remat_changes_nothing(chosen):
     y, gradient = value_and_gradient()
-    y_remat, gradient_remat = value_and_gradient(remat=True)
+    y_remat, gradient_remat = value_and_gradient(**chosen)
     np.testing.assert_allclose(y, y_remat, rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
