@@ -1,6 +1,7 @@
 """The benchmark: its counts, its tables, and programs in turns. No test asserts a time."""
 
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,7 @@ def test_ratios_are_of_times_in_the_same_round():
 
 WORKER = """
 import sys
+import types
 from ddpm_jax.commands import turns
 print("not for the reader")
 turns.serve({"first": lambda: None, "second": lambda: print("nor this")})
@@ -137,6 +139,16 @@ def test_a_benchmark_has_shares_of_a_peak_that_it_measures(monkeypatch, capsys):
     rate = result["train_images_per_second"] * result["train_gflop_per_image"]
     np.testing.assert_allclose(result["train_gflop_per_second"], rate)
     np.testing.assert_allclose(result["train_share_of_peak"], rate / 1e3)
+
+
+def test_the_banner_names_the_precision_of_products(monkeypatch):
+    assert "products of float32" not in parallel.banner()  # of a CPU: always float32
+    with jax.default_matmul_precision("bfloat16"):
+        assert "; products of float32 in bfloat16" in parallel.banner()
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="a GPU")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    line = parallel.banner()
+    assert "in tensorfloat32 (JAX_DEFAULT_MATMUL_PRECISION=highest for float32)" in line
 
 
 @pytest.mark.slow

@@ -253,7 +253,7 @@ def any_process(flag: bool) -> bool:
 
 
 def banner() -> str:
-    """Versions and devices, in one line; a warning if an accelerator is present but unused."""
+    """Versions, devices and the precision of products, in one line; a warning if an accelerator is present but unused."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = [f"ddpm_jax {ddpm_jax.__version__}"]  # an editable install may have an older number
     for package in packages:
@@ -264,6 +264,13 @@ def banner() -> str:
         f"Python {platform.python_version()}, {', '.join(versions)}; {jax.device_count()} ×"
         f" {device.device_kind} ({device.platform}), {jax.process_count()} process(es)"
     )
+    chosen = jax.config.jax_default_matmul_precision
+    if (
+        device.platform != "cpu" or chosen
+    ):  # TF32 on a GPU, bfloat16 on a TPU, unless chosen otherwise
+        default = {"gpu": "tensorfloat32", "tpu": "bfloat16"}.get(device.platform, "float32")
+        line += f"; products of float32 in {chosen or default}"
+        line += "" if chosen else " (JAX_DEFAULT_MATMUL_PRECISION=highest for float32)"
     if device.platform == "cpu" and (
         glob.glob("/dev/nvidia[0-9]") or glob.glob("/dev/accel[0-9]*")
     ):
