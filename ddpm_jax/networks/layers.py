@@ -16,8 +16,6 @@ import numpy as np
 EPSILON = 1e-6  # added to the variances in group norms, as in Ho et al.'s code
 NEAR_ZERO = 1e-10  # variance scale of the last layer of each block, in place of 0; Ho et al.'s code
 NEAR_ZERO_LAYERS = ("conv_2", "proj_out", "conv_out")
-# Whether XLA's gradient of a 3x3 kernel is fast on CPUs: 41 ms at 28x28x32, batch 128, where 0.7.2 takes 107.
-FAST_KERNEL_GRADIENT = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 10)
 
 
 def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -57,25 +55,21 @@ def convolve(x, kernel, padding, stride=1):
 
 
 @jax.custom_vjp
-def convolve_padded(x, kernel):
-    """`convolve` with a padding of one pixel, and a faster gradient on CPUs; reverse mode only.
+def convolve_2x2(x, kernel):
+    """`convolve` of a 2x2 kernel with a padding of one pixel, and a faster gradient on CPUs; reverse mode only.
 
-    On CPUs, XLA's gradient of the kernel is the slowest operation of the network. As k matrix products
-    it took 105 instead of 292 ms at 28x28x32 (batch 128, one core), and 0.11 instead of 4 s for
-    the 2x2 convolution of `upsample_convolve` at 14x14x64 (two busy cores). Inside `lax.scan`,
-    XLA's gradients become naive loops: a step of two 64-channel convolutions took 481 ms, and
-    11 ms with these. GPUs and TPUs use XLA's gradient.
+    As two matrix products, the gradient of the kernel took 0.11 instead of 4 s for the convolution of
+    `upsample_convolve` at 14x14x64 (two busy cores). GPUs and TPUs use XLA's.
     """
     return convolve(x, kernel, ((1, 1), (1, 1)))
 
 
-def _convolve_padded_forward(x, kernel):
-    return convolve_padded(x, kernel), (x, kernel)
+def _convolve_2x2_forward(x, kernel):
+    return convolve_2x2(x, kernel), (x, kernel)
 
 
-def _convolve_padded_backward(residuals, g):
+def _convolve_2x2_backward(residuals, g):
     x, kernel = residuals
-    k, _, inputs, outputs = kernel.shape
 
     def xla_gradient(x, g):
         (kernel_bar,) = jax.vjp(lambda kernel: convolve(x, kernel, ((1, 1), (1, 1))), kernel)[1](g)
@@ -83,28 +77,26 @@ def _convolve_padded_backward(residuals, g):
 
     def products(x, g):
         # kernel_bar[i, j] = sum over b, h, w of x[b, h + i, w + j] g[b, h, w]. The shifts by j are
-        # blocks of rows of one matrix [k I, B (H + 2) W], and the shift by i is a padding of g.
+        # blocks of rows of one matrix [2 I, B (H + 2) W], and the shift by i is a padding of g.
         width = g.shape[2]
         x = jnp.pad(x.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
-        x = jnp.concatenate([x[..., j : j + width] for j in range(k)], axis=0)
+        x = jnp.concatenate([x[..., j : j + width] for j in range(2)], axis=0)
         rows = [
             jax.lax.dot_general(
                 x,
-                jnp.pad(g, ((0, 0), (i, k - 1 - i), (0, 0), (0, 0))),
+                jnp.pad(g, ((0, 0), (i, 1 - i), (0, 0), (0, 0))),
                 (((1, 2, 3), (0, 1, 2)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            for i in range(k)
+            for i in range(2)
         ]
-        return jnp.stack(rows).reshape(k, k, inputs, outputs).astype(kernel.dtype)
+        return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
 
-    x_bar = convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), ((k - 2, k - 2),) * 2)
-    if k == 3 and FAST_KERNEL_GRADIENT:
-        return x_bar, xla_gradient(x, g)
+    x_bar = convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), ((0, 0), (0, 0)))
     return x_bar, jax.lax.platform_dependent(x, g, cpu=products, default=xla_gradient)
 
 
-convolve_padded.defvjp(_convolve_padded_forward, _convolve_padded_backward)
+convolve_2x2.defvjp(_convolve_2x2_forward, _convolve_2x2_backward)
 
 
 def upsample_convolve(x, kernel):
@@ -120,7 +112,7 @@ def upsample_convolve(x, kernel):
     fold = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [phase, row, tap]
     fold = jnp.asarray(fold, kernel.dtype)
     phases = jnp.einsum("pky,qlx,yxio->klipqo", fold, fold, kernel)  # float32, then x's type
-    y = convolve_padded(x, phases.reshape(2, 2, inputs, 4 * outputs).astype(x.dtype))
+    y = convolve_2x2(x, phases.reshape(2, 2, inputs, 4 * outputs).astype(x.dtype))
     y = y.reshape(b, h + 1, w + 1, 2, 2, outputs)
     rows = [
         jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], axis=3) for p in range(2)
@@ -155,10 +147,8 @@ class Conv(nn.Module):
             y = convolve(jax.image.resize(x, (b, 2 * h, 2 * w, c), "nearest"), kernel, "SAME")
         elif self.upsample:
             y = upsample_convolve(x, kernel)
-        elif self.plain or self.stride > 1:
-            y = convolve(x, kernel, "SAME", self.stride)
         else:
-            y = convolve_padded(x, kernel)
+            y = convolve(x, kernel, "SAME", self.stride)
         return y + bias[None, None, None, :]
 
 

@@ -252,16 +252,15 @@ def test_convolutions(options, plain):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_gradient_of_the_convolution_is_that_of_xla(size):
+def test_gradient_of_the_convolution_is_that_of_xla():
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
-    kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
+    kernel = jax.random.normal(jax.random.key(1), (2, 2, 3, 4))
 
     def gradient(convolution):
         loss = lambda x, kernel: jnp.sum(jnp.sin(convolution(x, kernel)))  # noqa: E731
         return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
 
-    ours = gradient(layers.convolve_padded)
+    ours = gradient(layers.convolve_2x2)
     theirs = gradient(lambda x, kernel: layers.convolve(x, kernel, ((1, 1), (1, 1))))
     assert relative(ours, theirs) < 1e-5
 
