@@ -22,3 +22,10 @@ def test_parameters_and_bytes_are_those_of_a_state():
 def test_a_ring_sends_all_but_its_own_part_twice():
     assert model_cost.ring_bytes(800, 1) == 0
     assert model_cost.ring_bytes(800, 4) == 1200
+
+
+def test_the_table_marks_its_predictions():
+    config = digits.get_config("smoke")
+    text = model_cost.table(config)
+    assert text.startswith("predicted, not measured")
+    assert all(name in text for name in model_cost.MACHINES)
