@@ -29,6 +29,7 @@ import numpy as np
 
 import ddpm_jax
 from ddpm_jax import options
+from ddpm_jax.commands import model_cost as cost_lib
 from ddpm_jax.commands import trace, turns
 from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.files import config as config_lib
@@ -56,6 +57,10 @@ def benchmark(
     profile: Annotated[
         bool, "Prints where the time of a training step and a forward pass goes, and nothing else."
     ] = False,
+    model_cost: Annotated[
+        bool,
+        "Prints what the run of the config costs on several machines, predicted without compiling.",
+    ] = False,
     compare: Annotated[
         str | None,
         "What to run in turns with the config, instead of the usual report: changed fields, as in"
@@ -76,6 +81,9 @@ def benchmark(
     print(parallel.banner(), flush=True)
     if compare:
         return in_turns(config, batch_size, compare, rounds)
+    if model_cost:
+        print(cost_lib.table(config, batch_size))
+        return {}
     bench = Benchmark.of(config, batch_size, sampling)
     if profile:
         print(f"\nTraining step: {trace.table(bench.step.as_text(), bench.train)}")
