@@ -76,6 +76,7 @@ class Request:
             name = name.lstrip("-")
             field = re.fullmatch(r"(no)?config\.(.+)", name)
             is_value = bool(words) and not words[0].startswith("--")
+            name = name if field else name.replace("-", "_")
             if name in ("h", "help", "helpshort", "helpfull"):
                 self.wants_help = True
             elif name == "version":

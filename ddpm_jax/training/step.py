@@ -129,13 +129,17 @@ def check_shapes(method) -> None:
     Raises:
       ConfigError, or what code of the user's own raises.
     """
-    key, number = jax.random.key(0), jax.ShapeDtypeStruct((1,), np.int32)
-    batch = {"image": jax.ShapeDtypeStruct((1, *method.image_shape), np.uint8)}
-    batch |= {"label": number, "index": number}
-    batch |= {"position": jax.ShapeDtypeStruct((1,), np.float32)}
+    key = jax.random.key(0)
     params = jax.eval_shape(method.init, key)
     loss = functools.partial(loss_of, method)
-    jax.eval_shape(loss, params, method.init_loss_state(), key, batch)
+    jax.eval_shape(loss, params, method.init_loss_state(), key, batch_shapes(method, 1))
+
+
+def batch_shapes(method, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and types of a batch as `loss_fn` gets it."""
+    shapes = {"image": ((size, *method.image_shape), np.uint8), "label": ((size,), np.int32)}
+    shapes |= {"index": ((size,), np.int32), "position": ((size,), np.float32)}
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
 def norm(tree):
