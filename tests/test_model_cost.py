@@ -54,7 +54,7 @@ def test_the_devices_exchange_gradients_and_a_few_metrics():
         for dimensions in re.findall(r"f32\[([\d,]*)\]", shapes):
             exchanged += 4 * math.prod(int(n) for n in dimensions.split(",") if n)
     gradients = model_cost.of(config).gradient_bytes
-    assert gradients < exchanged < 1.05 * gradients
+    assert exchanged == pytest.approx(gradients, rel=0.01)  # equal gradients of biases only once
 
 
 @pytest.mark.slow
