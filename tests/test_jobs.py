@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.files import writers
+from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
 from ddpm_jax.training import jobs, parallel
 
@@ -55,6 +56,21 @@ def test_a_batch_is_sent_before_the_one_before_is_fetched(monkeypatch):
         events.append("use")
     sent = ["send", "send", "fetch", "use", "send", "fetch", "use", "fetch", "use"]
     assert events == sent
+
+
+def test_out_of_memory_is_one_line_that_names_a_smaller_batch(monkeypatch):
+    class Full(parallel.map_examples):
+        def fetch(self, sent):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
+
+    monkeypatch.setattr(parallel, "map_examples", Full)
+    progress = writers.Progress("image", 24, 0, unit="images")
+    examples = jobs.in_batches(
+        square, np.float32(1), None, lambda at: (np.ones((len(at), 2)),), progress, 8
+    )
+    with pytest.raises(RunError, match="with 8 images at a time; give --batch_size=4") as caught:
+        next(examples)
+    assert "\n" not in str(caught.value)
 
 
 def test_live_bytes_are_those_of_the_arrays_that_are_needed_later():

@@ -532,7 +532,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch)
     check(**found)  # just fits
     check(found["config"], float("nan"), found["state"])  # of several processes: unknown
     monkeypatch.setattr(parallel, "free_memory", lambda: found["needed"] - held - 1)
-    names = r"accumulate=2 \(now 1\).*training.batch_size=.* \(now .*model.channels"
+    names = r"accumulate=2 \(now 1\).*training.batch_size=.* \(now .*a smaller network"
     with pytest.raises(guards.TrainingError, match=names):
         check(**found)
 
@@ -547,7 +547,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(tmp_path, monkeypatch)
             4,
             1,
             2.0,
-            ["For a new run --config.model.dtype=bfloat16 or --config.model.channels (fewer)"],
+            ["For a new run --config.model.dtype=bfloat16 or a smaller network"],
         ),
     ],
 )

@@ -199,8 +199,11 @@ class Request:
             batch = {"image": image, "label": label, "index": index}
             return self.run.method.bound(params, key, batch, chosen, x_0_error=errors)
 
+        fetched = {}  # images by their first position, until their digests are taken
+
         def examples(at):
-            return dataset.fetch(rows[at]), dataset.labels[rows[at]], rows[at]
+            fetched[at[0]] = dataset.fetch(rows[at])
+            return fetched[at[0]], dataset.labels[rows[at]], rows[at]
 
         progress = writers.Progress("image", num_images, tally.count, unit="images")
         for at, parts in jobs.in_batches(
@@ -212,7 +215,7 @@ class Request:
                     f"the bound is not finite for {np.sum(~finite)} of {len(at)} images; try the other"
                     " weights (--weights), or an earlier checkpoint: see loss.png"
                 )
-            tally.add(parts, data.image_digests(dataset.fetch(rows[at])))
+            tally.add(parts, data.image_digests(fetched.pop(at[0])[: len(at)]))
             progress.show(f"{plus_minus(*mean_and_error(tally.arrays['total']))} bits/dim")
 
 

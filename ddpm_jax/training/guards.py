@@ -71,7 +71,7 @@ def less_memory(config, times: float = 2.0) -> str:
     if jax.default_backend() != "cpu" and not config.get("model", {}).get("remat", True):
         changes += ["--config.model.remat=True"]  # XLA takes it away again on a CPU
     smaller = max(1, int(size / times) // jax.device_count()) * jax.device_count()
-    new = ["--config.model.channels (fewer)"]
+    new = ["a smaller network or smaller images"]
     if smaller < size:
         new.insert(0, f"--config.training.batch_size={smaller} (now {size})")
     if config.get("model", {}).get("dtype") == "float32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.files import writers
+from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
 from ddpm_jax.training import parallel
 
@@ -42,23 +44,44 @@ def in_batches(
         return
     params, mapped, sent = parallel.place(params), parallel.map_examples(function), None
     batch_size = min(batch_size or default_batch_size(function, params, key, examples), count)
+
+    def fetch(rows, handle):
+        with _memory_advice(batch_size):
+            result = jax.tree.map(lambda x: x[: len(rows)], mapped.fetch(handle))
+        progress.done = int(rows[-1]) + 1
+        return rows, result
+
     for begin in range(first, count, batch_size):
         rows = begin + np.arange(batch_size)
         batch = examples(np.minimum(rows, count - 1))  # batches of equal shape
-        if begin == first:
-            with progress.once("compiling"):
-                mapped.compile(params, key, *batch)
-        following = rows[rows < count], mapped.send(params, key, *batch)
+        with _memory_advice(batch_size):
+            if begin == first:
+                with progress.once("compiling"):
+                    mapped.compile(params, key, *batch)
+            following = rows[rows < count], mapped.send(params, key, *batch)
         if sent is not None:
-            yield _fetch(mapped, progress, *sent)
+            yield fetch(*sent)
         sent = following
-    yield _fetch(mapped, progress, *sent)
+    yield fetch(*sent)
 
 
-def _fetch(mapped, progress, rows, handle) -> tuple[np.ndarray, Any]:
-    result = jax.tree.map(lambda x: x[: len(rows)], mapped.fetch(handle))
-    progress.done = int(rows[-1]) + 1
-    return rows, result
+@contextlib.contextmanager
+def _memory_advice(batch_size: int):
+    """Turns the device's out-of-memory error into one line.
+
+    Raises:
+      RunError: names a smaller batch.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        smaller = max(1, batch_size // 2)
+        raise RunError(
+            f"the device is out of memory with {batch_size} images at a time; give --batch_size={smaller}, or"
+            f" batch_size={smaller} in Python ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def default_batch_size(function: Callable, params, key, examples: Callable) -> int:
