@@ -16,6 +16,7 @@ from ddpm_jax import data, options
 from ddpm_jax.ddpm import DDPM, Bounding
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import runs, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.method import Method, labels_of, sample_of
 from ddpm_jax.names import described, short_name
 from ddpm_jax.networks import NETWORKS, UNet
@@ -216,7 +217,7 @@ def _fit(model, dataset, config) -> step_lib.TrainState:
             model, tx, keys.train, axis_name=parallel.AXIS, **config.step.to_dict()
         )
     state = parallel.place(step_lib.init_state(model, tx, keys.init))
-    progress = writers.Progress("step", num_steps, 0, unit="images", per_count=batch_size)
+    progress = Progress("step", num_steps, 0, unit="images", per_count=batch_size)
     compiled = None
     with contextlib.closing(
         data.batches(dataset, seed=config.seed, start=0, stop=num_steps, batch_size=batch_size)
@@ -323,7 +324,7 @@ def _map(function, params, key, examples, batch_size: int | None):
     """function(params, key, *examples) over all examples, in batches."""
     if batch_size is not None:
         check_whole("batch_size", batch_size)
-    progress, parts = writers.Progress("image", len(examples[0]), 0, unit="images"), []
+    progress, parts = Progress("image", len(examples[0]), 0, unit="images"), []
 
     def chosen(rows):
         return tuple(np.asarray(values)[rows] for values in examples)

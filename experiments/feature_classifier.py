@@ -33,6 +33,7 @@ from flax import traverse_util
 from ddpm_jax import data, metrics
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.process.diffusion import from_uint8
 from ddpm_jax.training import parallel
@@ -108,7 +109,7 @@ def train(
         change, opt_state = tx.update(gradient, opt_state)
         return optax.apply_updates(params, change), opt_state, value
 
-    progress = writers.Progress("step", num_steps, 0, unit="images", per_count=batch_size)
+    progress = Progress("step", num_steps, 0, unit="images", per_count=batch_size)
     order = data.batches(train_set, seed=seed, start=0, stop=num_steps, batch_size=batch_size)
     for step, batch in enumerate(order):
         params, opt_state, value = update(params, opt_state, step, batch)

@@ -10,6 +10,7 @@ import pytest
 
 import ddpm_jax as dj
 from ddpm_jax.files import writers
+from ddpm_jax.files.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ def run(docstring, name, namespace):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_of(name, shared, monkeypatch):
-    monkeypatch.setattr(writers.Progress, "say", lambda *args: None)  # rates differ
+    monkeypatch.setattr(Progress, "say", lambda *args: None)  # rates differ
     monkeypatch.setattr(writers.Log, "__call__", lambda *args, **kwargs: None)
     count, report = run(getattr(dj, name).__doc__, name, shared)
     assert count, f"{name} has no example"

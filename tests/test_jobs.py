@@ -2,13 +2,14 @@
 
 import contextlib
 import re
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.files import writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
 from ddpm_jax.training import jobs, parallel
@@ -23,7 +24,7 @@ def square(params, key, x):
 )
 def test_results_come_in_order_and_once(count, done, batch_size):
     data = np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
-    progress = writers.Progress("image", count, done, unit="images")
+    progress = Progress("image", count, done, unit="images")
     found = list(
         jobs.in_batches(square, np.float32(3), None, lambda at: (data[at],), progress, batch_size)
     )
@@ -48,7 +49,7 @@ def test_a_batch_is_sent_before_the_one_before_is_fetched(monkeypatch):
             return super().fetch(sent)
 
     monkeypatch.setattr(parallel, "map_examples", Recorded)
-    progress = writers.Progress("image", 24, 0, unit="images")
+    progress = Progress("image", 24, 0, unit="images")
     examples = jobs.in_batches(
         square, np.float32(1), None, lambda at: (np.ones((len(at), 2)),), progress, 8
     )
@@ -64,7 +65,7 @@ def test_out_of_memory_is_one_line_that_names_a_smaller_batch(monkeypatch):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
 
     monkeypatch.setattr(parallel, "map_examples", Full)
-    progress = writers.Progress("image", 24, 0, unit="images")
+    progress = Progress("image", 24, 0, unit="images")
     examples = jobs.in_batches(
         square, np.float32(1), None, lambda at: (np.ones((len(at), 2)),), progress, 8
     )
@@ -120,8 +121,8 @@ def test_the_time_left_of_a_training_counts_checkpoints_and_not_compiling(
 ):
     """The clock of a training: 40 s of compiling, steps, and something else every so often."""
     clock, count = [0.0], 1000
-    monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
-    progress, ends = writers.Progress("step", count, 0, unit="images"), {}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress, ends = Progress("step", count, 0, unit="images"), {}
     with progress.once("compiling"):
         clock[0] += 40.0
     for done in range(1, count + 1):
@@ -142,8 +143,8 @@ def test_the_time_left_of_a_training_counts_checkpoints_and_not_compiling(
 
 def test_the_rate_leaves_out_what_is_done_aside(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
-    progress = writers.Progress("step", 100, 0, unit="images", per_count=8)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = Progress("step", 100, 0, unit="images", per_count=8)
     for context in (progress.once, progress.aside, contextlib.nullcontext):
         with context():
             clock[0] += 5.0

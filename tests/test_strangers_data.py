@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ddpm_jax.commands import analytic, bound, shared
 from ddpm_jax.commands.report import report
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding
-from ddpm_jax.files import checkpoints, results, run_data, runs, writers
+from ddpm_jax.files import checkpoints, progress, results, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
@@ -479,8 +480,8 @@ def test_a_repeated_command_says_that_nothing_is_drawn(workdir, tmp_path, capsys
 def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
     """A clock that only moves when something compiles, 100 s, or computes, 2 s for each four images."""
     clock = [0.0]
-    monkeypatch.setattr(writers.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(writers, "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(progress, "SHOW_SECONDS", 0.0)
 
     class FakeExamples:
         def __init__(self, function):

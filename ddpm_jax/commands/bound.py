@@ -18,6 +18,7 @@ from ddpm_jax.commands import analytic, shared
 from ddpm_jax.commands.shared import Output
 from ddpm_jax.ddpm import Bounding
 from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.names import full_name
@@ -205,7 +206,7 @@ class Request:
             fetched[at[0]] = dataset.fetch(rows[at])
             return fetched[at[0]], dataset.labels[rows[at]], rows[at]
 
-        progress = writers.Progress("image", num_images, tally.count, unit="images")
+        progress = Progress("image", num_images, tally.count, unit="images")
         for at, parts in jobs.in_batches(
             function, self.run.params, key, examples, progress, self.output.batch_size
         ):

@@ -30,6 +30,7 @@ from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results as results_lib
 from ddpm_jax.files import run_data, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.metrics import METRICS, Extractor, Features
@@ -353,7 +354,7 @@ def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
     rows, D = chunk(0)
     growing = results_lib.GrowingFile(os.path.join(folder, "features"), rows.shape[1:], np.float32)
     what = f"features of {dataset.name}/{dataset.split}: image"
-    progress = writers.Progress(what, len(dataset), growing.count, unit="images")
+    progress = Progress(what, len(dataset), growing.count, unit="images")
     while growing.count < len(dataset):
         rows, _ = chunk(growing.count)
         growing.append(rows[: len(dataset) - growing.count])

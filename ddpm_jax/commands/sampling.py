@@ -27,6 +27,7 @@ from ddpm_jax.commands.shared import Labels, Output, Seed
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.method import labels_of, sample_of
@@ -120,7 +121,7 @@ def sample(
 
 def _grow(run, plan, growing, inputs, num_samples, batch_size) -> None:
     """Draws images until `num_samples` are saved."""
-    progress = writers.Progress("image", num_samples, growing.count, unit="images")
+    progress = Progress("image", num_samples, growing.count, unit="images")
     for _, (images, finite) in jobs.in_batches(
         plan.draw, run.params, plan.key, inputs, progress, batch_size
     ):

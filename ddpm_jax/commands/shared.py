@@ -13,6 +13,7 @@ import numpy as np
 
 from ddpm_jax import data, options
 from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.method import is_diffusion, labels_of
@@ -239,7 +240,7 @@ def map_images(
     Returns:
       the results as NumPy arrays [N, …]; each `Drawn` is replaced by its images.
     """
-    progress, parts = writers.Progress("image", len(examples[0]), 0, unit="images"), []
+    progress, parts = Progress("image", len(examples[0]), 0, unit="images"), []
 
     def chosen(rows):
         return tuple(np.asarray(values)[rows] for values in examples)

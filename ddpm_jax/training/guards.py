@@ -9,7 +9,8 @@ from collections.abc import Callable
 import jax
 
 from ddpm_jax import data, options
-from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.files import checkpoints
+from ddpm_jax.files.progress import memory
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import parallel
 from ddpm_jax.training.signals import Signals
@@ -107,8 +108,8 @@ def check_memory(config, needed: float, state: TrainState) -> None:
     if needed - held > free:
         advice = less_memory(config, (needed - held) / max(free, 1.0))
         raise TrainingError(
-            f"a step needs {writers.memory(needed)} on each device, of which the state already holds"
-            f" {writers.memory(held)}, and only {writers.memory(free)} are free. {advice}"
+            f"a step needs {memory(needed)} on each device, of which the state already holds"
+            f" {memory(held)}, and only {memory(free)} are free. {advice}"
         )
 
 

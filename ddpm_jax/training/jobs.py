@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.files import writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
 from ddpm_jax.training import parallel
@@ -23,7 +23,7 @@ def in_batches(
     params: Any,
     key: Any,
     examples: Callable[[np.ndarray], tuple],
-    progress: writers.Progress,
+    progress: Progress,
     batch_size: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Maps function(params, key, *examples) over the examples from `progress.done` to `progress.total`.

@@ -27,6 +27,7 @@ import numpy as np
 from ddpm_jax import data, options
 from ddpm_jax.files import checkpoints, run_data, writers
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files.progress import Progress, duration, memory
 from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.names import check_choice
@@ -226,8 +227,8 @@ class Trainer:
             for line in run_data.check_data(self.workdir, dataset, may_change=may_change):
                 self.say(f"WARNING: {line}")
         if is_diffusion(self.method):
-            chosen = dataset.fetch(data.choose(len(dataset), 64))
-            moment = float(np.mean(np.square(chosen / 127.5 - 1.0)))
+            pixels = dataset.fetch(data.choose(len(dataset), 64)) / 127.5 - 1.0
+            moment = float(np.mean(np.square(pixels)))
             self.say(terminal.describe(self.method.schedule, second_moment=moment))
         self.dataset = dataset
         self.source = functools.partial(
@@ -281,9 +282,8 @@ class Trainer:
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(self.state.params))
         needed = parallel.memory(self.train_step)
         self.say(
-            f"{count:,} parameters; compiled in"
-            f" {writers.duration(time.perf_counter() - clock)}; a step needs"
-            f" {writers.memory(needed)} on each device"
+            f"{count:,} parameters; compiled in {duration(time.perf_counter() - clock)};"
+            f" a step needs {memory(needed)} on each device"
         )
         guards.check_memory(self.config, needed, self.state)
 
@@ -296,12 +296,11 @@ class Trainer:
             return self.state
         self.compile()
         self.begin()
-        self.progress = writers.Progress(
+        self.progress = Progress(
             "step", length.num_steps, self.step, unit="images", per_count=length.batch_size
         )
-        sent = collections.deque()
+        sent, self.looked = collections.deque(), self.step > 0
         self.started = self.saved = self.spoke = time.perf_counter()
-        self.looked = self.step > 0
         with (
             contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
             guards.save_on_error(
@@ -343,8 +342,8 @@ class Trainer:
             if due or self.step % length.checkpoint_every == 0 or end:
                 self.save()
             on_time = self.step % self.preview_every == 0
-            early = not self.looked and now - self.started > FIRST_PREVIEW_SECONDS
-            early = early and not on_time and not end
+            waited = now - self.started > FIRST_PREVIEW_SECONDS
+            early = waited and not (self.looked or on_time or end)
             if not stop and (early or on_time or end):
                 self.look(early)
                 self.looked = True
@@ -394,9 +393,8 @@ class Trainer:
         with guards.os_errors_as_warnings(self.say):
             writers.save_grids(picture, rows, columns)
             if early:
-                self.say(
-                    f"an early preview: {picture}; the next come every {self.preview_every:,} steps"
-                )
+                every = f"the next come every {self.preview_every:,} steps"
+                self.say(f"an early preview: {picture}; {every}")
         with guards.os_errors_as_warnings(self.say):
             metrics = writers.read_metrics(self.path("metrics.jsonl"))
             writers.save_loss_curve(self.path("loss.png"), metrics)

@@ -21,6 +21,7 @@ from ddpm_jax import data, options
 from ddpm_jax import main as command_line
 from ddpm_jax.experiments import vae
 from ddpm_jax.files import run_data, runs, writers
+from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import fold_in_each
 from ddpm_jax.process.diffusion import to_uint8
@@ -104,7 +105,7 @@ def measure(
     if count > len(dataset):
         raise RunError(f"{count} images requested, but {dataset.name}/{split} has {len(dataset)}")
 
-    progress, found = writers.Progress("image", count, 0, unit="images"), []
+    progress, found = Progress("image", count, 0, unit="images"), []
     chosen = data.choose(len(dataset), count)
 
     def examples(rows):
