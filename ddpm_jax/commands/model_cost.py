@@ -13,9 +13,8 @@ from ddpm_jax.method import from_config, loss_of
 from ddpm_jax.networks import cost
 from ddpm_jax.training import step as step_lib
 
-SHARE = (
-    0.26  # of the published peak: training at batch 512 on an H100 in bfloat16; see docs/speed.md
-)
+# Of the published peak: training at batch 512 on an H100 in bfloat16; see docs/speed.md.
+SHARE = 0.26
 FUSED = 1.3  # live bytes of the operations as written over those of a compiled program, measured: docs/speed.md
 
 
