@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 VERSION = re.search(
     r'__version__ = "(.*)"', Path("ddpm_jax/__init__.py").read_text(encoding="utf-8")
 )[1]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10", "safetensors>=0.4"]
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
+        "pretrained": ["safetensors>=0.4", "huggingface_hub>=0.24"],  # import and export of weights
         "bench": ["torch", "diffusers"],  # what experiments.speed compares with
         "heic": ["pillow-heif"],  # photographs of phones, .heic and .heif, in folders of pictures
         "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set

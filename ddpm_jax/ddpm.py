@@ -88,7 +88,9 @@ class DDPM(Method):
     label_dropout: float = option(
         0.0, "Share of training images whose label is hidden, so that samples can be guided."
     )
-    clip_x0: bool = option(True, "Whether samplers and the bound clip x_0 to [-1, 1] by default.")
+    clip_x0: bool | str = option(
+        True, "Whether samplers and the bound clip x_0 to [-1, 1] by default; or dynamic."
+    )
 
     Sampling = Sampling
     Bounding = Bounding
@@ -108,6 +110,7 @@ class DDPM(Method):
             time_sampler = find(self.t_sampling, TIME_SAMPLERS, "t_sampling")()
             object.__setattr__(self, "t_sampling", time_sampler)
         check_choice("variance", self.variance, VARIANCES)
+        check_clip(self.clip_x0)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
             check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
@@ -286,6 +289,8 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
+        if hasattr(sampler, "adapt"):
+            steps = sampler.adapt(steps, self.schedule)
         if sampler is not None:
             samplers.check(sampler, steps)
         if hasattr(sampler, "variance"):

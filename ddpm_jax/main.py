@@ -96,6 +96,8 @@ class Request:
                 self.flags[name] = Text(words.pop(0))
             else:
                 self.flags[name] = Text("")
+        if rest and rest[0] in modes.COMMANDS and "mode" not in self.flags:
+            self.flags["mode"] = Text(rest.pop(0))
         self.has_mode = "mode" in self.flags
         self.mode = str(self.flags.pop("mode", mode or "train"))
         if self.mode not in modes.COMMANDS:
@@ -103,9 +105,11 @@ class Request:
             raise ConfigError(
                 f"there is no --mode={self.mode}{nearest_name(self.mode, modes.COMMANDS)} (choose from {known})"
             )
+        for flag in modes.WORDS.get(self.mode, ()):
+            if rest and flag not in self.flags:
+                self.flags[flag] = Text(rest.pop(0))
         if rest:
-            hint = f"; for that write --mode={rest[0]}" if rest[0] in modes.COMMANDS else ""
-            raise ConfigError(f"what is {rest[0]!r}? Every option begins with --{hint}")
+            raise ConfigError(f"what is {rest[0]!r}? Every option begins with --")
         self.config_file = self.flags.get("config")
         self.sampling = self.sampling_of_run()
         self.check_flags()
@@ -208,6 +212,8 @@ class Request:
     def workdir(self) -> str:
         if self.flags.get("workdir"):
             return config_lib.path(str(self.flags["workdir"]))
+        if self.mode == "import":
+            raise ConfigError("give --workdir=DIR, the run directory to make")
         if self.config_file is None:
             raise ConfigError("give --config=configs/NAME.py, or --workdir=DIR of a run")
         file = config_lib.find_file(str(self.config_file))
@@ -225,7 +231,7 @@ def execute(request: Request) -> None:
     parameters = inspect.signature(command).parameters
     if "config" in parameters:
         workdir, settings = request.workdir(), request.config()
-        if settings is None:
+        if settings is None and mode != "import":
             what = "training" if mode == "train" else f"--mode={mode}"
             raise ConfigError(f"{what} needs --config=configs/NAME.py")
         kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)

@@ -11,7 +11,7 @@ import jax
 
 from ddpm_jax import hints, options
 from ddpm_jax.commands import benchmark as benchmark_lib
-from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
+from ddpm_jax.commands import inversion, likelihood, metrics, nearest, pretrained, repair, sampling
 from ddpm_jax.commands.report import report
 from ddpm_jax.options import ConfigError, Option
 from ddpm_jax.settings import Sampling
@@ -51,9 +51,15 @@ COMMANDS: dict[str, Callable] = {
     "nll": likelihood.nll,
     "rate_distortion": likelihood.rate_distortion,
     "best_steps": likelihood.best_steps,
+    "import": pretrained.import_weights,
+    "export": pretrained.export,
     "report": report,
     "benchmark": benchmark_lib.benchmark,
 }
+WORDS = {
+    "import": ("source",),
+    "export": ("workdir", "out"),
+}  # flags that need no --, in their order
 POSITIONAL = ("run", "config", "workdir")  # parameters of a command that main hands over
 
 

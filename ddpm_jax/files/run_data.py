@@ -16,6 +16,7 @@ from ddpm_jax.method import Method
 from ddpm_jax.names import nearest
 from ddpm_jax.options import ConfigError
 
+NO_DATA = "none"  # config.data.name of pretrained weights that came without data
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 
@@ -25,6 +26,11 @@ class RunError(RuntimeError):
 
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, with some fields replaced by `changes`; `flip` is used by the Method."""
+    if changes.get("name", config.data.name) == NO_DATA:
+        raise ConfigError(
+            "the data of these pretrained weights are not known: give --data_dir=PATH, a folder of pictures or an"
+            " .npz, or for training --config.data.name"
+        )
     section = {key: value for key, value in config.data.items() if key != "flip"}
     return options.build(data.load, section | changes, "config.data", split=split)
 
@@ -97,6 +103,8 @@ def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
 def moved(name: str, data_dir: str) -> dict:
     """The fields of config.data for the data set `name` at `data_dir`."""
     kind, colon, path = name.partition(":")
+    if name == NO_DATA:
+        kind, colon = "npz" if data_dir.endswith(".npz") else "image_folder", ":"
     if not colon or kind not in data.WITH_PATH:
         return {"data_dir": data_dir}
     new_path = config_lib.path(data_dir)

@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, options
-from ddpm_jax.files import checkpoints, run_data, writers
+from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
 from ddpm_jax.files.runs import ema_warning
@@ -246,7 +247,11 @@ class Trainer:
         if continues:
             template = jax.eval_shape(init_state, self.keys.init)
             state, self.step = checkpoints.restore(self.directory, template) or (None, 0)
-        if state is None:
+        if state is None and self.config.get("init_from"):
+            first = runs.load(self.config.init_from, method=self.method)
+            self.say(f"the first weights are those of {first.workdir} after {first.step:,} steps")
+            state = step_lib.state_of(self.method, self.tx, jax.tree.map(jnp.asarray, first.params))
+        elif state is None:
             state = init_state(self.keys.init)
         else:
             self.say(f"resuming at step {self.step:,}")
