@@ -3,6 +3,7 @@
 python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the same again resumes
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
 python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
+python -m ddpm_jax.main import SOURCE --workdir=runs/theirs           a run from pretrained weights
 python -m ddpm_jax.main --help                                       all modes; --mode=nll --help its flags
 """
 

@@ -127,7 +127,8 @@ def read_folder(folder: str, config: Any = None, *, source: str | None = None) -
         config[name] = values
     preview = {"every": config.preview.every, "num_images": config.preview.num_images}
     config.preview = preview | sampling
-    method = from_config(config)
+    with _named(f"{folder}, scheduler"):
+        method = from_config(config)
     if method.sized_network.out_channels != unet.get("out_channels", 3):
         raise ConfigError(
             f"{folder}: the network has out_channels={unet.get('out_channels', 3)}, and the scheduler's"
