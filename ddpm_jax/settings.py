@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from ddpm_jax.options import Choice, option
 from ddpm_jax.process.samplers import SAMPLERS, Ancestral, Sampler
+from ddpm_jax.process.samplers.chain import check_clip
 
 STEPS_HELP = (
     "The steps of the chain: their number, such as 50; ddim50, quad50, logsnr50, leading50 or trailing50 for a number"
@@ -36,6 +37,10 @@ class Chain:
         "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
         " exaggerates the labels.",
     )
+
+    def __post_init__(self):
+        if self.clip_x0 is not None:
+            check_clip(self.clip_x0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,9 @@ def test_every_command_parses(clone):
         mode = "benchmark" if module == "ddpm_jax.benchmark" else None
         try:
             request = main.Request(arguments, mode)
-            if not str(request.config_file).startswith("runs/"):  # of a run that an earlier block made
+            if not str(request.config_file).startswith(
+                "runs/"
+            ):  # of a run that an earlier block made
                 request.config()
             if not request.wants_help:
                 target = modes.COMMANDS[request.mode]

@@ -29,7 +29,7 @@ def check_clip(how: bool | str) -> None:
     """Raises ValueError if `how` is not an argument of `clip`."""
     if how not in (True, False, "dynamic") and _most(how) is None:
         raise ValueError(
-            f"clip_x0 must be True, False, 'dynamic', or 'dynamic:' and a number of at least 1; got {how!r}"
+            f"clip_x0 must be true or false or dynamic, or such as dynamic:1.5; got {how!r}"
         )
 
 
