@@ -3,8 +3,15 @@
 tests/pretrained_oracle.py wrote what these tests compare with; here neither PyTorch nor diffusers is needed.
 """
 
+import hashlib
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -386,3 +393,66 @@ def test_models_that_cannot_be_exported(tmp_path):
     refused("variance-preserving", schedule=dj.straight_schedule(10), prediction="velocity")
     refused("prediction='mean'", prediction="mean")
     refused("variance='learned'", variance="learned", loss="hybrid")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub, for one model with the files of `PIPELINE`."""
+
+    files: ClassVar = {str(f.relative_to(PIPELINE)): f for f in PIPELINE.rglob("*") if f.is_file()}
+    sha = "0123456789abcdef0123456789abcdef01234567"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        name = path.partition(f"/resolve/{self.sha}/")[2] or path.partition("/resolve/main/")[2]
+        if name in self.files:
+            content = self.files[name].read_bytes()
+        elif path.startswith("/api/models/somebody/small/tree/"):
+            tree = [{"type": "file", "path": n, "size": 1, "oid": self.sha} for n in self.files]
+            content = json.dumps(tree).encode()
+        elif path.startswith("/api/models/somebody/small"):
+            files = [{"rfilename": name} for name in self.files]
+            info = {"id": "somebody/small", "sha": self.sha, "siblings": files, "tags": []}
+            content = json.dumps(info | {"private": False, "downloads": 0}).encode()
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.sha)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.mark.slow
+def test_hub(tmp_path):
+    """A model is downloaded from the address in HF_ENDPOINT, and later read from the cache without a network."""
+    pytest.importorskip("huggingface_hub")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "JAX_PLATFORMS": "cpu"}
+
+    def load(name, **more):
+        line = [sys.executable, "-m", "ddpm_jax.main", "import", name]
+        line += [f"--workdir={tmp_path / f'run{len(list(tmp_path.iterdir()))}'}"]
+        return subprocess.run(line, env=env | more, capture_output=True, text=True)
+
+    first = load("somebody/small")
+    assert first.returncode == 0, first.stderr
+    assert f"asking {address}/somebody/small" in first.stdout
+    missing = load("somebody/else")
+    assert missing.returncode == 1 and missing.stderr.count("\n") == 1
+    assert f"error: {address}/somebody/else cannot be read" in missing.stderr
+    server.shutdown()
+    server.server_close()
+    offline = load("somebody/small", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
