@@ -9,6 +9,11 @@ VERSION = re.search(
     r'__version__ = "(.*)"', Path("ddpm_jax/__init__.py").read_text(encoding="utf-8")
 )[1]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
+TEST += [
+    "tensorboard>=2.16",
+    "wandb>=0.18",
+    "imageio-ffmpeg>=0.5",
+]  # what the tests of these extras read
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
@@ -43,6 +48,11 @@ setup(
     extras_require={
         "test": TEST,
         "bench": ["torch", "diffusers"],  # what experiments.speed compares with
+        "tensorboard": [
+            "tensorboard>=2.16"
+        ],  # --logger=tensorboard writes its files, without TensorFlow
+        "wandb": ["wandb>=0.18"],  # --logger=wandb
+        "mp4": ["imageio-ffmpeg>=0.5"],  # --animation=mp4
         "heic": ["pillow-heif"],  # photographs of phones, .heic and .heif, in folders of pictures
         "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set
     },

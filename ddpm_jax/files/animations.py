@@ -1,0 +1,85 @@
+"""Animations: GIF by Pillow, MP4 by the ffmpeg that imageio-ffmpeg brings."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.files import writers
+from ddpm_jax.options import ConfigError
+
+Kinds = tuple[Literal["gif", "mp4"], ...]
+LAST_SECONDS = 1.0  # how long the last picture is shown
+
+
+def check(kinds: Kinds) -> None:
+    """Checks that animations of these kinds can be written.
+
+    Raises:
+      ConfigError: imageio-ffmpeg is not installed.
+    """
+    if "mp4" in kinds:
+        try:
+            importlib.import_module("imageio_ffmpeg")
+        except ImportError as error:
+            raise ConfigError(
+                f"--animation=mp4 needs imageio-ffmpeg ({error}): pip install imageio-ffmpeg; gif needs nothing"
+            ) from error
+
+
+def save(
+    path: str, pictures: Sequence[np.ndarray], kinds: Kinds, *, seconds: float = 4.0
+) -> list[str]:
+    """Writes pictures uint8 [H, W, 3] as looping animations PATH.gif and PATH.mp4.
+
+    Args:
+      seconds: their length, without the last picture.
+
+    Returns:
+      the paths of the files.
+    """
+    each = max(0.02, seconds / len(pictures))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write = {"gif": _write_gif, "mp4": _write_mp4}
+    files = [f"{path}.{kind}" for kind in dict.fromkeys(kinds)]
+    for file in files:
+        kind = file.rpartition(".")[2]
+        writers.replace(file, lambda temporary, kind=kind: write[kind](temporary, pictures, each))
+    return files
+
+
+def _write_gif(path: str, pictures: Sequence[np.ndarray], each: float) -> None:
+    first, *others = map(Image.fromarray, pictures)
+    durations = [*[round(1000 * each)] * len(others), round(1000 * LAST_SECONDS)]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def _write_mp4(path: str, pictures: Sequence[np.ndarray], each: float) -> None:
+    import imageio_ffmpeg
+
+    pictures = [*pictures, *[pictures[-1]] * round(LAST_SECONDS / each)]
+    even = [(0, size % 2) for size in pictures[0].shape[:2]]  # what the usual players need
+    pictures = [np.pad(one, (*even, (0, 0)), constant_values=255) for one in pictures]
+    height, width, _ = pictures[0].shape
+    file = imageio_ffmpeg.write_frames(
+        path, (width, height), fps=1 / each, quality=8, macro_block_size=2
+    )
+    file.send(None)
+    for picture in pictures:
+        file.send(np.ascontiguousarray(picture))
+    file.close()
+
+
+def previews(workdir: str) -> dict[int, str]:
+    """{step: path} of the previews of a training run, in the order of the steps."""
+    folder, found = os.path.join(workdir, "samples"), {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if match := re.fullmatch(r"step_(\d+)\.png", name):
+            found[int(match[1])] = os.path.join(folder, name)
+    return dict(sorted(found.items()))
