@@ -86,13 +86,13 @@ class Request:
                     value = words.pop(0) if not field[1] and is_value else value
                 self.fields[field[2]] = value
             elif equals:
-                self.flags[name] = Text(value)
+                self.add(name, value)
             elif name in booleans:
                 self.flags[name] = Text("true")
             elif name.startswith("no") and name[2:] in booleans:
                 self.flags[name[2:]] = Text("false")
             elif is_value:
-                self.flags[name] = Text(words.pop(0))
+                self.add(name, words.pop(0))
             else:
                 self.flags[name] = Text("")
         self.has_mode = "mode" in self.flags
@@ -108,6 +108,11 @@ class Request:
         self.config_file = self.flags.get("config")
         self.sampling = self.sampling_of_run()
         self.check_flags()
+
+    def add(self, flag: str, text: str) -> None:
+        """Adds a flag; --change may be given several times, and of other flags the last one holds."""
+        earlier = self.flags.get(flag) if flag == "change" else None
+        self.flags[flag] = Text(f"{earlier},{text}" if earlier else text)
 
     def sampling_of_run(self) -> type:
         """The options of `sample` of the run's Method; those of diffusions if there is no run to be read.

@@ -161,8 +161,9 @@ class Trainer:
         dataset = dataset or run_data.fill_in(config)
         self.make_parts(method)
         if continues:
-            resume.refuse_another_config(config, self.path("config.json"), moved=True)
-            resume.as_saved(config, self.path("config.json"))
+            path = self.path("config.json")
+            resume.refuse_another_config(config, path, moved=True, changes=self.changes)
+            resume.as_saved(config, path)
         self.prepare_data(dataset, continues, own_shape)
         self.prepare_state(continues)
 
@@ -246,8 +247,7 @@ class Trainer:
         if not self.leader:
             return
         self.say.begin()
-        if self.changes:
-            resume.record(self.workdir, self.step, self.changes)
+        resume.record(self.workdir, self.step, self.changes)
         for line in resume.describe(self.workdir):
             self.say(line)
         config_lib.save(self.config, self.path("config.json"))

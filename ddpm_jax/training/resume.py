@@ -85,11 +85,14 @@ def _diffusion_of(config) -> type:
     return named if inspect.isclass(named) and issubclass(named, DDPM) else DDPM
 
 
-def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
+def refuse_another_config(
+    config, path: str, *, moved: bool = False, changes: Sequence[Changed] = ()
+) -> None:
     """Refuses a config that differs from the saved one beyond `FREE_TO_CHANGE`.
 
     Args:
       moved: the data may have another name or path; `run_data.check_data` compares the data themselves.
+      changes: those that are made now, see `with_changes`.
 
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does
     the num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands
@@ -105,10 +108,12 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
     saved_config, config = (as_changed(one, folder) for one in (saved_config, config))
     if moved and run_data.saved_data(folder) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
+    on_purpose = {f"config.{change.field}" for change in changes}
     changed = {
         field: (saved, new)
         for field, (saved, new) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
+        and field not in on_purpose
         and not (field == "config.data.image_shape" and new is None)
         and not (field == "config.model.num_classes" and new == run_data.CLASSES_OF_DATA)
         and not (field == "config.schedule.num_timesteps" and of_betas)
@@ -119,13 +124,13 @@ def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
             f"{field} is {_shown(saved)} there and {_shown(new)} here"
             for field, (saved, new) in changed.items()
         ]
-        on_purpose = ",".join(
+        hint = ",".join(
             f"{field.removeprefix('config.')}={new}" for field, (_, new) in changed.items()
         )
         may = moved and all(field.startswith(CHANGEABLE) for field in changed)
         raise ConfigError(
             f"{path} belongs to another run: {'; '.join(parts)}. Give the saved values to continue it,"
-            f"{f' --change={on_purpose} to change them from here on,' if may else ''} or another --workdir to start"
+            f"{f' --change={hint} to change them from here on,' if may else ''} or another --workdir to start"
             " a new run"
         )
 
@@ -233,8 +238,9 @@ def record(workdir: str, step: int, changes: Sequence[Changed]) -> None:
     """Adds changes to the history of a run."""
     now, lines = time.strftime("%Y-%m-%d %H:%M:%S"), history(workdir)
     lines += [{"step": step, **change._asdict(), "time": now} for change in changes]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    writers.save_text(os.path.join(workdir, HISTORY), text)
+    if changes:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        writers.save_text(os.path.join(workdir, HISTORY), text)
 
 
 def describe(workdir: str) -> list[str]:
