@@ -347,8 +347,9 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
     logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
     argv = sys.argv[1:] if argv is None else argv
     as_json = "--json" in argv and "--help" not in argv
-    console.json_lines(sys.stdout if as_json else None)
-    sys.stdout = sys.stderr if as_json else sys.stdout
+    out = sys.stdout
+    console.json_lines(out if as_json else None)
+    sys.stdout = sys.stderr if as_json else out
     try:
         request = Request(argv, mode)
         if request.wants_version:
@@ -372,16 +373,15 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
     except Exception as error:
         line = None if "--debug" in argv else explain(error)
         status = 2 if isinstance(error, ConfigError) else 1
-        shown = line or f"{type(error).__name__}: {error}"
-        console.emit("error", error=shown, status=status)
+        console.emit("error", error=line or f"{type(error).__name__}: {error}", status=status)
         if line is None and jax.process_count() == 1 and not isinstance(error, USER_ERRORS):
             raise
         line = f"error: {line}" if line else traceback.format_exc()
+    finally:
+        sys.stdout = out
     print(line, file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(
-            status
-        )  # an orderly exit would wait for the other processes, and they for this one
+    if jax.process_count() > 1:  # an orderly exit would wait for the others, and they for this one
+        os._exit(status)
     sys.exit(status)
 
 

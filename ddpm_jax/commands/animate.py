@@ -19,6 +19,7 @@ from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import AtLeast
 
 FRAMES = 240  # maximum number of previews in an animation
+LARGEST = 1024  # maximum width and height in pixels; larger previews are made smaller
 
 
 def animate(
@@ -51,7 +52,7 @@ def animate(
         )
         raise RunError(f"there is {what}; a preview is written every config.preview.every steps")
     chosen = np.unique(np.round(np.linspace(0, len(found) - 1, FRAMES)).astype(int))
-    pictures = [np.asarray(_open(found[k])) for k in chosen]
+    pictures = [_read(found[k]) for k in chosen]
     size = np.max([picture.shape[:2] for picture in pictures], axis=0)
     for k, picture in enumerate(pictures):  # config.preview may have changed between them
         rest = [(0, most - have) for most, have in zip(size, picture.shape[:2], strict=True)]
@@ -62,8 +63,11 @@ def animate(
     return files
 
 
-def _open(path: str) -> Image.Image:
+def _read(path: str) -> np.ndarray:
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as picture:
+            result = picture.convert("RGB")
     except OSError as error:
         raise RunError(f"{path} cannot be read as a picture ({error}); move it away") from error
+    result.thumbnail((LARGEST, LARGEST))
+    return np.asarray(result)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import subprocess
 from collections.abc import Sequence
 from typing import Literal
 
@@ -64,16 +66,35 @@ def _write_mp4(path: str, pictures: Sequence[np.ndarray], each: float) -> None:
     import imageio_ffmpeg
 
     pictures = [*pictures, *[pictures[-1]] * round(LAST_SECONDS / each)]
-    even = [(0, size % 2) for size in pictures[0].shape[:2]]  # what the usual players need
-    pictures = [np.pad(one, (*even, (0, 0)), constant_values=255) for one in pictures]
     height, width, _ = pictures[0].shape
-    file = imageio_ffmpeg.write_frames(
-        path, (width, height), fps=1 / each, quality=8, macro_block_size=2
-    )
-    file.send(None)
-    for picture in pictures:
-        file.send(np.ascontiguousarray(picture))
-    file.close()
+    even = [(0, height % 2), (0, width % 2), (0, 0)]  # what the usual players need
+    raw = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width + width % 2}x{height + height % 2}",
+    ]
+    words = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-y",
+        "-loglevel",
+        "error",
+        *raw,
+        "-r",
+        f"{1 / each:.6g}",
+    ]
+    words += ["-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", path]
+    # Without imageio_ffmpeg.write_frames, which forks this process and its threads.
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with contextlib.suppress(BrokenPipeError):  # ffmpeg has said why
+            for picture in pictures:
+                process.stdin.write(np.pad(picture, even, constant_values=255).tobytes())
+        _, errors = process.communicate()
+    if process.returncode:
+        line = (errors.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"])[-1]
+        raise OSError(f"{path} could not be written: {line}")
 
 
 def previews(workdir: str) -> dict[int, str]:
