@@ -136,13 +136,13 @@ def about(command: Callable) -> str:
 
 def help_line(one: Option) -> str:
     """A flag with its help and default."""
-    default = one.default
+    default = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
     if one.choice is not None and default is not None:
         default = options.name_of(default, one.choice)
     text = one.help
     if default is options.EMPTY:
         text += " It must be given."
-    elif default not in (None, ()) and "Default:" not in text:
+    elif default not in (None, "") and "Default:" not in text:
         text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
     words = hints.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
     is_switch = one.is_boolean

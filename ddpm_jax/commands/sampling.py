@@ -32,7 +32,7 @@ from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.method import labels_of, sample_of
-from ddpm_jax.options import AtLeast
+from ddpm_jax.options import AtLeast, ConfigError
 from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.process.samplers import DDIM
 from ddpm_jax.training import jobs
@@ -84,6 +84,8 @@ def sample(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
     """
+    if animation != ("gif",) and not trajectory:
+        raise ConfigError("--animation chooses the files of --trajectory; give --trajectory, too")
     animations.check(animation if trajectory else ())
     encoded, parts = None, ()
     if latents is not None:

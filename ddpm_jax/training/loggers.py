@@ -40,13 +40,15 @@ BINS = 64  # of a histogram
 class Logging:
     """Where a run is logged beside its own files; fields of config.training."""
 
-    logger: tuple[str, ...] = option(
-        (),
+    logger: tuple[str, ...] | None = option(
+        None,
         "Loggers beside metrics.jsonl: tensorboard, wandb, or module:NAME, several with commas. Default: as in the"
-        " config (training.logger).",
+        " config (training.logger), or none.",
     )
-    histograms: bool = option(
-        False, "Loggers also get a histogram of the parameters of each layer, with every preview."
+    histograms: bool | None = option(
+        None,
+        "Loggers also get a histogram of the parameters of each layer, with every preview. Default: as in the config"
+        " (training.histograms), or not.",
     )
 
 
@@ -206,7 +208,7 @@ class Loggers:
     """
 
     def __init__(self, chosen: Logging, workdir: str, config: Any, say: Callable[[str], None]):
-        self._classes, self._histograms = classes(chosen.logger), chosen.histograms
+        self._classes, self._histograms = classes(chosen.logger or ()), chosen.histograms
         self._workdir, self._config, self._say = workdir, config, say
         self._active: dict[str, Any] = {}
         self._sent: dict[str, int] = {}
