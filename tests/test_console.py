@@ -12,7 +12,9 @@ import subprocess
 import sys
 import termios
 import threading
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from test_main import command  # noqa: F401  a fixture
 from test_train import make_config
@@ -254,9 +256,23 @@ def test_help_is_for_people(command):  # noqa: F811
 
 
 def test_numbers_that_are_not_finite_and_arrays_are_json(capsys):
-    import numpy as np
+    class Pair(NamedTuple):
+        one: int
+        two: object
+
+    class Bound(NamedTuple):
+        terms: object
+
+        def summary(self):
+            return {"total": np.float64(self.terms.sum())}
 
     console.json_lines(sys.stdout)
-    console.emit("result", a=float("nan"), b=np.arange(2), c={3: (np.float32(0.5), float("inf"))})
+    values = {"a": float("nan"), "b": np.arange(2), "c": {3: (np.float32(0.5), float("inf"))}}
+    console.emit(
+        "result", **values, d=Pair(1, None), e=Bound(np.ones(3)), f=[True, ValueError("x")]
+    )
     line = json.loads(capsys.readouterr().out)
-    assert line == {"event": "result", "a": None, "b": [0, 1], "c": {"3": [0.5, None]}}
+    assert line == {
+        **{"event": "result", "a": None, "b": [0, 1], "c": {"3": [0.5, None]}},
+        **{"d": {"one": 1, "two": None}, "e": {"total": 3.0}, "f": [True, "x"]},
+    }

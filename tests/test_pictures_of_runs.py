@@ -55,6 +55,8 @@ def test_png_files_are_the_images_and_are_written_once(workdir, tmp_path):
     call("sample", workdir, num_samples=5, out=out, png=True)
     assert_alike(out, 5)
     folder = tmp_path / "x"
+    assert str(folder) in writers.written  # and not each file
+    assert not any(path.startswith(f"{folder}/") for path in writers.written)
     for name in pngs(folder):
         os.utime(folder / name, (1, 1))
     (folder / "000002.png").unlink()
@@ -216,10 +218,9 @@ def test_ffmpeg_is_not_imported_unasked(diffusion, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     out = str(tmp_path / "x.npz")
     call("sample", diffusion, num_samples=2, steps="3", out=out, trajectory=True)
-    call(
-        "sample", diffusion, num_samples=2, steps="3", out=out, animation=("mp4",)
-    )  # no trajectory
     assert len(frames(tmp_path / "x_trajectory.gif")) == 4
+    with pytest.raises(ConfigError, match="give --trajectory, too"):
+        call("sample", diffusion, num_samples=2, steps="3", out=out, animation=("mp4",))
 
 
 def test_progressive_pictures_move(diffusion, tmp_path):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from typing import Any
-
-from ddpm_jax.files import writers
 
 _bar = ""  # the progress bar in the last line of the terminal; empty if there is none
 _json_lines: Any = None  # the stream of JSON lines
@@ -71,15 +70,25 @@ def json_lines(stream: Any) -> None:
 def emit(event: str, **values: Any) -> None:
     """Prints {"event": …, …} as a line of JSON if JSON lines are on; numbers that are not finite become null."""
     if _json_lines is not None:
-        tree = json.loads(json.dumps({"event": event, **values}, default=_plain))
-        _json_lines.write(json.dumps(writers.finite(tree), ensure_ascii=False) + "\n")
+        _json_lines.write(json.dumps(_tree({"event": event, **values}), ensure_ascii=False) + "\n")
         _json_lines.flush()
 
 
-def _plain(value: Any) -> Any:
+def _tree(value: Any) -> Any:
+    """A value as JSON has it: a dict for a NamedTuple, or what its `summary` says; lists for arrays; text for the rest."""
+    if hasattr(value, "summary"):
+        return _tree(value.summary())
+    if hasattr(value, "_asdict"):
+        return _tree(value._asdict())
     if hasattr(value, "tolist"):  # of NumPy
-        return value.tolist()
-    return value.summary() if hasattr(value, "summary") else str(value)
+        return _tree(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): _tree(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tree(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float)) or value is None else str(value)
 
 
 # ---- streams and logs ------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
         os.rename(folder, aside)
     os.makedirs(folder, exist_ok=True)
     writers.save_text(path, json.dumps(recipe))
+    writers.written[folder] = writers.written.pop(path)  # instead of thousands of files
     names = set(os.listdir(folder))
     for name in names:
         if name.endswith(".tmp.png"):  # left by a kill

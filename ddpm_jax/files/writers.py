@@ -88,17 +88,16 @@ def save_text(path: str, text: str) -> None:
     save_bytes(path, text.encode())
 
 
-def finite(node):
-    """A tree of JSON in which numbers that are not finite are None."""
-    if isinstance(node, dict):
-        return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
 def save_json(path: str, tree) -> None:
     """Writes an indented JSON file atomically; numbers that are not finite become null."""
+
+    def finite(node):
+        if isinstance(node, dict):
+            return {key: finite(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [finite(value) for value in node]
+        return None if isinstance(node, float) and not math.isfinite(node) else node
+
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     save_text(path, json.dumps(finite(tree), indent=1, ensure_ascii=False) + "\n")
 
