@@ -17,11 +17,11 @@ MINE = """
 import json, os
 
 class Mine:
-    rewinds = {rewinds}
-
     def __init__(self, start):
         self.path = os.path.join(start.workdir, "mine.jsonl")
-        self.write("start", start.step)
+        self.write("start", start.step, start.sent)
+        if {rewinds}:
+            self.step = min(start.step, start.sent)
 
     def write(self, *words):
         with open(self.path, "a") as file:
@@ -74,7 +74,7 @@ def kill_after(workdir, step):
 def test_a_logger_of_ones_own_gets_what_the_run_directory_gets(tmp_path, mine):
     train(tmp_path / "run", mine(), training__histograms=True)
     start, *rows, close = got(tmp_path / "run")
-    assert start == ["start", 0] and close == ["close"]
+    assert start == ["start", 0, 0] and close == ["close"]
     assert [row[0] for row in rows] == [2, 4, 6]
     written = writers.read_metrics(str(tmp_path / "run" / "metrics.jsonl"))
     for (step, scalars, _, _), row in zip(rows, written, strict=True):
@@ -97,7 +97,7 @@ def test_a_killed_run_continues_as_one(tmp_path, mine, rewinds, steps):
     kill_after(run, 6)
     train(run, name, num_steps=10)
     lines = [row for row in got(run) if row[0] != "close"]
-    assert [row[1] for row in lines if row[0] == "start"] == [0, 6 if rewinds else 8]
+    assert [row[1:] for row in lines if row[0] == "start"] == [[0, 0], [6, 8]]
     assert [row[0] for row in lines if row[0] != "start"] == steps
 
 
@@ -224,7 +224,7 @@ def test_tensorboard_reads_the_rows_of_metrics_once_after_a_kill(tmp_path, monke
 
 def test_tensorboard_has_pictures_and_histograms(tmp_path):
     pytest.importorskip("tensorboard")
-    start = loggers.Start(str(tmp_path), make_config(), 0)
+    start = loggers.Start(str(tmp_path), make_config(), 0, 0)
     logger = loggers.TensorBoard(start)
     picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     values = np.array([0.0, 0.0, 1.0, 3.0], np.float32)
@@ -253,8 +253,10 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.runs = []
 
+    offline, had = True, 0  # what is known of the run on the server
+
     def init(self, **settings):
-        self.runs.append(FakeRun(settings))
+        self.runs.append(FakeRun(settings, self.offline, 0 if self.offline else self.had + 1))
         return self.runs[-1]
 
     def Image(self, picture):
@@ -266,8 +268,9 @@ class FakeWandb(types.ModuleType):
 
 
 class FakeRun:
-    def __init__(self, settings):
-        self.settings, self.rows, self.status = settings, [], None
+    def __init__(self, settings, offline, step):
+        self.settings, self.offline, self.step = settings, offline, step
+        self.rows, self.status = [], None
 
     def log(self, values, *, step, commit):
         assert commit and (not self.rows or step > self.rows[-1][0])
@@ -287,7 +290,7 @@ def test_wandb_continues_one_run_and_gets_no_step_twice(tmp_path, monkeypatch):
     kill_after(run, 6)
     train(run, "wandb", num_steps=10)
     first, second = (one.settings for one in fake.runs)
-    assert first["id"] == second["id"] == (run / "wandb_id").read_text()
+    assert first["id"] == second["id"] == (run / "wandb_id").read_text().split()[0]
     assert first["project"] == "mine" and first["name"] == "run" and first["resume"] == "allow"
     assert first["dir"] == str(run) and first["config"]["training"]["num_steps"] == 8
     steps = [[step for step, _ in one.rows] for one in fake.runs]
@@ -295,6 +298,22 @@ def test_wandb_continues_one_run_and_gets_no_step_twice(tmp_path, monkeypatch):
     assert fake.runs[0].rows[1][1]["params/level"] == loggers.BINS
     assert fake.runs[0].rows[1][1]["samples"][2] == 3
     assert [one.status for one in fake.runs] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "offline, had, steps", [(True, 0, [2, 4, 6, 8, 10]), (False, 4, [6, 8, 10])]
+)
+def test_wandb_gets_what_a_killed_process_has_lost(tmp_path, monkeypatch, offline, had, steps):
+    fake, run = FakeWandb(), tmp_path / "run"
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers.WandB, "close", lambda self: None)
+        train(run, "wandb", num_steps=8)
+    kill_after(run, 6)
+    fake.offline, fake.had = offline, had
+    train(run, "wandb", num_steps=10)
+    assert [step for step, _ in fake.runs[1].rows] == steps
+    assert list(fake.runs[1].rows[-3][1])[-1] != "samples" and "loss" in fake.runs[1].rows[0][1]
 
 
 def test_wandb_hears_of_a_failed_run(tmp_path, monkeypatch):
@@ -328,7 +347,9 @@ def test_wandb_itself_works_offline(tmp_path, monkeypatch):
     files = sorted(
         run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime
     )
-    assert {file.name for file in files} == {f"run-{(run / 'wandb_id').read_text()}.wandb"}
+    assert {file.name for file in files} == {
+        f"run-{(run / 'wandb_id').read_text().split()[0]}.wandb"
+    }
     assert [history_steps(file) for file in files] == [[2, 4, 6, 8], [10]]
 
 

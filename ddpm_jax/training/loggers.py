@@ -57,18 +57,21 @@ class Start(NamedTuple):
 
     workdir: str
     config: Any  # the ConfigDict of the run
-    step: int  # the last step that it has; later steps follow, some of them perhaps again
+    step: int  # the run continues here
+    sent: (
+        int  # the last step that this logger has received; after a kill it may be later than `step`
+    )
 
 
 class Logger(Protocol):
     """What a logger offers: it is made as NAME(start), by a `Start`, and called after steps that have something to log.
 
     Attributes:
-      rewinds: whether it drops what it got for steps after `start.step`, which a resumed run repeats; otherwise no step
-        is logged twice. May be missing, for False.
+      step: the last step that it keeps; it gets those after it, some of them perhaps again. May be missing, for
+        start.sent: then no step is logged twice.
     """
 
-    rewinds: bool
+    step: int
 
     def log(
         self,
@@ -92,8 +95,6 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in WORKDIR/tensorboard, written without TensorFlow and complete after every step."""
 
-    rewinds = True
-
     def __init__(self, start: Start):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
@@ -105,8 +106,9 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
         self._records = RecordWriter(open(os.path.join(folder, name), "wb"))  # noqa: SIM115
         self._write(file_version="brain.Event:2")
+        self.step = min(start.step, start.sent)
         # TensorBoard drops the events of this and later steps that stand before this one.
-        self._write(step=start.step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
         self._records.flush()
 
     def log(self, step, scalars, pictures, histograms):
@@ -138,29 +140,36 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id is kept in WORKDIR/wandb_id; WANDB_MODE=offline needs no network.
+    """A run of Weights & Biases; WANDB_MODE=offline needs no network.
 
-    WANDB_PROJECT and WANDB_NAME name it; the defaults are ddpm_jax and the name of the run directory. Weights & Biases
-    takes no step back, so a step that a resumed run repeats is not sent again.
+    WORKDIR/wandb_id keeps its id, and the step that it had when it was last closed. WANDB_PROJECT and WANDB_NAME name
+    it; the defaults are ddpm_jax and the name of the run directory. Weights & Biases takes no step back, so it gets only
+    the steps that it does not have; offline, those since it was last closed, as a killed process loses rows.
     """
-
-    rewinds = False
 
     def __init__(self, start: Start):
         import wandb
 
-        path = os.path.join(start.workdir, "wandb_id")
-        if not os.path.exists(path):
-            writers.save_text(path, uuid.uuid4().hex[:8])
-        with open(path, encoding="utf-8") as file:
-            run_id = file.read().strip()
+        self._path, self._wandb = os.path.join(start.workdir, "wandb_id"), wandb
+        self._id, self.step = uuid.uuid4().hex[:8], 0
+        with contextlib.suppress(FileNotFoundError), open(self._path, encoding="utf-8") as file:
+            self._id, step = file.read().split()
+            self.step = int(step)
         names = {
             "project": os.environ.get("WANDB_PROJECT", "ddpm_jax"),
             "name": os.environ.get("WANDB_NAME", os.path.basename(start.workdir)),
         }
         config = json.loads(config_lib.to_json(start.config))
-        self._wandb = wandb
-        self._run = wandb.init(id=run_id, resume="allow", dir=start.workdir, config=config, **names)
+        self._run = wandb.init(
+            id=self._id, resume="allow", dir=start.workdir, config=config, **names
+        )
+        if not self._run.offline:
+            self.step = max(0, self._run.step - 1)  # that of its next row
+        self._last = self.step
+        self._save()
+
+    def _save(self):
+        writers.save_text(self._path, f"{self._id} {self.step}\n")
 
     def log(self, step, scalars, pictures, histograms):
         images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
@@ -169,9 +178,12 @@ class WandB:
             for name, array in histograms.items()
         }
         self._run.log({**scalars, **images, **counted}, step=step, commit=True)
+        self._last = step
 
     def close(self):
         self._run.finish(exit_code=int(sys.exception() is not None))
+        self.step = self._last
+        self._save()
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
@@ -225,9 +237,8 @@ class Loggers:
         self._sent = self._read_sent()
         for name, cls in self._classes.items():
             sent = self._sent.get(name, 0)
-            self._sent[name] = min(sent, step) if getattr(cls, "rewinds", False) else sent
             try:
-                logger = cls(Start(self._workdir, self._config, self._sent[name]))
+                logger = cls(Start(self._workdir, self._config, step, sent))
             except Exception as error:
                 self.close()
                 if name not in LOGGERS:  # its traceback names the user's own line
@@ -236,7 +247,7 @@ class Loggers:
                 raise ConfigError(f"--logger={name} could not start: {line}") from error
             with options.errors_at("--logger"):
                 check_takes(logger.log, ("step", "scalars", "pictures", "histograms"), "log of")
-            self._active[name] = logger
+            self._active[name], self._sent[name] = logger, getattr(logger, "step", sent)
         self._catch_up(step)
 
     def _read_sent(self) -> dict[str, int]:
