@@ -10,7 +10,7 @@ VERSION = re.search(
 )[1]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
 TEST += [
-    "tensorboard>=2.16",
+    "tensorboard>=2.18",
     "wandb>=0.18",
     "imageio-ffmpeg>=0.5",
 ]  # what the tests of these extras read
@@ -49,7 +49,7 @@ setup(
         "test": TEST,
         "bench": ["torch", "diffusers"],  # what experiments.speed compares with
         "tensorboard": [
-            "tensorboard>=2.16"
+            "tensorboard>=2.18"
         ],  # --logger=tensorboard writes its files, without TensorFlow
         "wandb": ["wandb>=0.18"],  # --logger=wandb
         "mp4": ["imageio-ffmpeg>=0.5"],  # --animation=mp4

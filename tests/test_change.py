@@ -9,8 +9,15 @@ import pytest
 from test_train import make_config, metrics, same
 
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import writers
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop, resume
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Without loss.png, which takes half of the time of so short a run."""
+    monkeypatch.setattr(writers, "save_loss_curve", lambda path, rows: None)
 
 
 def saved(workdir):

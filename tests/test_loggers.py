@@ -13,6 +13,13 @@ from ddpm_jax.files import writers
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loggers, loop
 
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Without loss.png, which takes half of the time of so short a run."""
+    monkeypatch.setattr(writers, "save_loss_curve", lambda path, rows: None)
+
+
 MINE = """
 import json, os
 
