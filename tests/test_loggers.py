@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from test_train import make_config, metrics
 
-from ddpm_jax.files import writers
+from ddpm_jax import main
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import runs, writers
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loggers, loop
 
@@ -90,6 +92,29 @@ def test_a_logger_of_ones_own_gets_what_the_run_directory_gets(tmp_path, mine):
     assert [list(row[2]) for row in rows] == [[], ["samples"], ["samples"]]
     assert rows[1][2]["samples"][2] == 3
     assert [row[3] for row in rows] == [{}, {"params/level": 1}, {"params/level": 1}]
+
+
+def test_a_run_is_read_without_its_logger(tmp_path, mine):
+    train(tmp_path / "run", mine())
+    assert runs.foreign_modules(config_lib.load(tmp_path / "run" / "config.json")) == ["affine"]
+
+
+@pytest.mark.parametrize(
+    "words, chosen",
+    [
+        ([], ()),
+        (["--logger=tensorboard"], ("tensorboard",)),
+        (["--config.training.logger=json:dumps,wandb"], ("json:dumps", "wandb")),
+        (["--config.training.logger=wandb", "--logger="], ()),
+    ],
+)
+def test_flags_and_fields(tmp_path, monkeypatch, words, chosen):
+    trained = []
+    monkeypatch.setattr(loop, "train", lambda config, *_, **__: trained.append(config) or 1 / 0)
+    request = main.Request(["--config=digits:smoke", f"--workdir={tmp_path / 'run'}", *words])
+    with pytest.raises(ZeroDivisionError):
+        main.execute(request)
+    assert tuple(trained[0].training.get("logger") or ()) == chosen
 
 
 def test_histograms_come_on_request_only(tmp_path, mine):
