@@ -98,6 +98,12 @@ def test_the_same_change_twice_is_one_change_and_another_is_two(begun):
     assert saved(begun).optimizer.learning_rate == 1e-3
 
 
+def test_a_field_that_is_named_twice_changes_once(begun):
+    change = ("optimizer.learning_rate=1e-4", "optimizer.learning_rate=1e-5")
+    loop.train(make_config(num_steps=3), begun, change=change)
+    assert lines(begun) == [[3, "optimizer.learning_rate", 1e-3, 1e-5]]
+
+
 def test_a_changed_number_of_steps_stands_for_that_of_the_config(begun):
     config = make_config(num_steps=3)
     assert int(loop.train(config, begun, change=("training.num_steps=5",)).step) == 5

@@ -84,9 +84,7 @@ def sample(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
     """
-    if animation != ("gif",) and not trajectory:
-        raise ConfigError("--animation chooses the files of --trajectory; give --trajectory, too")
-    animations.check(animation if trajectory else ())
+    _check_animation(animation, trajectory)
     encoded, parts = None, ()
     if latents is not None:
         encoded = _Latents.read(run, config_lib.path(latents), sampling, labels)
@@ -114,11 +112,7 @@ def sample(
         if growing.count:
             print(f"{growing.count} images with this recipe exist already", flush=True)
         num_samples = max(num_samples, growing.count)
-        folder = results.png_folder(plan.out, plan.recipe, named=plan.named)
-        with folder if png else contextlib.nullcontext() as save_pngs:
-            if save_pngs:
-                save_pngs(0, growing.rows())
-            _grow(run, plan, growing, inputs, num_samples, output.batch_size, save_pngs)
+        _grow(run, plan, growing, inputs, num_samples, output.batch_size, png)
         images = growing.rows()
         arrays = {}
         if run.method.num_classes:
@@ -136,17 +130,27 @@ def sample(
     return plan.out
 
 
-def _grow(run, plan, growing, inputs, num_samples, batch_size, save_pngs) -> None:
-    """Draws images until `num_samples` are saved."""
+def _check_animation(animation: animations.Kinds, trajectory: bool) -> None:
+    """Checks --animation before anything is computed."""
+    if animation != ("gif",) and not trajectory:
+        raise ConfigError("--animation chooses the files of --trajectory; give --trajectory, too")
+    animations.check(animation if trajectory else ())
+
+
+def _grow(run, plan, growing, inputs, num_samples, batch_size, png) -> None:
+    """Draws images until `num_samples` are saved; with `png`, all of them as PNG files, too."""
     progress = Progress("image", num_samples, growing.count, unit="images")
-    for _, (images, finite) in jobs.in_batches(
-        plan.draw, run.params, plan.key, inputs, progress, batch_size
-    ):
-        shared.check_finite(finite, plan.recipe)
-        growing.append(images)
-        if save_pngs:
+    folder = results.png_folder(plan.out, plan.recipe, named=plan.named)
+    with folder if png else contextlib.nullcontext(lambda first, images: None) as save_pngs:
+        if png and growing.count:
+            save_pngs(0, growing.rows())
+        for _, (images, finite) in jobs.in_batches(
+            plan.draw, run.params, plan.key, inputs, progress, batch_size
+        ):
+            shared.check_finite(finite, plan.recipe)
+            growing.append(images)
             save_pngs(growing.count - len(images), images)
-        progress.show()
+            progress.show()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,7 +199,6 @@ def with_changes(config, workdir: str, change: Sequence[str]) -> tuple[Any, list
             f" --config.{fields[0]}"
         )
     saved = as_changed(config_lib.load(os.path.join(workdir, "config.json")), workdir)
-    found = []
     for part in fields:
         field, equals, text = part.partition("=")
         if not equals:
@@ -219,10 +218,9 @@ def with_changes(config, workdir: str, change: Sequence[str]) -> tuple[Any, list
             )
         with _named_change(part):
             config_lib.override(config, field, text, readers_of)
-        old, new = _value(saved, field), _value(config, field)
-        if old != new:
-            found.append(Changed(field, old, new))
-    return config, found
+    names = dict.fromkeys(part.partition("=")[0] for part in fields)
+    pairs = [Changed(name, _value(saved, name), _value(config, name)) for name in names]
+    return config, [change for change in pairs if change.old != change.new]
 
 
 @contextlib.contextmanager
