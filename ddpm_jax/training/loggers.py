@@ -58,9 +58,7 @@ class Start(NamedTuple):
     workdir: str
     config: Any  # the ConfigDict of the run
     step: int  # the run continues here
-    sent: (
-        int  # the last step that this logger has received; after a kill it may be later than `step`
-    )
+    sent: int  # the last step that this logger has received; later than `step` after a kill
 
 
 class Logger(Protocol):
@@ -160,9 +158,8 @@ class WandB:
             "name": os.environ.get("WANDB_NAME", os.path.basename(start.workdir)),
         }
         config = json.loads(config_lib.to_json(start.config))
-        self._run = wandb.init(
-            id=self._id, resume="allow", dir=start.workdir, config=config, **names
-        )
+        names |= {"id": self._id, "resume": "allow", "dir": start.workdir}
+        self._run = wandb.init(config=config, allow_val_change=True, **names)  # as by --change
         if not self._run.offline:
             self.step = max(0, self._run.step - 1)  # that of its next row
         self._last = self.step
