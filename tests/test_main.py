@@ -366,3 +366,10 @@ def test_signals_are_as_before_after_a_run(tmp_path):
 def test_a_switch_of_a_sampler_is_a_switch(word, value):
     request = main.Request(["--mode=sample", "--workdir=run", "--sampler=dpm_solver", word])
     assert request.flags["singlestep"] == value
+
+
+def test_several_changes_add_up_and_of_other_flags_the_last_holds():
+    request = main.Request(
+        ["--change=data", "--change", "step.clip=none", "--workdir=a", "--workdir=b"]
+    )
+    assert request.flags["change"] == "data,step.clip=none" and request.workdir() == "b"

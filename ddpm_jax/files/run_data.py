@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from typing import Any
@@ -22,6 +24,20 @@ CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 class RunError(RuntimeError):
     """A request that a run cannot fulfil; one line with the reason and what to do."""
+
+
+@contextlib.contextmanager
+def advice_on_writing(workdir: str):
+    """Adds advice to the error of a run directory that is read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise RunError(
+            f"{error}; if the run directory {workdir} cannot be written, give --out=FILE in a folder that"
+            " can, or a copy of the run as --workdir"
+        ) from error
 
 
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
