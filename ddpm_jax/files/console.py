@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any
 
+NOTEBOOK_WIDTH = 110  # characters; a notebook has no terminal that could be asked
+
 _bar = ""  # the progress bar in the last line of the terminal; empty if there is none
 _json_lines: Any = None  # the stream of JSON lines
 
@@ -23,8 +25,13 @@ def is_live() -> bool:
     stream = sys.stdout
     with contextlib.suppress(AttributeError, ValueError):  # no stream at all, or a closed one
         terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        return terminal or type(stream).__module__.startswith("ipykernel")
+        return terminal or in_notebook()
     return False
+
+
+def in_notebook() -> bool:
+    """Whether this is a cell of a notebook."""
+    return type(sys.stdout).__module__.startswith("ipykernel")
 
 
 def show_bar(line: str, *, last: bool = False) -> None:
@@ -34,7 +41,7 @@ def show_bar(line: str, *, last: bool = False) -> None:
       last: the line stays, and what follows begins below it.
     """
     global _bar
-    width = max(1, shutil.get_terminal_size().columns - 1)
+    width = NOTEBOOK_WIDTH if in_notebook() else max(1, shutil.get_terminal_size().columns - 1)
     line, before = line[:width], _bar[:width]
     _bar = ""  # so that the write below does not erase it
     with contextlib.suppress(BrokenPipeError):

@@ -9,7 +9,11 @@ from ddpm_jax.training.loggers import Logging
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Length:
-    """The fields of config.training."""
+    """The fields of config.training.
+
+    Attributes:
+      mirror: a .zip that gets a copy of the run after each checkpoint, and from which a run continues whose directory is gone.
+    """
 
     num_steps: int
     batch_size: int
@@ -17,6 +21,7 @@ class Length:
     checkpoint_every: int = 5000
     checkpoint_minutes: float = 10.0
     keep: int = 3
+    mirror: str | None = None
     logging: Logging = Logging()
 
     def __post_init__(self):

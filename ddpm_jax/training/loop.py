@@ -31,7 +31,7 @@ from ddpm_jax.files.progress import Progress, duration, memory
 from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.process import terminal
-from ddpm_jax.training import guards, parallel, preview, resume
+from ddpm_jax.training import guards, mirror, parallel, preview, resume
 from ddpm_jax.training import profile as profile_lib
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.length import Length
@@ -72,8 +72,8 @@ def train(
     """Trains the model of a ConfigDict in a run directory, from its last checkpoint if it has one.
 
     SIGTERM and Ctrl-C let the running step end; then everything is saved, and SystemExit is raised with 128 + the
-    signal's number. A good state is also saved when any other error ends the run, such as a picture that cannot be
-    read. A failed start removes the files that it created, and the directory if it created it.
+    signal's number, or KeyboardInterrupt in a notebook, where it ends the cell. A good state is also saved when any other
+    error ends the run, such as a picture that cannot be read. A failed start removes the files that it created, and the directory if it created it.
 
     Args:
       change: what changes in the run that is continued: "data" for other images, "FIELD=VALUE" for a setting.
@@ -85,7 +85,7 @@ def train(
 
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: one line that says what to do.
-      KeyboardInterrupt: a second Ctrl-C, or one before the first step; its text says what is saved.
+      KeyboardInterrupt: a second Ctrl-C, one before the first step, or one in a notebook; its text says what is saved.
 
     >>> import tempfile
     >>> from ddpm_jax.configs import digits
@@ -99,9 +99,10 @@ def train(
     guards.check_types(config)
     config = run_data.with_absolute_paths(config)  # a copy: the caller's config is not changed
     workdir = os.path.abspath(config_lib.path(workdir))
+    leader = jax.process_index() == 0
+    mirror.restore(config.training.get("mirror") if leader else None, workdir)
     config, changes = resume.with_changes(config, workdir, change)
     length = options.build(Length, config.training, "config.training")
-    leader = jax.process_index() == 0
     say = console.Log(os.path.join(workdir, "log.txt") if leader else None)
     with guards.run_directory(workdir) if leader else contextlib.nullcontext(lambda: None) as undo:
 
@@ -336,7 +337,7 @@ class Trainer:
             agree = self.step % length.log_every == 0
             stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
         with self.progress.aside():
-            if due or self.step % length.checkpoint_every == 0 or end:
+            if saves := due or self.step % length.checkpoint_every == 0 or end:
                 self.save()
             on_time = self.step % self.preview_every == 0
             waited = now - self.started > FIRST_PREVIEW_SECONDS
@@ -345,14 +346,10 @@ class Trainer:
                 self.look(early)
                 self.looked = True
             self.loggers.send(self.step)
+            if saves and self.leader:
+                mirror.save(length.mirror, self.workdir, self.say)
         if stop:
-            # Without a signal here, another process has received one.
-            number = self.signals.caught[0] if self.signals.caught else signal.SIGTERM
-            self.say(
-                f"stopped by {number.name} after step {self.step:,}, which is saved; the same command"
-                f" continues\nrun directory: {self.workdir}"
-            )
-            raise SystemExit(128 + number)
+            self.signals.end(self.step, self.workdir)
 
     def save(self) -> None:
         guards.check_finite(self.state, self.directory)

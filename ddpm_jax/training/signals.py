@@ -8,6 +8,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from typing import NoReturn
+
+from ddpm_jax.files import console
 
 GRACE_SECONDS = 2.0  # time for the main thread to leave by itself
 
@@ -67,6 +70,18 @@ class Signals:
             self._mouth.close()
             self._thread.join()
             self._ear.close()
+
+    def end(self, step: int, workdir: str) -> NoReturn:
+        """Ends the training after a signal, when the state is saved."""
+        # Without a signal here, another process has received one.
+        number = self.caught[0] if self.caught else signal.SIGTERM
+        if number == signal.SIGINT and console.in_notebook():
+            raise KeyboardInterrupt  # ends the cell; `train` says what is saved
+        self._say(
+            f"stopped by {number.name} after step {step:,}, which is saved; the same command"
+            f" continues\nrun directory: {workdir}"
+        )
+        raise SystemExit(128 + number)
 
     def _hear(self) -> bool:
         """Reads the signals that have arrived, in either thread; False after the end of the context."""

@@ -1,0 +1,76 @@
+"""A run as one file elsewhere, such as on Google Drive: written after each checkpoint, read where the run directory is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ddpm_jax.files import checkpoints, console, writers
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import guards
+
+FOLDERS = ("samples", *guards.FIRST_FOLDERS)  # written in training, beside files and checkpoints
+
+
+def save(path: str | None, workdir: str, say: Callable[[str], None]) -> None:
+    """Writes the last checkpoint of a run, its files, previews and logs to one .zip, which replaces the earlier one at once.
+
+    If it cannot be written, as on a full drive, the earlier file stays, and a warning is printed.
+    """
+    if path is None:
+        return
+    workdir = Path(workdir)
+    step = checkpoints.latest_step(workdir / "checkpoints")
+    files = [file for file in workdir.iterdir() if file.name != checkpoints.LOCK]
+    for folder in (*FOLDERS, f"checkpoints/{step}"):
+        files += (workdir / folder).rglob("*")
+
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive:  # weights do not become smaller
+            for file in filter(Path.is_file, files):
+                if file.suffix != ".npz":  # drawn by --mode=sample, not by training
+                    archive.write(file, file.relative_to(workdir))
+
+    with guards.os_errors_as_warnings(say):
+        writers.replace(str(config_lib.path(path)), write, listed=False)
+
+
+def restore(path: str | None, workdir: str) -> None:
+    """Unpacks a file of `save` into a run directory without checkpoints; does nothing if there are some.
+
+    Raises:
+      ConfigError: the folder of the file is missing, so that it could never be written.
+      CheckpointError: the file is damaged.
+    """
+    if path is None:
+        return
+    file, directory = Path(config_lib.path(path)).absolute(), Path(workdir)
+    if not file.parent.is_dir() or file.is_dir() or file.suffix != ".zip":
+        raise ConfigError(
+            f"config.training.mirror must be a .zip in a folder that exists, got {path}; is the drive mounted?"
+        )
+    target = directory / "checkpoints"
+    if not file.exists() or checkpoints.latest_step(target) is not None:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".mirror") as folder:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(folder)
+            (step,) = os.listdir(os.path.join(folder, "checkpoints"))
+        except (zipfile.BadZipFile, ValueError, FileNotFoundError) as error:
+            raise checkpoints.CheckpointError(
+                f"{file} is not a mirrored run or is damaged ({error}); move it away to begin anew"
+            ) from error
+        target.mkdir(exist_ok=True)
+        for name in sorted(set(os.listdir(folder)) - {"checkpoints"}):
+            if (directory / name).is_dir():
+                shutil.rmtree(directory / name)
+            os.replace(os.path.join(folder, name), directory / name)
+        os.replace(os.path.join(folder, "checkpoints", step), target / step)  # the last: complete
+    console.say(f"the run of {file} is unpacked, at step {int(step):,}")

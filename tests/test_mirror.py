@@ -1,0 +1,121 @@
+"""The copy of a run in one file, and runs that continue from it."""
+
+import os
+import shutil
+import zipfile
+
+import pytest
+from test_train import make_config, metrics, same
+
+from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import loop
+
+
+def mirrored(path, num_steps=6, **changes):
+    return make_config(num_steps, training__mirror=str(path), **changes)
+
+
+def test_a_run_continues_bit_for_bit_from_its_mirror(tmp_path, capsys):
+    file = tmp_path / "drive" / "run.zip"
+    file.parent.mkdir()
+    straight = loop.train(make_config(num_steps=9), tmp_path / "straight")
+    loop.train(mirrored(file), tmp_path / "lost")
+    kept = {f: (tmp_path / "lost" / f).read_bytes() for f in ("config.json", "data.json")}
+    previews = os.listdir(tmp_path / "lost" / "samples")
+    assert os.listdir(file.parent) == ["run.zip"]
+    shutil.rmtree(tmp_path / "lost")
+    capsys.readouterr()
+    again = loop.train(mirrored(file, 9), tmp_path / "lost")
+    out = capsys.readouterr().out
+    assert f"the run of {file} is unpacked, at step 6" in out and "resuming at step 6" in out
+    same(straight, again)
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "lost")
+    assert (tmp_path / "lost" / "data.json").read_bytes() == kept["data.json"]
+    assert set(previews) <= set(os.listdir(tmp_path / "lost" / "samples"))
+    assert not list((tmp_path / "lost").glob(".mirror*"))
+
+
+def test_the_mirror_holds_one_checkpoint_and_no_drawn_images(tmp_path):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(mirrored(file, 3), run)
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / "many.npz").write_bytes(b"drawn")
+    loop.train(mirrored(file, 6), run)
+    names = zipfile.ZipFile(file).namelist()
+    assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"6"}
+    assert {"config.json", "data.json", "metrics.jsonl", "log.txt"} <= set(names)
+    assert not {checkpoints.LOCK, "samples/many.npz"} & set(names)
+
+
+def test_the_run_directory_counts_before_its_mirror(tmp_path, capsys):
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+    loop.train(make_config(6), tmp_path / "run")
+    capsys.readouterr()
+    loop.train(mirrored(file, 9), tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "unpacked" not in out and "resuming at step 6" in out
+
+
+def test_a_drive_that_is_full_is_a_warning_and_keeps_the_earlier_file(
+    tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+    before = file.read_bytes()
+
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    assert int(loop.train(mirrored(file, 6), tmp_path / "run").step) == 6
+    assert "WARNING: a file could not be written; training continues" in capsys.readouterr().out
+    assert file.read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_kill_while_unpacking_leaves_a_start_that_unpacks_again(tmp_path, monkeypatch):
+    file = tmp_path / "run.zip"
+    straight = loop.train(mirrored(file), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        replace = os.replace
+
+        def killed(source, target):
+            if "checkpoints" in str(target):
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(mirrored(file), tmp_path / "again")
+    same(straight, loop.train(mirrored(file), tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    "name, content, error, words",
+    [
+        ("missing/run.zip", None, ConfigError, "in a folder that exists, .*is the drive mounted"),
+        ("run.tar", None, ConfigError, "must be a .zip"),
+        ("run.zip", b"PK\x03\x04 cut", checkpoints.CheckpointError, "is not a mirrored run"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, name, content, error, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=words) as caught:
+        loop.train(mirrored(tmp_path / name), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file), tmp_path / "run")
+    with zipfile.ZipFile(file) as archive:
+        large = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(file.read_bytes())
+    content[large.header_offset + 30 + len(large.filename) + large.file_size // 2] ^= 1
+    writers.save_bytes(str(file), bytes(content))
+    with pytest.raises(checkpoints.CheckpointError, match="Bad CRC-32"):
+        loop.train(mirrored(file), tmp_path / "again")
