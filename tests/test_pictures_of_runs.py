@@ -205,7 +205,9 @@ def test_a_missing_ffmpeg_is_one_line_before_anything_is_computed(
 ):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     values = {"animation": "gif,mp4"} if mode == "animate" else {"animation": ("gif", "mp4")}
-    with pytest.raises(ConfigError, match=r"--animation=mp4 needs imageio-ffmpeg .*pip install imageio-ffmpeg$") as error:
+    with pytest.raises(
+        ConfigError, match=r"--animation=mp4 needs imageio-ffmpeg .*pip install imageio-ffmpeg$"
+    ) as error:
         if mode == "animate":
             modes.COMMANDS[mode](diffusion, animation=("gif", "mp4"))
         else:
