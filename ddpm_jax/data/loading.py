@@ -130,6 +130,23 @@ def load(
     return check_shape(dataset, shape, name)
 
 
+def survey(name: str, *, flatten: bool = False, count: int = 2000) -> tuple[int, np.ndarray, int]:
+    """The number of training pictures of `image_folder:PATH`, and `pictures.sizes_of` at most `count` of them.
+
+    Raises:
+        DataError: one line: there is no such folder, or no picture in it that can be read.
+    """
+    kind, _, path = name.partition(":")
+    try:
+        found = pictures.image_folder(_existing(kind, path), "train", flatten)
+        sizes, channels = pictures.sizes_of(found, count)
+    except OSError as error:
+        raise DataError(f"{name}: {error}") from error
+    if not len(sizes):
+        raise DataError(f"{name}: none of its {found.count} pictures can be decoded")
+    return found.count, sizes, channels
+
+
 # A data set of your own.
 
 

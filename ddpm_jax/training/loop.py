@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from ddpm_jax import data, options
+from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import checkpoints, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
@@ -69,9 +69,9 @@ def check(config) -> Method:
     Raises:
       ConfigError, DataError: one line that says what to do.
     """
+    config, _ = run_data.planned(config, "")
     guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
-    config = run_data.with_absolute_paths(config)
     run_data.fill_in(config)
     trainer = Trainer(config, "", length, print, None, ())
     trainer.make_parts(None)
@@ -116,9 +116,9 @@ def train(
     with options.errors_at("--change"):
         for what in change:
             check_choice("change", what, CHANGES)
+    config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
-    config = run_data.with_absolute_paths(config)  # a copy: the caller's config is not changed
     workdir = os.path.abspath(config_lib.path(workdir))
     leader = jax.process_index() == 0
     say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
@@ -133,7 +133,7 @@ def train(
         signals = Signals(say, leave)
         try:
             with signals, guards.out_of_memory_advice(config):
-                say(f"run directory: {workdir}")
+                say("\n".join([f"run directory: {workdir}", *plan]))
                 trainer = Trainer(config, workdir, length, say, signals, change)
                 trainer.prepare(method, dataset)
                 state = trainer.run()
@@ -214,10 +214,8 @@ class Trainer:
             self.say(f"left out: {line}")
         if dataset.class_names:
             self.say(f"classes: {run_data.class_list(dataset)}")
-        if self.config.data.get("flip"):
-            self.say(
-                "training images are mirrored left to right with probability 1/2 (config.data.flip)"
-            )
+        for line in augmentation.describe(self.config.data):
+            self.say(line)
         if own_shape:
             shape = ",".join(map(str, dataset.image_shape))
             self.say(f"image size taken from the data, as with --config.data.image_shape={shape}")
@@ -392,6 +390,8 @@ class Trainer:
         rows, columns = self.preview(self.state, self.step)
         with guards.os_errors_as_warnings(self.say):
             writers.save_grids(picture, rows, columns)
+            if self.config.preview.get("nearest") and self.step == self.length.num_steps:
+                self.say(preview.save_nearest(self.workdir, rows, self.dataset, self.config.data))
             if early:
                 every = f"the next come every {self.preview_every:,} steps"
                 self.say(f"an early preview: {picture}; {every}")
