@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -138,8 +139,8 @@ class Device(NamedTuple):
             cores = len(affinity(0)) if affinity else os.cpu_count() or 1
             words = f"{cores} CPU core{'s' if cores > 1 else ''}"
             return cls(20e9 * min(cores, 16), 0.0, count, "float32", words)
-        capability = str(getattr(first, "compute_capability", ""))
-        half = first.platform == "tpu" or capability[:1] in tuple("89") or capability[:2] == "10"
+        capability = re.match(r"\d+", str(getattr(first, "compute_capability", "")))
+        half = first.platform == "tpu" or (capability is not None and int(capability[0]) >= 8)
         dtype = "bfloat16" if half else "float32"
         words = f"{count} × {first.device_kind}"
         return cls((10e12 if half else 2e12) * count, 0.01, count, dtype, words)
@@ -156,7 +157,7 @@ class Trial:
         self.config = config.copy_and_resolve_references()
         side = min(shape[:2])
         levels = max(1, int(math.log2(side / 8)) + 1) if side >= 8 else 1
-        batch = 16 if device.dtype == "float32" and device.least == 0 else 64 if side <= 64 else 32
+        batch = 16 if device.dtype == "float32" and device.least == 0 else 64 if side <= 64 else 16
         wide = (1, 1, 2, 2, 2, 2, 2, 2) if levels > 4 else (1, 2, 2, 2)
         fill(
             self.config,

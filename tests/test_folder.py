@@ -89,6 +89,7 @@ def test_the_size_follows_from_the_device(pictures, planned, device, side):
     assert config.model.dtype == device.dtype
 
 
+@pytest.mark.slow
 def test_the_network_follows_from_the_number_of_pictures(pictures, planned, monkeypatch):
     """Widths, dropout and shifts; the headers of a few stand for all."""
     save(pictures / "one.png")
@@ -293,6 +294,7 @@ def test_three_commands_from_a_folder_to_samples(tmp_path, monkeypatch, capsys):
     assert json.loads(str(found["recipe"]))["changes"] == {"flip": True, "shift": 0}
 
 
+@pytest.mark.slow
 def test_other_configs_write_no_nearest_picture(tmp_path):
     from test_edit import make_config
 
