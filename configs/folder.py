@@ -26,6 +26,7 @@ from ml_collections.config_dict import placeholder
 from ddpm_jax import data
 from ddpm_jax.configs import cifar10, variants
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import run_data
 from ddpm_jax.files.progress import duration
 from ddpm_jax.method import from_config
 from ddpm_jax.networks import cost
@@ -86,21 +87,21 @@ def plan(config, *, minutes: float = 30.0) -> list[str]:
         raise ConfigError(
             f"configs/folder.py is for a folder of pictures, and config.data.name is {config.data.name}"
         )
-    count, sizes, channels = data.survey(config.data.name, flatten=config.data.flatten)
-    sides = sizes.min(axis=1)
+    found = data.survey(config.data.name, flatten=config.data.flatten)
+    sides = found.sizes.min(axis=1)
     least = np.quantile(sides, 0.1, method="lower")  # a few pictures may be enlarged
-    shapes = [(size, size, channels) for size in SIZES if size <= max(least, SIZES[0])]
+    shapes = [(size, size, found.channels) for size in SIZES if size <= max(least, SIZES[0])]
     if config.data.image_shape is not None:
         shapes = [tuple(config.data.image_shape)]
     device = Device.here()
     for shape in reversed(shapes):
-        chosen = Trial(config, count, shape, 64 if min(shape[:2]) > 64 else 32, device)
+        chosen = Trial(config, found, shape, 64 if min(shape[:2]) > 64 else 32, device)
         if chosen.affordable(minutes) >= (config.training.num_steps or LEAST_STEPS):
             break
-    widest = WIDTHS[int(np.searchsorted([300, 3000, 30_000], count, side="right"))]
+    widest = WIDTHS[int(np.searchsorted([300, 3000, 30_000], found.count, side="right"))]
     for width in WIDTHS:
         if chosen.width < width <= widest:
-            wider = Trial(config, count, shape, width, device)
+            wider = Trial(config, found, shape, width, device)
             chosen = wider if wider.affordable(minutes) >= ENOUGH_STEPS else chosen
     chosen.carry_out(config, minutes)
     line = chosen.describe(config)
@@ -108,15 +109,15 @@ def plan(config, *, minutes: float = 30.0) -> list[str]:
         line += f"; {smaller:.0%} of the pictures are smaller and are enlarged"
     return [
         line,
-        "to change this: --config.plan.minutes=60, --config.data.image_shape=64,64,3, --config.training.num_steps=5000, …",
+        "to change this: --config.plan.minutes=M, --config.data.image_shape=H,W,C, --config.training.num_steps=N, …",
     ]
 
 
 class Device(NamedTuple):
     """What the local devices do, by careful estimates: a plan must not depend on what else runs on the machine.
 
-    Training reached 37e9 to 53e9 operations per second on two shared cores of an AMD EPYC server, and 190e12 on an H100 in bfloat16 with
-    the network of configs/cifar10.py. Other accelerators were not measured; small networks reach a small part of a peak.
+    Training reached 37e9 to 53e9 operations per second on two shared cores of an AMD EPYC server, and 190e12 on an H100 in
+    bfloat16 with the network of configs/cifar10.py. Other accelerators were not measured, and small networks reach less.
 
     Attributes:
       operations: per second, of all of them.
@@ -152,9 +153,12 @@ class Device(NamedTuple):
 class Trial:
     """The config with pictures of one shape and a network of one width."""
 
-    def __init__(self, config, count: int, shape: tuple[int, int, int], width: int, device: Device):
-        self.count, self.shape, self.device = count, shape, device
+    def __init__(self, config, found: data.Survey, shape: tuple, width: int, device: Device):
+        count = self.count = found.count
+        self.shape, self.device = shape, device
         self.config = config.copy_and_resolve_references()
+        if config.model.get("num_classes") == run_data.CLASSES_OF_DATA:
+            self.config.model.num_classes = found.num_classes
         side = min(shape[:2])
         levels = max(1, int(math.log2(side / 8)) + 1) if side >= 8 else 1
         batch = 16 if device.dtype == "float32" and device.least == 0 else 64 if side <= 64 else 16
@@ -187,11 +191,10 @@ class Trial:
     @functools.cached_property
     def aside(self) -> float:
         """Seconds of compiling and previews, of the raw and the EMA parameters."""
-        preview = self.config.preview
-        evaluations = 2 * int(preview.get("steps") or 1000)
-        return START + PREVIEWS * evaluations * self.device.seconds(
-            self.forward * preview.num_images
-        )
+        steps = str(self.config.preview.get("steps"))
+        steps = int(steps) if steps.isdecimal() else 1000
+        each = self.device.seconds(self.forward * self.config.preview.num_images)
+        return START + PREVIEWS * 2 * steps * each
 
     def affordable(self, minutes: float) -> float:
         """The number of steps within the time."""

@@ -96,7 +96,7 @@ def test_the_network_follows_from_the_number_of_pictures(pictures, planned, monk
     survey, found = folder.data.survey, {}
     for count in (1, 200, 2000, 20_000, 200_000):
         monkeypatch.setattr(
-            folder.data, "survey", lambda *a, n=count, **k: (n, *survey(*a, **k)[1:])
+            folder.data, "survey", lambda *a, n=count, **k: survey(*a, **k)._replace(count=n)
         )
         config, _ = planned("--config.data.image_shape=32,32,3", device=TPU)
         found[count] = (config.model.channels, config.model.dropout, config.data.shift)
@@ -165,6 +165,20 @@ def test_pictures_at_any_depth_and_other_files(pictures, planned):
     save(pictures / "top.png")
     (pictures / "notes.txt").write_text("x")
     assert planned()[1][0].startswith("2 pictures")
+
+
+def test_sub_folders_are_classes_if_the_model_has_classes(pictures, planned):
+    for name in ("cat", "dog", "owl"):
+        (pictures / name).mkdir()
+        save(pictures / name / "one.png")
+    classes = ("--config.data.flatten=False", "--config.model.num_classes=-1")
+    config, (line, _) = planned(*classes)
+    assert config.model.num_classes == -1  # filled in where the data are read
+    without = planned()[1][0]
+    number, less = (
+        int(re.search(r"([\d,]+) param", x)[1].replace(",", "")) for x in (line, without)
+    )
+    assert number == less + 3 * 4 * config.model.channels
 
 
 @pytest.mark.parametrize(

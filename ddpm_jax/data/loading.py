@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -130,8 +130,24 @@ def load(
     return check_shape(dataset, shape, name)
 
 
-def survey(name: str, *, flatten: bool = False, count: int = 2000) -> tuple[int, np.ndarray, int]:
-    """The number of training pictures of `image_folder:PATH`, and `pictures.sizes_of` at most `count` of them.
+class Survey(NamedTuple):
+    """What is known of a folder of pictures before they are decoded.
+
+    Attributes:
+        count: number of training pictures.
+        num_classes: number of their classes; 0 if they have no labels.
+        sizes: int [N, 2], height and width of some of them.
+        channels: 1 if these are all grey, otherwise 3.
+    """
+
+    count: int
+    num_classes: int
+    sizes: np.ndarray
+    channels: int
+
+
+def survey(name: str, *, flatten: bool = False, count: int = 2000) -> Survey:
+    """Reads the headers of at most `count` training pictures of `image_folder:PATH`.
 
     Raises:
         DataError: one line: there is no such folder, or no picture in it that can be read.
@@ -144,7 +160,7 @@ def survey(name: str, *, flatten: bool = False, count: int = 2000) -> tuple[int,
         raise DataError(f"{name}: {error}") from error
     if not len(sizes):
         raise DataError(f"{name}: none of its {found.count} pictures can be decoded")
-    return found.count, sizes, channels
+    return Survey(found.count, len(found.class_names), sizes, channels)
 
 
 # A data set of your own.
