@@ -34,7 +34,9 @@ from ddpm_jax.options import ConfigError
 
 SIZES = (8, 16, 32, 64, 128, 256)
 WIDTHS = (32, 64, 96, 128)  # config.model.channels
-LEAST_STEPS = 2000  # of a run that shows something; with fewer, smaller pictures are better
+LEAST_STEPS = (
+    2000  # of a run that shows something, up to 64×64; with fewer, smaller pictures are better
+)
 ENOUGH_STEPS = 10_000  # with more, a wider network is better
 PREVIEWS = 6  # number of previews of a run, with the early one and nearest.png
 START = 60.0  # seconds of compiling and reading
@@ -95,8 +97,9 @@ def plan(config, *, minutes: float = 30.0) -> list[str]:
         shapes = [tuple(config.data.image_shape)]
     device = Device.here()
     for shape in reversed(shapes):
-        chosen = Trial(config, found, shape, 64 if min(shape[:2]) > 64 else 32, device)
-        if chosen.affordable(minutes) >= (config.training.num_steps or LEAST_STEPS):
+        large = max(1, min(shape[:2]) // 64)
+        chosen = Trial(config, found, shape, 32 if large == 1 else 64, device)
+        if chosen.affordable(minutes) >= (config.training.num_steps or LEAST_STEPS * large):
             break
     widest = WIDTHS[int(np.searchsorted([300, 3000, 30_000], found.count, side="right"))]
     for width in WIDTHS:
