@@ -55,7 +55,9 @@ OPEN = {  # the fields that `plan` fills in, and their types
 
 def get_config(variant: str = ""):
     config = cifar10.get_config()
-    config.schedule.name = "cosine"  # with v, samples are usable after fewer steps than with linear and eps
+    config.schedule.name = (
+        "cosine"  # with v, samples are usable after fewer steps than with linear and eps
+    )
     config.diffusion.prediction = "v"
     config.optimizer.decay = "cosine"
     config.step.ema_decay = 0.999

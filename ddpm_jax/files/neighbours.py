@@ -59,7 +59,8 @@ def save_picture(path: str, images: np.ndarray, neighbours: np.ndarray, what: st
     """Writes a picture with a row for each image, uint8 [N, H, W, C]: the image, then its neighbours [N, K, H, W, C]."""
     strip = np.concatenate([images[:, None], neighbours], axis=1)[:ROWS]
     count = neighbours.shape[1]
-    title = f"first column: each {what}; then the {count} training images nearest to it"
+    nearest = f"the {count} training image{'s' if count > 1 else ''} nearest to it"
+    title = f"first column: each {what}; then {nearest}"
     rows = [(title, strip.reshape(-1, *images.shape[1:]))]
     writers.save_grids(path, rows, columns=1 + count)
 
