@@ -7,7 +7,8 @@ runs/folder_NAME, where NAME is the last part of the path. The first lines say w
 most. Any field can be given, such as --config.data.image_shape=64,64,3 or --config.training.num_steps=10000; the open
 ones follow from it. See docs/your-images.md.
 
-Measured: docs/your-images.md has the runs.
+Measured on two shared cores of an AMD EPYC server: 1,000 steps at 16×16 of 1,500 photographs in 4m 50s, blurred ships; at
+32×32 of ten photographs in 15m 55s, mixtures of them and near copies; see docs/your-images.md.
 """
 
 from __future__ import annotations

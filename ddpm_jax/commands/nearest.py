@@ -46,9 +46,8 @@ def nearest(
 ) -> str:
     """Shows samples beside the training images nearest to them.
 
-    The distance is the root mean square difference of pixels, where training mirrored or moved its images (config.data.flip
-    and shift) the least over these changes. For comparison, it is also measured for the same number of
-    test images, which the model has never seen. Ho et al. 2020 show nearest neighbours of face crops in their appendix.
+    The distance is the root mean square difference of pixels, the least over the changes of config.data.flip and shift. For
+    comparison, it is also measured for as many test images. Ho et al. 2020 show nearest neighbours in their appendix.
 
     Returns:
       the path of the .npz: images uint8 [N, H, W, C], neighbours uint8 [N, K, H, W, C], index int64 [N, K] in the
