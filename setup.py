@@ -9,6 +9,9 @@ VERSION = re.search(
     r'__version__ = "(.*)"', Path("ddpm_jax/__init__.py").read_text(encoding="utf-8")
 )[1]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
+PRETRAINED = ["safetensors>=0.4", "huggingface_hub>=0.24"]
+LOGGERS = ["tensorboard>=2.18", "wandb>=0.18"]
+MP4 = ["imageio-ffmpeg>=0.5"]
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
@@ -41,8 +44,12 @@ setup(
         "scikit-learn>=1.4",  # carries the handwritten digits of configs/digits.py
     ],
     extras_require={
-        "test": TEST,
+        "test": TEST + PRETRAINED + LOGGERS + MP4,
+        "pretrained": PRETRAINED,  # import and export of weights
         "bench": ["torch", "diffusers"],  # what experiments.speed compares with
+        "tensorboard": LOGGERS[:1],  # --logger=tensorboard writes its files, without TensorFlow
+        "wandb": LOGGERS[1:],  # --logger=wandb
+        "mp4": MP4,  # --animation=mp4
         "heic": ["pillow-heif"],  # photographs of phones, .heic and .heif, in folders of pictures
         "tensorflow": ["tensorflow"],  # only for preparing a tensorflow-datasets data set
     },

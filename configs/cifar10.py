@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.method = "ddpm_jax.ddpm"  # a module with make(config) -> Method
     config.seed = 0
+    config.init_from = placeholder(str)  # a run directory, whose EMA weights are the first weights
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # see ddpm_jax.data.load: also npz:PATH, image_folder:PATH, …

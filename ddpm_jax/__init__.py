@@ -42,6 +42,7 @@ _HOMES = {
     "sample": "ddpm_jax.library",
     "bits_per_dim": "ddpm_jax.library",
     "load": "ddpm_jax.library",
+    "load_pretrained": "ddpm_jax.library",
     "train": "ddpm_jax.training.loop",
 }
 

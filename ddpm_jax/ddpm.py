@@ -89,7 +89,9 @@ class DDPM(Method):
     label_dropout: float = option(
         0.0, "Share of training images whose label is hidden, so that samples can be guided."
     )
-    clip_x0: bool = option(True, "Whether samplers and the bound clip x_0 to [-1, 1] by default.")
+    clip_x0: bool | str = option(
+        True, "Whether samplers and the bound clip x_0 to [-1, 1] by default; or dynamic."
+    )
 
     Sampling = Sampling
     Bounding = Bounding
@@ -110,6 +112,7 @@ class DDPM(Method):
             object.__setattr__(self, "t_sampling", time_sampler)
         augmentation.check(self.image_shape, shift=self.shift)
         check_choice("variance", self.variance, VARIANCES)
+        check_clip(self.clip_x0)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
         if callable(loss):
             check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
@@ -289,6 +292,8 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
+        if hasattr(sampler, "adapt"):
+            steps = sampler.adapt(steps, self.schedule)
         if sampler is not None:
             samplers.check(sampler, steps)
         if hasattr(sampler, "variance"):

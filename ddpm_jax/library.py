@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpm_jax import data, options
+from ddpm_jax import data, options, pretrained
 from ddpm_jax.ddpm import DDPM, Bounding
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import runs, writers
@@ -93,6 +93,27 @@ def load(
     """
     run = runs.load(workdir, weights=weights, allow_code=allow_code, method=model)
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
+
+
+def load_pretrained(source: str, *, config: ConfigDict | None = None) -> Run:
+    """Loads pretrained weights of another codebase as a run without a directory.
+
+    Args:
+      source: a folder or hub name of diffusers, such as "google/ddpm-cifar10-32"; or, with the config of its network, a .pt
+        of OpenAI's Improved DDPM or guided-diffusion, or an .npz of Ho et al.'s variables.
+
+    Raises:
+      ConfigError, DataError, RunError: one line that names what is missing or cannot be expressed.
+    """
+    found = pretrained.read(source, config)
+    return Run(
+        workdir=source,
+        config=found.config,
+        method=found.method,
+        params=found.params,
+        step=0,
+        weights="ema",
+    )
 
 
 def fit(

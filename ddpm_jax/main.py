@@ -3,13 +3,13 @@
 python -m ddpm_jax.main --config=configs/cifar10.py                  trains; the same again resumes
 python -m ddpm_jax.main --mode=sample --workdir=runs/cifar10         draws images
 python -m ddpm_jax.main --mode=nll --workdir=runs/cifar10            bits/dim of the test split
+python -m ddpm_jax.main import SOURCE --workdir=runs/theirs           a run from pretrained weights
 python -m ddpm_jax.main --help                                       all modes; --mode=nll --help its flags
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 import os
 import re
@@ -25,7 +25,7 @@ import ddpm_jax
 from ddpm_jax import data, modes, options
 from ddpm_jax.commands import analytic
 from ddpm_jax.ddpm import Sampling
-from ddpm_jax.files import checkpoints, run_data, runs, writers
+from ddpm_jax.files import checkpoints, console, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.method import Method, from_config
 from ddpm_jax.names import foreign_frames, place_of
@@ -87,15 +87,17 @@ class Request:
                     value = words.pop(0) if not field[1] and is_value else value
                 self.fields[field[2]] = value
             elif equals:
-                self.flags[name] = Text(value)
+                self.add(name, value)
             elif name in booleans:
                 self.flags[name] = Text("true")
             elif name.startswith("no") and name[2:] in booleans:
                 self.flags[name[2:]] = Text("false")
             elif is_value:
-                self.flags[name] = Text(words.pop(0))
+                self.add(name, words.pop(0))
             else:
                 self.flags[name] = Text("")
+        if rest and rest[0] in modes.COMMANDS and "mode" not in self.flags:
+            self.flags["mode"] = Text(rest.pop(0))
         self.has_mode = "mode" in self.flags
         self.mode = str(self.flags.pop("mode", mode or "train"))
         if self.mode not in modes.COMMANDS:
@@ -103,12 +105,19 @@ class Request:
             raise ConfigError(
                 f"there is no --mode={self.mode}{nearest_name(self.mode, modes.COMMANDS)} (choose from {known})"
             )
+        for flag in modes.WORDS.get(self.mode, ()):
+            if rest and flag not in self.flags:
+                self.flags[flag] = Text(rest.pop(0))
         if rest:
-            hint = f"; for that write --mode={rest[0]}" if rest[0] in modes.COMMANDS else ""
-            raise ConfigError(f"what is {rest[0]!r}? Every option begins with --{hint}")
+            raise ConfigError(f"what is {rest[0]!r}? Every option begins with --")
         self.config_file = self.flags.get("config")
         self.sampling = self.sampling_of_run()
         self.check_flags()
+
+    def add(self, flag: str, text: str) -> None:
+        """Adds a flag; --change may be given several times, and of other flags the last one holds."""
+        earlier = self.flags.get(flag) if flag == "change" else None
+        self.flags[flag] = Text(f"{earlier},{text}" if earlier else text)
 
     def sampling_of_run(self) -> type:
         """The options of `sample` of the run's Method; those of diffusions if there is no run to be read.
@@ -208,6 +217,8 @@ class Request:
     def workdir(self) -> str:
         if self.flags.get("workdir"):
             return config_lib.path(str(self.flags["workdir"]))
+        if self.mode == "import":
+            raise ConfigError("give --workdir=DIR, the run directory to make")
         if self.config_file is None:
             raise ConfigError("give --config=configs/NAME.py, or --workdir=DIR of a run")
         return os.path.join("runs", config_lib.run_name(str(self.config_file)))
@@ -216,34 +227,32 @@ class Request:
 # ---- doing it ----------------------------------------------------------------------------------------
 
 
-def execute(request: Request) -> None:
-    """Runs the command of a request."""
+def execute(request: Request) -> Any:
+    """Runs the command of a request, and returns its result."""
     mode, command = request.mode, modes.COMMANDS[request.mode]
     parallel.enable_compilation_cache()
     parameters = inspect.signature(command).parameters
     if "config" in parameters:
         workdir, settings = request.workdir(), request.config()
-        if settings is None:
+        if settings is None and mode != "import":
             what = "training" if mode == "train" else f"--mode={mode}"
             raise ConfigError(f"{what} needs --config=configs/NAME.py")
         kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
-        command(settings, *([workdir] if "workdir" in parameters else []), **kwargs)
-        return
+        return command(settings, *([workdir] if "workdir" in parameters else []), **kwargs)
     workdir, settings = request.workdir(), request.config()
     if settings is not None and mode != "report":
         resume.refuse_another_config(settings, os.path.join(workdir, "config.json"))
     if "run" not in parameters:
         kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
-        with _advice_on_writing(workdir):
-            command(workdir, **kwargs)
-        return
+        with run_data.advice_on_writing(workdir):
+            return command(workdir, **kwargs)
     if request.sampling is Sampling:  # before files are read
         options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
-    with _advice_on_writing(workdir):
+    with run_data.advice_on_writing(workdir):
         run = runs.load(
             workdir, **options.bind(modes.run_flags, request.values(modes.run_flags), "--")
         )
-        command(run, **arguments(command, run, request.values(command), "--"))
+        return command(run, **arguments(command, run, request.values(command), "--"))
 
 
 def check(argv: list[str], method: Method | None = None) -> Method | None:
@@ -288,20 +297,6 @@ def arguments(
     kwargs = options.bind(command, rest, where, given=(*modes.POSITIONAL, "sampling"))
     mine = {name: value for name, value in values.items() if name in names}
     return kwargs | {"sampling": options.build(own, mine, where)}
-
-
-@contextlib.contextmanager
-def _advice_on_writing(workdir: str):
-    """Adds advice to the error of a run directory that is read-only."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise run_data.RunError(
-            f"{error}; if the run directory {workdir} cannot be written, give --out=FILE in a folder that"
-            " can, or a copy of the run as --workdir"
-        ) from error
 
 
 # ---- help ------------------------------------------------------------------------------------------
@@ -353,10 +348,13 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
       argv: the arguments; None for those of the process.
       mode: the default mode.
     """
-    sys.stdout, sys.stderr = (writers.Heedless(stream) for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (console.Heedless(stream) for stream in (sys.stdout, sys.stderr))
     logging.set_verbosity(logging.WARNING)  # jax, orbax and matplotlib have much to say
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    as_json = "--json" in argv and "--help" not in argv
+    out = sys.stdout
+    console.json_lines(out if as_json else None)
+    sys.stdout = sys.stderr if as_json else out
     try:
         request = Request(argv, mode)
         if request.wants_version:
@@ -364,23 +362,31 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
         elif request.wants_help:
             print(help_text(request), end="")
         else:
-            execute(request)
+            result = execute(request)
+            files = [path for path in writers.written if os.path.exists(path)]
+            console.emit("result", mode=request.mode, result=result, files=files)
         return
     except KeyboardInterrupt as error:
-        print(str(error) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+        line, status = str(error) or "stopped by Ctrl-C", 130
+        console.emit("error", error=line, status=status)
+        print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)  # an orderly exit would wait for what the device is doing
+        os._exit(status)  # an orderly exit would wait for what the device is doing
+    except SystemExit as error:  # of a training that a signal has stopped
+        console.emit("error", error="stopped by a signal", status=error.code)
+        raise
     except Exception as error:
-        line = None if debug else explain(error)
+        line = None if "--debug" in argv else explain(error)
+        status = 2 if isinstance(error, ConfigError) else 1
+        console.emit("error", error=line or f"{type(error).__name__}: {error}", status=status)
         if line is None and jax.process_count() == 1 and not isinstance(error, USER_ERRORS):
             raise
         line = f"error: {line}" if line else traceback.format_exc()
-        status = 2 if isinstance(error, ConfigError) else 1
+    finally:
+        sys.stdout = out
     print(line, file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(
-            status
-        )  # an orderly exit would wait for the other processes, and they for this one
+    if jax.process_count() > 1:  # an orderly exit would wait for the others, and they for this one
+        os._exit(status)
     sys.exit(status)
 
 

@@ -16,6 +16,7 @@ from ddpm_jax.options import ConfigError, errors_at
 from ddpm_jax.process.schedules import PRIOR_STREAM
 
 SHARED_SECTIONS = ("method", "seed", "data", "optimizer", "step", "training", "preview")
+OPTIONAL = ("init_from",)  # fields that a config of any Method may have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,8 +191,8 @@ def from_config(config: Any) -> Method:
                 raise ValueError(f"{source.__file__} has no function make(config)")
     sections = getattr(source, "SECTIONS", None)
     for name in config if sections is not None else ():
-        if name not in (*SHARED_SECTIONS, *sections):
-            known = (*SHARED_SECTIONS, *sections)
+        if name not in (*SHARED_SECTIONS, *OPTIONAL, *sections):
+            known = (*SHARED_SECTIONS, *OPTIONAL, *sections)
             raise ConfigError(
                 f"config has {name!r}, which nothing reads{nearest(name, known)} (it has"
                 f" {', '.join(known)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -10,31 +11,48 @@ from typing import Annotated, Any, Literal
 import jax
 
 from ddpm_jax import hints, options
+from ddpm_jax.commands import (
+    animate,
+    inversion,
+    likelihood,
+    metrics,
+    nearest,
+    pretrained,
+    repair,
+    sampling,
+)
 from ddpm_jax.commands import benchmark as benchmark_lib
-from ddpm_jax.commands import inversion, likelihood, metrics, nearest, repair, sampling
 from ddpm_jax.commands.report import report
+from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError, Option
 from ddpm_jax.settings import Sampling
-from ddpm_jax.training import loop
+from ddpm_jax.training import loop, resume
+from ddpm_jax.training.loggers import Logging
+from ddpm_jax.training.profile import Steps
 
 
 def train(
     config,
     workdir: str,
     *,
-    change: loop.Change = (),
+    change: resume.Change = (),
+    logging: Logging = Logging(),
+    profile: Steps = None,
     distributed: Annotated[
         bool,
         "This process is one of several that train together; it calls jax.distributed.initialize().",
     ] = False,
-) -> None:
+) -> dict:
     """Trains what --config says; the same command again resumes."""
     if distributed:
         try:
             jax.distributed.initialize()
         except ValueError as error:
             raise ConfigError(f"--distributed: {error}") from error
-    loop.train(config, workdir, change=change)
+    with config.training.unlocked(), config.training.ignore_type():
+        config.training.update(options.changed(logging))
+    state = loop.train(config, workdir, change=change, profile=profile)
+    return {"workdir": os.path.abspath(config_lib.path(workdir)), "step": int(state.step)}
 
 
 COMMANDS: dict[str, Callable] = {
@@ -51,9 +69,16 @@ COMMANDS: dict[str, Callable] = {
     "nll": likelihood.nll,
     "rate_distortion": likelihood.rate_distortion,
     "best_steps": likelihood.best_steps,
+    "animate": animate.animate,
+    "import": pretrained.import_weights,
+    "export": pretrained.export,
     "report": report,
     "benchmark": benchmark_lib.benchmark,
 }
+WORDS = {
+    "import": ("source",),
+    "export": ("workdir", "out"),
+}  # flags that need no --, in their order
 POSITIONAL = ("run", "config", "workdir")  # parameters of a command that main hands over
 
 
@@ -68,6 +93,11 @@ def shared_flags(
         str | None, "The run directory. Default: runs/ and the name of the config."
     ] = None,
     debug: Annotated[bool, "Shows the traceback of an error."] = False,
+    json: Annotated[
+        bool,
+        "Prints a JSON object on each line of standard output, for programs: progress, rows of training, the result or"
+        " the error. Lines for people go to standard error.",
+    ] = False,
 ) -> None:
     """Flags of every mode."""
 
@@ -121,13 +151,13 @@ def about(command: Callable) -> str:
 
 def help_line(one: Option) -> str:
     """A flag with its help and default."""
-    default = one.default
+    default = ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
     if one.choice is not None and default is not None:
         default = options.name_of(default, one.choice)
     text = one.help
     if default is options.EMPTY:
         text += " It must be given."
-    elif default not in (None, ()) and "Default:" not in text:
+    elif default not in (None, "") and "Default:" not in text:
         text += f" Default: {str(default).lower() if isinstance(default, bool) else default}."
     words = hints.literals(one.hint) or (list(one.choice.built_in) if one.choice else [])
     is_switch = one.is_boolean

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from ddpm_jax.options import Choice, option
 from ddpm_jax.process.samplers import SAMPLERS, Ancestral, Sampler
+from ddpm_jax.process.samplers.chain import check_clip
 
 STEPS_HELP = (
-    "The steps of the chain: their number, such as 50; ddim50, quad50 or logsnr50 for a number with its spacing;"
+    "The steps of the chain: their number, such as 50; ddim50, quad50, logsnr50, leading50 or trailing50 for a number"
+    " with its spacing;"
     " 10,15,20 for that many in each third; or the times themselves, as [0,20,41]. Default: all T."
 )
 CLIP_HELP = "Clips predictions of x_0 to [-1, 1]; --noclip does not. Default: as in the config."
@@ -20,12 +22,14 @@ class Chain:
     """The steps of a reverse chain, and how the model is used at each."""
 
     steps: str | int | tuple[int, ...] | None = option(None, STEPS_HELP)
-    spacing: Literal["uniform", "linear", "quadratic", "log_snr"] | None = option(
-        None, "How a plain number of steps is spread over the chain. Default: uniform."
+    spacing: Literal["uniform", "linear", "quadratic", "log_snr", "leading", "trailing"] | None = (
+        option(None, "How a plain number of steps is spread over the chain. Default: uniform.")
     )
-    clip_x0: bool | Literal["dynamic"] | None = option(
+    clip_x0: bool | str | None = option(
         None,
-        CLIP_HELP.replace(" Default", " --clip=dynamic clips by percentile. Default"),
+        CLIP_HELP.replace(
+            " Default", " --clip=dynamic clips by percentile, dynamic:1.5 to 1.5 at most. Default"
+        ),
         flag="clip",
     )
     guidance: float = option(
@@ -33,6 +37,10 @@ class Chain:
         "The scale of classifier-free guidance: 1 is the model with labels, 0 the one without, and more than 1"
         " exaggerates the labels.",
     )
+
+    def __post_init__(self):
+        if self.clip_x0 is not None:
+            check_clip(self.clip_x0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ def default_of(one: Option) -> str:
         return ""
     if one.choice is not None:
         return f"`{options.name_of(one.default, one.choice)}`"
+    if isinstance(one.default, tuple):
+        return f"`{','.join(map(str, one.default))}`"
     return f"`{str(one.default).lower() if isinstance(one.default, bool) else one.default}`"
 
 

@@ -26,7 +26,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-LINKED = ("configs", "experiments", "README.md", "docs")  # what a clone has and commands name
+LINKED = (
+    "configs",
+    "experiments",
+    "README.md",
+    "docs",
+    "tests",
+)  # what a clone has and commands name
 DONE_BEFORE = ("pip", "pytest", "pre-commit", "ruff", "git", "cd")  # by whoever runs this
 
 # How a command is made small: what is replaced in each of its words.

@@ -18,6 +18,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "ddpm",
     "files",
     "training",
+    "pretrained",
     "commands",
     "library",
     "modes",

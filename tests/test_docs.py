@@ -20,7 +20,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 COMMANDS = [
     (block, words) for block in BLOCKS if block.language == "bash" for words in block.commands()
 ]
-NOT_RUN = 1
+NOT_RUN = 3
 
 
 def where(block):
@@ -60,7 +60,10 @@ def test_every_command_parses(clone):
         mode = "benchmark" if module == "ddpm_jax.benchmark" else None
         try:
             request = main.Request(arguments, mode)
-            request.config()
+            if not str(request.config_file).startswith(
+                "runs/"
+            ):  # of a run that an earlier block made
+                request.config()
             if not request.wants_help:
                 target = modes.COMMANDS[request.mode]
                 main.options.bind(target, request.values(target), "--", given=modes.POSITIONAL)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ddpm_jax as dj
-from ddpm_jax.files import writers
+from ddpm_jax.files import console
 from ddpm_jax.files.progress import Progress
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def run(docstring, name, namespace):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_of(name, shared, monkeypatch):
     monkeypatch.setattr(Progress, "say", lambda *args: None)  # rates differ
-    monkeypatch.setattr(writers.Log, "__call__", lambda *args, **kwargs: None)
+    monkeypatch.setattr(console.Log, "__call__", lambda *args, **kwargs: None)
     count, report = run(getattr(dj, name).__doc__, name, shared)
     assert count, f"{name} has no example"
     assert not report, report

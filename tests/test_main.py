@@ -62,7 +62,9 @@ MISTAKES = {
     ("--wrkdir=x",): "did you mean '--workdir'",
     ("--mode=sample", "--num_steps=5"): "did you mean '--steps'",
     ("--mode=sample", "--num_image=5"): "did you mean '--num_samples'",
-    ("sample", "--workdir=x"): "for that write --mode=sample",
+    ("sample", "--workdir=x"): "no config at",
+    ("sample", "smaple", "--workdir=x"): "what is 'smaple'? Every option begins with --",
+    ("import", "nowhere", "--workdir=x"): "there is no nowhere; expected a folder",
     ("--mode=sample", "--workdir=runs/not_there"): "runs/not_there/config.json",
     (
         "--mode=nll",
@@ -71,7 +73,10 @@ MISTAKES = {
     ("--mode=sample", "--distributed"): "--distributed is for --mode=train, not for sample",
     ("--mode=denoise", "--workdir=runs/not_there"): "give --from_t",
     ("--mode=sample", "--sampler=ddim", "--eta=hot"): "--eta must be a number or hat, got 'hot'",
-    ("--mode=sample", "--clip=soft"): "must be true or false or dynamic, got 'soft'",
+    (
+        "--mode=sample",
+        "--clip=soft",
+    ): "must be true or false or dynamic, or such as dynamic:1.5; got 'soft'",
     ("--mode=sample", "--spacing=cubic"): "uniform or linear or quadratic or log_snr",
     ("--mode=nll", "--guidance=2"): "--guidance is for --mode=",
     ("--mode=smaple",): "did you mean 'sample'?",
@@ -361,3 +366,10 @@ def test_signals_are_as_before_after_a_run(tmp_path):
 def test_a_switch_of_a_sampler_is_a_switch(word, value):
     request = main.Request(["--mode=sample", "--workdir=run", "--sampler=dpm_solver", word])
     assert request.flags["singlestep"] == value
+
+
+def test_several_changes_add_up_and_of_other_flags_the_last_holds():
+    request = main.Request(
+        ["--change=data", "--change", "step.clip=none", "--workdir=a", "--workdir=b"]
+    )
+    assert request.flags["change"] == "data,step.clip=none" and request.workdir() == "b"

@@ -6,12 +6,13 @@
 
 The first command writes an .npz (images uint8 [N, H, W, C], labels if the model has classes, recipe) and a grid of the
 images (.png). While it runs, finished images are kept in FILE.partial/, and the same command continues from there.
-`--trajectory` adds the chain of the first images as a strip and as an animation. The third command writes the model's
-predictions of x_0 along the chain, as in Ho et al. 2020, Figure 6.
+`--png` adds every image as a file of its own. `--trajectory` adds the chain of the first images as a strip and as an
+animation. The third command writes the model's predictions of x_0 along the chain, as in Ho et al. 2020, Figure 6.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,13 +26,13 @@ from ddpm_jax import options
 from ddpm_jax.commands import analytic, shared
 from ddpm_jax.commands.shared import Labels, Output, Seed
 from ddpm_jax.ddpm import Sampling
+from ddpm_jax.files import animations, results, run_data, writers
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import results, run_data, writers
 from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.files.runs import Run
 from ddpm_jax.method import labels_of, sample_of
-from ddpm_jax.options import AtLeast
+from ddpm_jax.options import AtLeast, ConfigError
 from ddpm_jax.process.diffusion import to_uint8
 from ddpm_jax.process.samplers import DDIM
 from ddpm_jax.training import jobs
@@ -41,7 +42,7 @@ GRID_LIMIT = 100  # maximum number of images in the .png
 GRID_ROWS = 20  # maximum number of rows of the progressive strip
 FRAMES = 12  # number of columns of the progressive strip and of a trajectory
 TRAJECTORY_IMAGES = 8  # number of images in a trajectory
-ANIMATION_FRAMES = 48  # number of frames in the animation of a trajectory
+ANIMATION_FRAMES = 48  # maximum number of frames in an animation
 
 NumSamples = Annotated[
     int | None, "How many images to draw. Default: 64, or all of --latents.", AtLeast(1)
@@ -57,9 +58,17 @@ def sample(
     latents: Annotated[
         str | None, "An .npz from --mode=encode; its latents are decoded instead of random noise."
     ] = None,
+    png: Annotated[
+        bool,
+        "Also writes each image as a PNG file, 000000.png and so on, in a folder named like the .npz.",
+    ] = False,
     trajectory: Annotated[
         bool, "Also writes the chain of the first eight images, as a strip and as an animation."
     ] = False,
+    animation: Annotated[
+        animations.Kinds,
+        "The animations of --trajectory: gif, mp4 (needs imageio-ffmpeg), or both with commas.",
+    ] = ("gif",),
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
@@ -75,6 +84,7 @@ def sample(
     Raises:
       ConfigError, CheckpointError, RunError: one line that says what to do.
     """
+    _check_animation(animation, trajectory)
     encoded, parts = None, ()
     if latents is not None:
         encoded = _Latents.read(run, config_lib.path(latents), sampling, labels)
@@ -102,7 +112,7 @@ def sample(
         if growing.count:
             print(f"{growing.count} images with this recipe exist already", flush=True)
         num_samples = max(num_samples, growing.count)
-        _grow(run, plan, growing, inputs, num_samples, output.batch_size)
+        _grow(run, plan, growing, inputs, num_samples, output.batch_size, png)
         images = growing.rows()
         arrays = {}
         if run.method.num_classes:
@@ -112,22 +122,35 @@ def sample(
         writers.save_npz(plan.out, {"images": images} | arrays, plan.recipe)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(images[:GRID_LIMIT]))
     if trajectory:
-        _save_trajectory(run, plan, inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES))))
+        examples = inputs(np.arange(min(num_samples, TRAJECTORY_IMAGES)))
+        _save_trajectory(run, plan, examples, animation)
     print(
         f"{num_samples} images in {plan.out}, and a grid in the .png of the same name", flush=True
     )
     return plan.out
 
 
-def _grow(run, plan, growing, inputs, num_samples, batch_size) -> None:
-    """Draws images until `num_samples` are saved."""
+def _check_animation(animation: animations.Kinds, trajectory: bool) -> None:
+    """Checks --animation before anything is computed."""
+    if animation != ("gif",) and not trajectory:
+        raise ConfigError("--animation chooses the files of --trajectory; give --trajectory, too")
+    animations.check(animation if trajectory else ())
+
+
+def _grow(run, plan, growing, inputs, num_samples, batch_size, png) -> None:
+    """Draws images until `num_samples` are saved; with `png`, all of them as PNG files, too."""
     progress = Progress("image", num_samples, growing.count, unit="images")
-    for _, (images, finite) in jobs.in_batches(
-        plan.draw, run.params, plan.key, inputs, progress, batch_size
-    ):
-        shared.check_finite(finite, plan.recipe)
-        growing.append(images)
-        progress.show()
+    folder = results.png_folder(plan.out, plan.recipe, named=plan.named)
+    with folder if png else contextlib.nullcontext(lambda first, images: None) as save_pngs:
+        if png and growing.count:
+            save_pngs(0, growing.rows())
+        for _, (images, finite) in jobs.in_batches(
+            plan.draw, run.params, plan.key, inputs, progress, batch_size
+        ):
+            shared.check_finite(finite, plan.recipe)
+            growing.append(images)
+            save_pngs(growing.count - len(images), images)
+            progress.show()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +252,8 @@ class _Latents:
         return cls(latents, labels, digest, sampling)
 
 
-def _save_trajectory(run: Run, plan: Plan, examples) -> None:
-    """Saves x_t and x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` times as an animation."""
+def _save_trajectory(run: Run, plan: Plan, examples, kinds: animations.Kinds) -> None:
+    """Saves x_t and x̂_0 at `FRAMES` times as a strip, and at `ANIMATION_FRAMES` times as animations."""
     shared.diffusion_of(run)
     draw = functools.partial(plan.chains, ANIMATION_FRAMES)
     x, frames = shared.map_images(
@@ -246,14 +269,18 @@ def _save_trajectory(run: Run, plan: Plan, examples) -> None:
     title = f"in turn a row of x_t and a row of the x_0 predicted from it, at t = {times}"
     path = f"{plan.out[:-4]}_trajectory"
     writers.save_grids(f"{path}.png", [(title, np.stack(rows))], columns=len(columns))
-    width = max(1, len(last) // 2)
-    pictures = []
-    for k in range(len(t) + 1):
-        parts = (x_t[:, k], x_0[:, k]) if k < len(t) else (last, last)
-        grids = [writers.grid(part, columns=width) for part in parts]
-        pictures.append(np.concatenate(grids, axis=1))
-    writers.save_animation(f"{path}.gif", pictures)
-    print(f"the chain of {len(last)} images: {path}.png, .gif", flush=True)
+    files = animations.save(path, _side_by_side([x_t, x_0], [last, last]), kinds)
+    print(f"the chain of {len(last)} images: {', '.join([f'{path}.png', *files])}", flush=True)
+
+
+def _side_by_side(chains: list[np.ndarray], last: list[np.ndarray]) -> list[np.ndarray]:
+    """The pictures of an animation: grids of each chain uint8 [N, K, H, W, C] at a time, and of the last images."""
+    width = max(1, len(last[0]) // 2)
+    frames = [[chain[:, k] for chain in chains] for k in range(chains[0].shape[1])]
+    return [
+        np.concatenate([writers.grid(images, columns=width) for images in parts], axis=1)
+        for parts in [*frames, last]
+    ]
 
 
 def progressive(
@@ -262,6 +289,10 @@ def progressive(
     sampling: Sampling = Sampling(),
     num_samples: Annotated[int, "How many images to draw.", AtLeast(1)] = 8,
     labels: Labels = "cycle",
+    animation: Annotated[
+        animations.Kinds,
+        "Animations to write beside the picture: gif, mp4 (needs imageio-ffmpeg), or both with commas.",
+    ] = (),
     seed: Seed = 0,
     output: Output = Output(),
 ) -> str:
@@ -276,6 +307,7 @@ def progressive(
     Raises: as `sample`.
     """
     shared.diffusion_of(run)
+    animations.check(animation)
     plan = prepare(run, sampling, seed, labels, output, "progressive", f"{num_samples}images")
     plan.recipe.update(num_samples=num_samples, frames=FRAMES)
     with results.in_progress(plan.out, plan.recipe, named=plan.named):
@@ -293,6 +325,7 @@ def progressive(
         writers.save_npz(plan.out, arrays, plan.recipe)
         strip = x_0[:GRID_ROWS].reshape(-1, *run.method.image_shape)
         writers.save_png(f"{plan.out[:-4]}.png", writers.grid(strip, columns=len(t)))
-    times = ", ".join(f"{time:g}" for time in t)
-    print(f"predictions of x_0 at t = {times}: {plan.out[:-4]}.png", flush=True)
+    files = animations.save(plan.out[:-4], _side_by_side([x_0], [images]), animation)
+    times, files = ", ".join(f"{time:g}" for time in t), ", ".join([f"{plan.out[:-4]}.png", *files])
+    print(f"predictions of x_0 at t = {times}: {files}", flush=True)
     return plan.out

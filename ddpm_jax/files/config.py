@@ -36,7 +36,7 @@ def path(text: str | os.PathLike) -> str:
 
 
 def find_file(name: str) -> str:
-    """The path of a config named as FILE.py, FILE.py:VARIANT, or NAME for configs/NAME.py.
+    """The path of a config named as FILE.py, FILE.py:VARIANT, NAME for configs/NAME.py, or a run's config.json.
 
     Files not found from the current folder are looked up in the installation, so `cifar10` works in any folder.
 
@@ -44,6 +44,8 @@ def find_file(name: str) -> str:
       ConfigError: no such file; suggests the nearest one.
     """
     file, colon, variant = path(name).partition(":")
+    if file.endswith(".json") and os.path.isfile(file):
+        return file
     whole = file if file.endswith(".py") else f"{file}.py"
     short = os.path.join("configs", whole)
     for choice in (file, whole, short):
@@ -75,7 +77,7 @@ def run_name(name: str) -> str:
 
 
 def from_file(name: str):
-    """The ConfigDict that get_config() or get_config(VARIANT) of a config file returns, locked.
+    """The ConfigDict that get_config() or get_config(VARIANT) of a config file returns, or that of a config.json; locked.
 
     The parent of the file's folder is added to sys.path, so that configs can import one another.
 
@@ -88,6 +90,8 @@ def from_file(name: str):
     """
     name = find_file(name)
     file, _, variant = name.partition(":")
+    if file.endswith(".json"):
+        return _checked(load(file), file)
     root = os.path.dirname(os.path.dirname(os.path.abspath(file)))
     if root not in sys.path:
         sys.path.append(root)
@@ -106,6 +110,11 @@ def from_file(name: str):
         config = get_config(*([variant] if variant else []))
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {config!r:.80}")
+    return _checked(config, file)
+
+
+def _checked(config, file: str):
+    """The config, locked, after a check of its sections."""
     missing = [name for name in SHARED_SECTIONS if name not in config]
     if missing:
         raise ConfigError(

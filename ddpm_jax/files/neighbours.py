@@ -20,7 +20,7 @@ def nearest_of(
 
     Args:
       queries: uint8 [N, H, W, C].
-      flip, shift: the changes of `method.augmented` that training used: the least distance over all of them counts, so that
+      flip, shift: the changes of `augmentation.augmented` that training used: the least distance over all of them counts, so that
         the copy of a mirrored image is near to it.
 
     Returns:

@@ -6,7 +6,11 @@ import contextlib
 import math
 import time
 
+from ddpm_jax.files import console
+
 SHOW_SECONDS = 5.0  # minimum time between two progress lines
+BAR_SECONDS = 0.5  # minimum time between two changes of the bar on a terminal
+BAR_WIDTH = 20
 
 
 class Progress:
@@ -23,7 +27,7 @@ class Progress:
         self.total = total
         self.done = self._first = self._last = done
         self._start = self._last_time = time.perf_counter()
-        self._shown = -math.inf
+        self._shown, self._text = -math.inf, ""
 
     @contextlib.contextmanager
     def once(self, what: str = ""):
@@ -47,7 +51,7 @@ class Progress:
         self._last_time = inner + time.perf_counter() - before
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        console.say(line)
 
     def rate(self) -> float:
         """Units per second since `begin`, without what was done aside."""
@@ -55,25 +59,55 @@ class Progress:
         return (self.done - self._last) * self._per_count / max(seconds, 1e-9)
 
     def show(self, text: str = "") -> None:
-        """Prints `line` if `is_due`."""
+        """Shows the progress if `is_due`: a bar on a terminal, a line elsewhere."""
         if self.is_due():
-            self._shown = time.perf_counter()
-            self.say(self.line(text))
+            left = self.seconds_left()
+            numbers = {"done": self.done, "total": self.total, "per_second": self.rate()}
+            console.emit("progress", what=self._what, **numbers, seconds_left=left)
+            if console.is_live():
+                self.show_bar(text)
+            else:
+                self._shown = time.perf_counter()
+                self.say(self.line(text))
 
     def is_due(self) -> bool:
-        """Whether `SHOW_SECONDS` have passed since the last line, or all is done."""
-        late = time.perf_counter() - self._shown >= SHOW_SECONDS
-        return self.done >= self.total or late
+        """Whether the time of `SHOW_SECONDS`, or of `BAR_SECONDS`, has passed since the last line, or all is done."""
+        return self.done >= self.total or self._is_late(SHOW_SECONDS)
+
+    def _is_late(self, seconds: float) -> bool:
+        late = BAR_SECONDS if console.is_live() else seconds
+        return time.perf_counter() - self._shown >= late
+
+    def show_bar(self, text: str | None = None) -> None:
+        """Shows the bar.
+
+        Args:
+          text: as for `line`; None for the last one.
+        """
+        self._shown, self._text = time.perf_counter(), self._text if text is None else text
+        filled = "#" * (BAR_WIDTH * self.done // max(self.total, 1))
+        console.show_bar(
+            f"[{filled:.<{BAR_WIDTH}}] {self.line(self._text)}", last=self.done >= self.total
+        )
+
+    def refresh(self) -> None:
+        """Redraws the bar, if there is one, twice a second."""
+        if console.is_live() and self._is_late(BAR_SECONDS) and self.done < self.total:
+            self.show_bar()
+
+    def seconds_left(self) -> float:
+        """The time until all is done, at the average speed."""
+        each = (time.perf_counter() - self._start) / max(self.done - self._first, 1)
+        return (self.total - self.done) * each
 
     def line(self, text: str = "") -> str:
         """The progress as one line: step 1,200/20,000  6 %  TEXT  512 images/s  12m 03s left."""
-        each = (time.perf_counter() - self._start) / max(self.done - self._first, 1)
         parts = [
             f"{self._what} {self.done:,}/{self.total:,}",
             f"{100 * self.done // max(self.total, 1)} %",
             text,
             f"{self.rate():.4g} {self._unit}/s",
-            f"{duration((self.total - self.done) * each)} left",
+            f"{duration(self.seconds_left())} left",
         ]
         return "  ".join(part for part in parts if part)
 

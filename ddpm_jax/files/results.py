@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -10,8 +11,10 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.files import checkpoints, writers
@@ -19,6 +22,10 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
 
 FOLDERS = ("eval", "samples")  # folders in a run directory that commands write to
+PNG_THREADS, PNG_WAITING = (
+    2,
+    1024,
+)  # threads that write PNG files, and how many images may wait for them
 CHOSEN = "by a fixed permutation"  # the name of `data.choose` in recipes
 
 
@@ -129,6 +136,66 @@ def in_progress(
                 shutil.rmtree(folder)
         yield folder, finished
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
+    """A folder beside an .npz, named like it, with its images as 000000.png, 000001.png and so on.
+
+    Threads write the files; the context ends when all are complete. Files that exist are left as they are.
+
+    Args:
+      out, recipe, named: as for `in_progress`; the folder holds recipe.json.
+
+    Yields:
+      a function (first, images uint8 [N, H, W, C]) that writes the images with the numbers first, first + 1, …
+
+    Raises:
+      RunError: a folder of another recipe, images of more than four channels.
+    """
+    folder, recipe = out.removesuffix(".npz"), json.loads(json.dumps(recipe))
+    path = os.path.join(folder, "recipe.json")
+    if os.path.exists(folder) and not _has_recipe(path, recipe):
+        line = f"{folder} holds other files than the PNG files of these settings"
+        if named:
+            raise RunError(f"{line}; move it, or choose another --out")
+        aside = free_name(f"{folder}.replaced")
+        print(f"{line}: it is now {aside}", flush=True)
+        os.rename(folder, aside)
+    os.makedirs(folder, exist_ok=True)
+    writers.save_text(path, json.dumps(recipe))
+    writers.written[folder] = writers.written.pop(path)  # instead of thousands of files
+    names = set(os.listdir(folder))
+    for name in names:
+        if name.endswith(".tmp.png"):  # left by a kill
+            os.remove(os.path.join(folder, name))
+    waiting = collections.deque()
+    with ThreadPoolExecutor(PNG_THREADS) as pool:
+
+        def write(first: int, images: np.ndarray) -> None:
+            if images.shape[-1] > 4:
+                raise RunError(f"a PNG file has at most four channels, not {images.shape[-1]}")
+            for number, image in enumerate(images, first):
+                if (name := f"{number:06d}.png") not in names:
+                    waiting.append(pool.submit(_save_png, os.path.join(folder, name), image))
+                if len(waiting) > PNG_WAITING:
+                    waiting.popleft().result()
+
+        yield write
+        for job in waiting:
+            job.result()
+
+
+def _save_png(path: str, image: np.ndarray) -> None:
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    writers.replace(path, picture.save, listed=False)
+
+
+def _has_recipe(path: str, recipe: dict) -> bool:
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+        return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
+    return False
 
 
 def _without_paths(recipe: dict) -> dict:

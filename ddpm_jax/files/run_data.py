@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from typing import Any
@@ -16,6 +18,7 @@ from ddpm_jax.method import Method
 from ddpm_jax.names import find, nearest
 from ddpm_jax.options import ConfigError
 
+NO_DATA = "none"  # config.data.name of pretrained weights that came without data
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 
@@ -23,8 +26,27 @@ class RunError(RuntimeError):
     """A request that a run cannot fulfil; one line with the reason and what to do."""
 
 
+@contextlib.contextmanager
+def advice_on_writing(workdir: str):
+    """Adds advice to the error of a run directory that is read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise RunError(
+            f"{error}; if the run directory {workdir} cannot be written, give --out=FILE in a folder that"
+            " can, or a copy of the run as --workdir"
+        ) from error
+
+
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
     """The data of config.data, with some fields replaced by `changes`; flip and shift are used by the Method."""
+    if changes.get("name", config.data.name) == NO_DATA:
+        raise ConfigError(
+            "the data of these pretrained weights are not known: give --data_dir=PATH, a folder of pictures or an"
+            " .npz, or for training --config.data.name"
+        )
     section = {key: value for key, value in config.data.items() if key not in augmentation.FIELDS}
     return options.build(data.load, section | changes, "config.data", split=split)
 
@@ -97,6 +119,8 @@ def as_numbered(workdir: str, dataset: data.Dataset) -> data.Dataset:
 def moved(name: str, data_dir: str) -> dict:
     """The fields of config.data for the data set `name` at `data_dir`."""
     kind, colon, path = name.partition(":")
+    if name == NO_DATA:
+        kind, colon = "npz" if data_dir.endswith(".npz") else "image_folder", ":"
     if not colon or kind not in data.WITH_PATH:
         return {"data_dir": data_dir}
     new_path = config_lib.path(data_dir)

@@ -56,7 +56,7 @@ class Run:
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
             weights.update(np.ascontiguousarray(leaf))
-        left_out = ("training", "step", "optimizer", "preview", "data", "seed")
+        left_out = ("training", "step", "optimizer", "preview", "data", "seed", "init_from")
         config = json.loads(config_lib.to_json(self.config))
         model = {name: value for name, value in config.items() if name not in left_out}
         return {
@@ -176,6 +176,8 @@ def code_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def ema_warning(config, step: int) -> str:
     """A one-line warning if the EMA weights are still close to their initial values; otherwise empty."""
+    if config.get("init_from"):  # the initial weights are not random
+        return ""
     decay, warmup = config.step.get("ema_decay", 0.9999), config.step.get("ema_warmup", False)
     share = initial_share(step, ema_decay=decay, ema_warmup=warmup)
     if share < EMA_SHARE:

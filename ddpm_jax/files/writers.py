@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import math
 import os
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+written: dict[str, None] = {}  # the files that this process has written, in their order
 
-def _replace(path: str, write) -> None:
-    """Calls write(temporary path) and renames the file: a reader never sees half of it."""
+
+def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> None:
+    """Calls write(temporary path) and renames the file: a reader never sees half of it.
+
+    Args:
+      listed: adds the path to `written`.
+    """
     root, extension = os.path.splitext(path)
     temporary = f"{root}.tmp{extension}"
     try:
         write(temporary)
         os.replace(temporary, path)
+        if listed:
+            written[os.path.abspath(path)] = None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -74,7 +80,7 @@ def save_bytes(path: str, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
 
-    _replace(path, write)
+    replace(path, write)
 
 
 def save_text(path: str, text: str) -> None:
@@ -100,7 +106,7 @@ def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = 
     """Writes an uncompressed .npz atomically; its recipe is the array "recipe", as JSON."""
     arrays = arrays | ({} if recipe is None else {"recipe": json.dumps(recipe)})
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    _replace(path, lambda temporary: np.savez(temporary, **arrays))
+    replace(path, lambda temporary: np.savez(temporary, **arrays))
 
 
 # ---- pictures --------------------------------------------------------------------------------------
@@ -137,11 +143,23 @@ def grid(images: np.ndarray, *, columns: int | None = None, pad: int = 2) -> np.
 def save_png(path: str, image: np.ndarray) -> None:
     """uint8 [H, W, 3] to a PNG file."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    _replace(path, Image.fromarray(image).save)
+    replace(path, Image.fromarray(image).save)
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) -> None:
-    """Grids one above the other, each under its title.
+    """Writes `titled_grids` as a PNG."""
+    save_png(path, titled_grids(rows, columns))
+
+
+def titled_grids(rows: Sequence[tuple[str, np.ndarray]], columns: int) -> np.ndarray:
+    """Grids one above the other, each under its title, as one picture uint8 [H, W, 3].
 
     Args:
       rows: (title, uint8 [N, H, W, C]) for each grid.
@@ -161,20 +179,7 @@ def save_grids(path: str, rows: Sequence[tuple[str, np.ndarray]], columns: int) 
         ImageDraw.Draw(canvas).text((4, top + 2), title, fill="black")
         canvas.paste(picture, (0, top + 16))
         top += 16 + picture.height
-    save_png(path, np.asarray(canvas))
-
-
-def save_animation(path: str, pictures: Sequence[np.ndarray], *, seconds: float = 4.0) -> None:
-    """Writes pictures uint8 [H, W, 3] as a looping GIF that shows the last one for a second."""
-    first, *others = (Image.fromarray(picture) for picture in pictures)
-    each = max(20, round(1000 * seconds / len(pictures)))
-    durations = [*[each] * len(others), 1000]
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-
-    def write(temporary):
-        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0)
-
-    _replace(path, write)
+    return np.asarray(canvas)
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
@@ -212,7 +217,7 @@ def save_loss_curve(path: str, rows: Iterable[dict]) -> None:
         axis.legend(fontsize=8)
     top.set_ylabel("loss (averaged over 2 % of the run)")
     bottom.set_xlabel("step")
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
 class Panel(NamedTuple):
@@ -242,79 +247,4 @@ def save_panels(path: str, title: str, panels: Sequence[Panel]) -> None:
         if len(panel.curves) > 1:
             axis.legend(fontsize=8)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-# ---- lines for people ------------------------------------------------------------------------------
-
-
-class Heedless:
-    """A stream that drops text after its reader has exited, as in `… | head`."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._heedless():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._heedless():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _heedless(self):
-        try:
-            yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-
-class Log:
-    """A log: log("line") prints a line and, after `begin`, appends it to a file.
-
-    Neither a closed output nor a full disk stops the program.
-
-    Args:
-      path: path of the file; None for a log that drops all lines, in processes other than the first.
-    """
-
-    def __init__(self, path: str | None):
-        self._path = path
-        self._waiting: list[str] | None = []  # lines for the file, until `begin`
-        self._complained = False
-
-    def begin(self) -> None:
-        """Writes the earlier lines to the file, and from now on every line."""
-        lines, self._waiting = self._waiting, None
-        self._append("".join(lines or ()))
-
-    def __call__(self, line: str) -> None:
-        if self._path is None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            print(line, flush=True)
-        line = time.strftime("%Y-%m-%d %H:%M:%S  ") + line + "\n"
-        if self._waiting is None:
-            self._append(line)
-        else:
-            self._waiting.append(line)
-
-    def _append(self, text: str) -> None:
-        if self._path is None:
-            return
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except FileNotFoundError:  # the run directory is gone, as after a start that failed
-            pass
-        except OSError as error:
-            if not self._complained:
-                print(f"WARNING: {self._path} cannot be written: {error}", file=sys.stderr)
-            self._complained = True
+    replace(path, lambda temporary: figure.savefig(temporary, dpi=100))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-EPSILON = 1e-6  # added to the variances in group norms, as in Ho et al.'s code
+EPSILON = 1e-6  # default of what is added to the variances in group norms, as in Ho et al.'s code
 NEAR_ZERO = 1e-10  # variance scale of the last layer of each block, in place of 0; Ho et al.'s code
 NEAR_ZERO_LAYERS = ("conv_2", "proj_out", "conv_out")
 
@@ -31,16 +31,22 @@ def largest_divisor(channels: int, at_most: int) -> int:
     return max(g for g in range(1, at_most + 1) if channels % g == 0)
 
 
-def time_embedding(t: jax.Array, channels: int) -> jax.Array:
+def time_embedding(
+    t: jax.Array, channels: int, *, frequency_shift: float = 1.0, cosine_first: bool = False
+) -> jax.Array:
     """The sinusoidal embedding of t [B]: [B, channels] float32, all sines, then all cosines.
 
-    The frequencies fall geometrically from 1 to 1/10000, both included as in Ho et al.'s code; in
-    Improved DDPM's the last is left out. If `channels` is odd, the last one is zero.
+    The n frequencies are 10000^(−i/(n − frequency_shift)). With a shift of 1 they fall from 1 to 1/10000, both included,
+    as in Ho et al.'s code; with 0 the last is left out, as in Improved DDPM's. If `channels` is odd, the last one is zero.
+
+    Args:
+      cosine_first: all cosines, then all sines, as in Improved DDPM's code.
     """
     half = channels // 2
-    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / max(half - 1, 1))
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / max(half - frequency_shift, 1))
     angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(parts[::-1] if cosine_first else parts, axis=1)
     return jnp.pad(embedding, ((0, 0), (0, channels % 2)))
 
 
@@ -120,11 +126,23 @@ def upsample_convolve(x, kernel):
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, outputs)
 
 
+def double(x):
+    """Nearest-neighbour upsampling: x [B, H, W, C] -> [B, 2 H, 2 W, C]."""
+    b, h, w, c = x.shape
+    return jax.image.resize(x, (b, 2 * h, 2 * w, c), "nearest")
+
+
+def halve(x):
+    """Means of 2x2 pixels: x [B, H, W, C] -> [B, H/2, W/2, C], for even sizes; of odd ones the last row is its own mean."""
+    count = nn.avg_pool(jnp.ones((1, *x.shape[1:3], 1)), (2, 2), (2, 2), "SAME")
+    return nn.avg_pool(x, (2, 2), (2, 2), "SAME") / count.astype(x.dtype)
+
+
 class Conv(nn.Module):
     """A 3x3 convolution, [B, H, W, I] -> [B, H, W, features].
 
-    With stride 2 the image is halved, rounding up, and padded as by TensorFlow's SAME: (0, 1) for even
-    sizes, (1, 1) for odd ones. With `upsample` the image is first doubled.
+    With stride 2 the image is halved, rounding up. With `upsample` it is first doubled. The padding "SAME" is TensorFlow's,
+    with stride 2 (0, 1) for even sizes and (1, 1) for odd ones.
     """
 
     features: int
@@ -133,6 +151,7 @@ class Conv(nn.Module):
     scale: float = 1.0
     stride: int = 1
     upsample: bool = False
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
 
     @nn.compact
     def __call__(self, x):
@@ -143,12 +162,11 @@ class Conv(nn.Module):
         if not self.upsample or self.plain:
             kernel = kernel.astype(self.dtype)
         if self.upsample and self.plain:
-            b, h, w, c = x.shape
-            y = convolve(jax.image.resize(x, (b, 2 * h, 2 * w, c), "nearest"), kernel, "SAME")
+            y = convolve(double(x), kernel, "SAME")
         elif self.upsample:
             y = upsample_convolve(x, kernel)
         else:
-            y = convolve(x, kernel, "SAME", self.stride)
+            y = convolve(x, kernel, self.padding, self.stride)
         return y + bias[None, None, None, :]
 
 
@@ -163,6 +181,7 @@ class GroupNorm(nn.Module):
     """
 
     num_groups: int
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x, scale=None, shift=None):
@@ -184,19 +203,23 @@ class GroupNorm(nn.Module):
         deviation = mean + pivot - group_mean(mean + pivot)  # channel mean minus group mean
         variance = group_mean(variance + jnp.square(deviation))
 
-        a = gamma[None, :] * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + EPSILON)
+        a = gamma[None, :] * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
         b = beta[None, :] + (deviation - mean) * a
         if scale is not None:
             a, b = a * (1 + scale), b * (1 + scale) + shift
         return x * a[:, None, None, :] + b[:, None, None, :]
 
 
-def group_norm(x, scale=None, shift=None, *, num_groups: int, plain: bool, name: str):
-    """Group normalisation, in the fast or the plain form; for use inside a module."""
-    groups = largest_divisor(x.shape[-1], num_groups)
+def group_norm(x, scale=None, shift=None, *, norm: tuple[int, float], plain: bool, name: str):
+    """Group normalisation, in the fast or the plain form; for use inside a module.
+
+    Args:
+      norm: the number of groups, and the epsilon.
+    """
+    groups, epsilon = largest_divisor(x.shape[-1], norm[0]), norm[1]
     if not plain:
-        return GroupNorm(groups, name=name)(x, scale, shift)
-    y = nn.GroupNorm(groups, epsilon=EPSILON, dtype=jnp.float32, name=name)(x)
+        return GroupNorm(groups, epsilon, name=name)(x, scale, shift)
+    y = nn.GroupNorm(groups, epsilon=epsilon, dtype=jnp.float32, name=name)(x)
     return y if scale is None else y * (1 + scale)[:, None, None, :] + shift[:, None, None, :]
 
 
@@ -293,23 +316,27 @@ class ResBlock(nn.Module):
     """A residual block: norm, swish, conv; add the embedding; norm, swish, dropout, conv; add the input.
 
     x [B, H, W, C], embedding [B, E] -> [B, H, W, channels]. With `scale_shift` the embedding is not added,
-    but scales and shifts the output of the second norm (Improved DDPM, Appendix A).
+    but scales and shifts the output of the second norm (Improved DDPM, Appendix A). With `resample` "down" or "up"
+    both branches are halved or doubled, before the first convolution (Dhariwal and Nichol 2021, Section 3).
     """
 
     channels: int
     dropout: float
     scale_shift: bool
     dtype: str
-    num_groups: int
+    norm: tuple[int, float]  # see group_norm
     plain: bool
     layer: int  # number of the block in the network, folded into the dropout keys
+    resample: str = ""
 
     @nn.compact
     def __call__(self, x, embedding, dropout_keys):
-        norm = functools.partial(group_norm, num_groups=self.num_groups, plain=self.plain)
+        norm = functools.partial(group_norm, norm=self.norm, plain=self.plain)
         x = x if self.plain else store_gradient(x)
-        h = nn.swish(norm(x, name="norm_1"))
-        h = Conv(self.channels, self.dtype, self.plain, name="conv_1")(h)
+        h, up = nn.swish(norm(x, name="norm_1")), self.resample == "up"
+        if self.resample:
+            x, h = (double(x), h) if up else (halve(x), halve(h))
+        h = Conv(self.channels, self.dtype, self.plain, upsample=up, name="conv_1")(h)
 
         width = self.channels * (2 if self.scale_shift else 1)
         e = nn.Dense(width, kernel_init=variance_scaling(), name="dense_emb")(embedding)
@@ -333,7 +360,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: str
-    num_groups: int
+    norm: tuple[int, float]  # see group_norm; 0 groups for none
     plain: bool
 
     @nn.compact
@@ -342,7 +369,9 @@ class Attention(nn.Module):
         size = c // self.num_heads
         x = x if self.plain else store_gradient(x)
 
-        y = group_norm(x, num_groups=self.num_groups, plain=self.plain, name="norm")
+        y = x
+        if self.norm[0]:
+            y = group_norm(x, norm=self.norm, plain=self.plain, name="norm")
         y = y.reshape(b, h * w, c)
         heads = (b, h * w, self.num_heads, size)
         q, k, v = (

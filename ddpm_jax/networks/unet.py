@@ -2,7 +2,7 @@
 
 A U-Net of residual blocks with self-attention at chosen resolutions, conditioned on the time and optionally on a label.
 Several heads, scale-shift conditioning and labels follow Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic
-Models" (2021), Section 3 and Appendix A.
+Models" (2021), Section 3 and Appendix A. The last fields are details in which the networks of other codebases differ.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from absl import logging
 
 from ddpm_jax.names import check_choice
 from ddpm_jax.networks.layers import (
+    EPSILON,
     NEAR_ZERO,
     NEAR_ZERO_LAYERS,
     Attention,
@@ -39,7 +40,8 @@ class UNet(nn.Module):
     Attributes:
       out_channels: channels of the output, which a `DDPM` fills in.
       channels: base width; level l of the network has channels * channel_mults[l].
-      channel_mults: one entry per level; each level except the last halves the image, rounding up.
+      channel_mults: one entry per level, a whole number, or a fraction that makes the channels whole; each level except
+        the last halves the image, rounding up.
       num_res_blocks: residual blocks per level on the way down, and one more on the way up.
       attention_resolutions: levels whose smaller side is one of these have attention after each block,
         and so does the middle, unless this is empty. None for the first level of at most 16.
@@ -56,6 +58,15 @@ class UNet(nn.Module):
       remat: recompute each residual block in the backward pass instead of storing it.
       remat_resolutions: recompute only the blocks at levels whose smaller side is one of these, which hold the most.
       plain: the textbook form of every layer: same parameters and function, other dropout masks.
+      norm_epsilon: added to the variance in each norm; 1e-6 in Ho et al.'s code, 1e-5 in Improved DDPM's.
+      downsample_padding: 0 pads a convolution that halves the image at its end only, as Ho et al.'s code does; 1 on both
+        sides, as Improved DDPM's.
+      resample_blocks: levels are halved and doubled by residual blocks, not by convolutions (Dhariwal and Nichol 2021).
+      middle_attention: whether the middle has attention. None for wherever another level has it.
+      middle_groups: groups of the norm of the middle's attention; 0 for no norm. None for those of the other norms.
+      time_scale: what the time is multiplied by; 1000/T in Improved DDPM's code.
+      frequency_shift, cosine_first: of the time embedding, see `layers.time_embedding`; 0 and True in Improved DDPM's code.
+      center_input: the network receives 2x − 1.
 
     >>> network = dj.UNet(channels=8, channel_mults=(1, 2), num_res_blocks=1, out_channels=1)
     >>> x, t = jnp.zeros((2, 8, 8, 1)), jnp.array([0, 999])
@@ -66,7 +77,7 @@ class UNet(nn.Module):
 
     out_channels: int = 3
     channels: int = 128
-    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mults: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] | None = None
     num_heads: int = 1
@@ -79,6 +90,15 @@ class UNet(nn.Module):
     remat: bool = False
     remat_resolutions: tuple[int, ...] = ()
     plain: bool = False
+    norm_epsilon: float = EPSILON
+    downsample_padding: int = 0
+    resample_blocks: bool = False
+    middle_attention: bool | None = None
+    middle_groups: int | None = None
+    time_scale: float = 1.0
+    frequency_shift: float = 1.0
+    cosine_first: bool = False
+    center_input: bool = False
 
     @nn.compact
     def __call__(self, x, t, labels=None, *, dropout_keys=None):
@@ -98,23 +118,34 @@ class UNet(nn.Module):
         if (labels is None) == (self.num_classes > 0):
             how = "without labels" if labels is None else "with labels"
             raise ValueError(f"a network of num_classes={self.num_classes} was called {how}")
-        num_groups, attended = self.groups, self.attended(x.shape[1:3])
+        norm, attended = (self.groups, self.norm_epsilon), self.attended(x.shape[1:3])
 
         embedding = self.embed(t, labels)  # [B, 4 channels]
         layer = 0
 
-        def block(h, level, name):
+        def block(h, level, name, resample=""):
             nonlocal layer
             layer += 1
-            channels = self.channels * self.channel_mults[level]
-            options = (self.dropout, self.scale_shift, self.dtype, num_groups, self.plain)
+            channels = self.level_channels[level]
+            options = (self.dropout, self.scale_shift, self.dtype, norm, self.plain)
             remat = self.remat or min(h.shape[1:3]) in self.remat_resolutions
             make_block = nn.remat(ResBlock) if remat else ResBlock
-            return make_block(channels, *options, layer, name=name)(h, embedding, dropout_keys)
+            h = make_block(channels, *options, layer, resample, name=name)(
+                h, embedding, dropout_keys
+            )
+            return h
 
-        def attention(h, name):
+        def resampled(h, level, way):
+            name = f"{way}_{level}_{way}sample"
+            if self.resample_blocks:
+                return block(h, level, name, way)
+            padding = ((1, 1), (1, 1)) if self.downsample_padding else "SAME"
+            how = {"stride": 2, "padding": padding} if way == "down" else {"upsample": True}
+            return Conv(h.shape[-1], self.dtype, self.plain, name=name, **how)(h)
+
+        def attention(h, name, norm=norm):
             heads = h.shape[-1] // self.head_channels if self.head_channels else self.num_heads
-            return Attention(heads, self.dtype, num_groups, self.plain, name=name)(h)
+            return Attention(heads, self.dtype, norm, self.plain, name=name)(h)
 
         def block_and_attention(h, level, name):
             h = block(h, level, name.format("block"))
@@ -124,6 +155,7 @@ class UNet(nn.Module):
 
         last = len(self.channel_mults) - 1
 
+        x = 2 * x - 1 if self.center_input else x
         h = Conv(self.channels, self.dtype, self.plain, name="conv_in")(x)
         skips = [h]
         for level in range(last + 1):
@@ -131,13 +163,13 @@ class UNet(nn.Module):
                 h = block_and_attention(h, level, f"down_{level}_{{}}_{i}")
                 skips.append(h)
             if level < last:
-                name = f"down_{level}_downsample"
-                h = Conv(h.shape[-1], self.dtype, self.plain, stride=2, name=name)(h)
+                h = resampled(h, level, "down")
                 skips.append(h)
 
         h = block(h, last, "middle_block_0")
-        if attended:
-            h = attention(h, "middle_attention")
+        if self.has_middle_attention(attended):
+            groups = norm[0] if self.middle_groups is None else self.middle_groups
+            h = attention(h, "middle_attention", (groups, norm[1]))
         h = block(h, last, "middle_block_1")
 
         for level in reversed(range(last + 1)):
@@ -145,19 +177,23 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block_and_attention(h, level, f"up_{level}_{{}}_{i}")
             if level > 0:
-                name = f"up_{level}_upsample"
-                h = Conv(h.shape[-1], self.dtype, self.plain, upsample=True, name=name)(h)
+                h = resampled(h, level, "up")
                 h = h[:, : skips[-1].shape[1], : skips[-1].shape[2]]  # odd sizes: 4 -> 8 -> 7
         assert not skips
 
-        h = nn.swish(group_norm(h, num_groups=num_groups, plain=self.plain, name="norm_out"))
+        h = nn.swish(group_norm(h, norm=norm, plain=self.plain, name="norm_out"))
         conv_out = Conv(self.out_channels, "float32", self.plain, scale=NEAR_ZERO, name="conv_out")
         return conv_out(h)
 
     def embed(self, t, labels):
         """The embedding of time and label that every residual block uses, [B, 4 channels] float32."""
         width = 4 * self.channels
-        h = time_embedding(t, self.channels)
+        h = time_embedding(
+            t if self.time_scale == 1 else t * self.time_scale,
+            self.channels,
+            frequency_shift=self.frequency_shift,
+            cosine_first=self.cosine_first,
+        )
         h = nn.Dense(width, kernel_init=variance_scaling(), name="time_dense_1")(h)
         h = nn.Dense(width, kernel_init=variance_scaling(), name="time_dense_2")(nn.swish(h))
         if self.num_classes > 0:
@@ -171,6 +207,11 @@ class UNet(nn.Module):
         if self.num_groups is not None:
             return self.num_groups
         return max(1, min(NUM_GROUPS, self.channels // 4))
+
+    @property
+    def level_channels(self) -> list[int]:
+        """The number of channels of each level."""
+        return [round(self.channels * mult) for mult in self.channel_mults]
 
     def sides(self, image_size: tuple[int, ...]) -> list[int]:
         """The smaller side of the image at each level."""
@@ -224,6 +265,10 @@ class UNet(nn.Module):
                 *(self.channels, self.channels, max(1, self.channels // 4)),
             )
 
+    def has_middle_attention(self, attended: tuple[int, ...]) -> bool:
+        """middle_attention, or its default."""
+        return bool(attended) if self.middle_attention is None else self.middle_attention
+
     def _check_numbers(self, image_shape) -> None:
         if len(image_shape) != 3 or not all(_is_integer(side, 1) for side in image_shape):
             raise ValueError(
@@ -233,24 +278,35 @@ class UNet(nn.Module):
         least = {"out_channels": 1, "channels": 2, "num_res_blocks": 1, "num_heads": 1}
         least |= {"head_channels": 0, "num_classes": 0}
         least |= {} if self.num_groups is None else {"num_groups": 1}
+        least |= {} if self.middle_groups is None else {"middle_groups": 0}
         for name, value in least.items():
             if not _is_integer(getattr(self, name), value):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} should be an integer of at least {value}"
                 )
-        for name, empty in (("channel_mults", False), ("attention_resolutions", True)):
-            values = getattr(self, name)
-            if values is None and empty:
-                continue
-            is_sequence = isinstance(values, (tuple, list))
-            if not (is_sequence and (values or empty) and all(_is_integer(v, 1) for v in values)):
-                example = "(1, 2, 2, 2)" if name == "channel_mults" else "(16,), or () for none"
-                raise ValueError(
-                    f"{name}={values!r} should be positive integers, such as {example}"
-                )
+        mults, sides = self.channel_mults, self.attention_resolutions
+        if not isinstance(mults, (tuple, list)) or not mults or not all(map(self._fits, mults)):
+            raise ValueError(
+                f"channel_mults={mults!r} should be positive numbers, such as (1, 2, 2, 2), that make whole"
+                f" numbers of channels of channels={self.channels}"
+            )
+        is_sequence = isinstance(sides, (tuple, list))
+        if sides is not None and not (is_sequence and all(_is_integer(v, 1) for v in sides)):
+            raise ValueError(
+                f"attention_resolutions={sides!r} should be positive integers, such as (16,), or () for none"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is outside [0, 1); Ho et al. use 0.1")
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon={self.norm_epsilon} is outside (0, 1); use 1e-6")
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(f"downsample_padding={self.downsample_padding} should be 0 or 1")
         check_choice("dtype", self.dtype, DTYPES)
+
+    def _fits(self, mult) -> bool:
+        """Whether a multiple of the base width is a positive whole number of channels."""
+        number = isinstance(mult, (int, float, np.number)) and not isinstance(mult, bool)
+        return number and mult > 0 and (self.channels * mult) % 1 == 0
 
     def _check_heads(self, sides, attended) -> None:
         if self.num_heads > 1 and self.head_channels > 0:
@@ -258,13 +314,10 @@ class UNet(nn.Module):
                 f"num_heads={self.num_heads} and head_channels={self.head_channels} are both set; "
                 "set only one, and leave num_heads=1 or head_channels=0"
             )
-        widths = {
-            self.channels * mult
-            for side, mult in zip(sides, self.channel_mults, strict=True)
-            if side in attended
-        }
-        if attended:
-            widths.add(self.channels * self.channel_mults[-1])  # the middle
+        levels = self.level_channels
+        widths = {width for side, width in zip(sides, levels, strict=True) if side in attended}
+        if self.has_middle_attention(attended):
+            widths.add(levels[-1])
         name = "head_channels" if self.head_channels else "num_heads"
         heads = getattr(self, name)
         for channels in sorted(widths):

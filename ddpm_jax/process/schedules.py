@@ -34,6 +34,8 @@ class Schedule:
         otherwise float32. By default 0 … S−1; a shortened chain keeps the times of the full one.
       step_variance: [S] float64 > 0, σ²_{t|s}, which is β_t for a variance-preserving chain. By default it is computed
         from α and σ as a difference, which loses digits for short steps; pass it if it is known exactly.
+      ends: (α_s, σ_s), [S] each: the noise levels to which the steps lead. By default those of the step before, and of the
+        data for step 0.
 
     Raises:
       ValueError: shapes differ, or values are outside these ranges.
@@ -48,6 +50,7 @@ class Schedule:
     sigma: Float64[np.ndarray, " S"]
     times: Num[np.ndarray, " S"] = None  # type: ignore[assignment]  # set in __post_init__
     step_variance: Float64[np.ndarray, " S"] = None  # type: ignore[assignment]
+    ends: tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]] | None = None
 
     def __post_init__(self):
         alpha, sigma = (np.array(table, np.float64) for table in (self.alpha, self.sigma))
@@ -71,6 +74,8 @@ class Schedule:
         if not (self.ratio[1:] >= self.ratio[:-1]).all():
             raise ValueError("sigma / alpha must not decrease: every step adds noise")
         difference = sigma**2 - self.step_alpha**2 * self.sigma_prev**2
+        if self.ends is not None:  # a step may then lead to where it begins
+            difference = np.maximum(difference, np.finfo(np.float64).tiny)
         step_variance = difference if self.step_variance is None else self.step_variance
         step_variance = np.array(step_variance, np.float64)
         if step_variance.shape != alpha.shape or not (step_variance > 0).all():
@@ -98,11 +103,15 @@ class Schedule:
     @functools.cached_property
     def alpha_prev(self) -> Float64[np.ndarray, " S"]:
         """α of the previous step; 1 for step 0."""
+        if self.ends is not None:
+            return self.ends[0]
         return np.append(1.0, self.alpha[:-1])
 
     @functools.cached_property
     def sigma_prev(self) -> Float64[np.ndarray, " S"]:
         """σ of the previous step; 0 for step 0."""
+        if self.ends is not None:
+            return self.ends[1]
         return np.append(0.0, self.sigma[:-1])
 
     @functools.cached_property

@@ -15,7 +15,14 @@ from ddpm_jax.names import check_choice
 from ddpm_jax.process.schedules import Schedule
 
 # {name of a spacing: its prefix before a number of steps}
-SPACINGS = {"uniform": "", "linear": "ddim", "quadratic": "quad", "log_snr": "logsnr"}
+SPACINGS = {
+    "uniform": "",
+    "linear": "ddim",
+    "quadratic": "quad",
+    "log_snr": "logsnr",
+    "leading": "leading",
+    "trailing": "trailing",
+}
 
 Steps = int | str | Sequence[int] | np.ndarray
 
@@ -34,6 +41,9 @@ def subsequence(
           linear);
         "quad50": squares of evenly spaced numbers from 0 to √(0.8T) (Song et al.'s code);
         "logsnr50": the steps nearest to evenly spaced values of log SNR (Lu et al. 2022);
+        "leading50": multiples of ⌊T/S⌋ from 0; "leading50+1": from 1 (Lin et al. 2024, Table 2; diffusers, with
+          steps_offset);
+        "trailing50": T−1 and down in even steps, rounded (Lin et al. 2024, Table 2);
         the list of steps itself, or that list as text: "[0,20,41]".
         Equal steps of "quad50" and "logsnr50" are moved to neighbours that are free. A single step is always T−1, where
         sampling begins.
@@ -52,14 +62,17 @@ def subsequence(
     if not isinstance(steps, str):
         return _listed(steps, T)
     kind = next((word for word in SPACINGS.values() if word and steps.startswith(word)), "")
+    numbers, plus, offset = steps.removeprefix(kind).partition("+")
     try:
-        counts = [int(part) for part in steps.removeprefix(kind).split(",")]
+        counts = [int(part) for part in numbers.split(",")]
+        first = int(offset) if plus else 0
+        counts = [] if plus and kind != "leading" else counts
     except ValueError:
         counts = []
     if not counts or (kind and len(counts) > 1):
         raise ValueError(
-            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', 'logsnr50', '10,15,20' or"
-            " '[0,20,41]'"
+            f"cannot read steps={steps!r}; write 50, 'ddim50', 'quad50', 'logsnr50', 'leading50',"
+            " 'trailing50', '10,15,20' or '[0,20,41]'"
         )
     if counts == [1]:
         return np.array([T - 1])
@@ -69,6 +82,10 @@ def subsequence(
     if kind == "ddim":
         strides = [k for k in range(1, T + 1) if len(range(0, T, k)) == S]
         return np.arange(S) * strides[0] if strides else np.arange(S) * T // S
+    if kind == "leading":
+        return _listed(np.arange(S) * (T // S) + first, T)
+    if kind == "trailing":
+        return np.round(T - np.arange(S) * (T / S)).astype(np.int64)[::-1] - 1
     if kind == "quad":
         squares = np.floor(np.linspace(0, np.sqrt(0.8 * T), S) ** 2 + 1e-9)
         return _distinct(squares.astype(np.int64), T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -18,8 +19,9 @@ from ddpm_jax.training.step import NEVER, TrainState, make_update
 
 FIRST_FILES = (  # written by a start before its first step
     *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
-    checkpoints.LOCK,
+    *("loggers.json", "wandb_id", checkpoints.LOCK),
 )
+FIRST_FOLDERS = ("tensorboard", "wandb")
 
 
 class TrainingError(RuntimeError):
@@ -137,6 +139,8 @@ def run_directory(workdir: str):
         with contextlib.suppress(OSError):  # the error that ended the start is the one to report
             for name in set(FIRST_FILES) & set(os.listdir(workdir)) - set(before):
                 os.remove(os.path.join(workdir, name))
+            for name in set(FIRST_FOLDERS) & set(os.listdir(workdir)) - set(before):
+                shutil.rmtree(os.path.join(workdir, name))
             for folder in made:
                 os.rmdir(folder)
 

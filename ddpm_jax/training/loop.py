@@ -4,8 +4,8 @@
     train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt, metrics.jsonl, loss.png,
-data_preview.png, forward.png (the forward process, of a diffusion), checkpoints/ and previews such as
-samples/step_00000500.png.
+data_preview.png, forward.png (the forward process, of a diffusion), checkpoints/, previews such as
+samples/step_00000500.png, and history.jsonl if settings were changed on purpose.
 """
 
 from __future__ import annotations
@@ -18,49 +18,30 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from ddpm_jax import augmentation, data, options
-from ddpm_jax.files import checkpoints, run_data, writers
+from ddpm_jax.files import checkpoints, console, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
 from ddpm_jax.files.runs import ema_warning
 from ddpm_jax.method import Method, from_config, is_diffusion
-from ddpm_jax.names import check_choice
 from ddpm_jax.process import terminal
 from ddpm_jax.training import guards, parallel, preview, resume
+from ddpm_jax.training import profile as profile_lib
 from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.length import Length
+from ddpm_jax.training.loggers import Loggers
+from ddpm_jax.training.profile import Profiler
 from ddpm_jax.training.signals import Signals
 from ddpm_jax.training.step import TrainState
 
-Change = Annotated[
-    tuple[str, ...],
-    "What may differ from the run that is continued: data, for other images than it began with.",
-]
-CHANGES = ("data",)  # values of `change`
 FIRST_PREVIEW_SECONDS = 20.0  # time of an early preview, before the first regular one
 HEARTBEAT_SECONDS = 10.0  # maximum time between two progress lines
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Length:
-    """config.training: the length of a run and its intervals."""
-
-    num_steps: int
-    batch_size: int
-    log_every: int = 100
-    checkpoint_every: int = 5000
-    checkpoint_minutes: float = 10.0
-    keep: int = 3
-
-    def __post_init__(self):
-        intervals = (self.num_steps, self.log_every, self.checkpoint_every, self.keep)
-        if min(intervals) < 1 or self.checkpoint_minutes <= 0:
-            raise ValueError("num_steps, the intervals and keep must all be positive")
 
 
 def check(config) -> Method:
@@ -73,7 +54,7 @@ def check(config) -> Method:
     guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
     run_data.fill_in(config)
-    trainer = Trainer(config, "", length, print, None, ())
+    trainer = Trainer(config, "", length, print, None)
     trainer.make_parts(None)
     step_lib.check_shapes(trainer.method)
     return trainer.method
@@ -83,7 +64,8 @@ def train(
     config,
     workdir: str,
     *,
-    change: Change = (),
+    change: resume.Change = (),
+    profile: profile_lib.Steps = None,
     method: Method | None = None,
     dataset: data.Dataset | None = None,
 ) -> TrainState:
@@ -94,7 +76,8 @@ def train(
     read. A failed start removes the files that it created, and the directory if it created it.
 
     Args:
-      change: what may differ from the run that is continued: "data" for other images.
+      change: what changes in the run that is continued: "data" for other images, "FIELD=VALUE" for a setting.
+      profile: "START:COUNT" traces COUNT steps from step START.
       method, dataset: the model and the training data as objects; None for those of the config.
 
     Returns:
@@ -113,15 +96,13 @@ def train(
     >>> int(state.step)
     2
     """
-    with options.errors_at("--change"):
-        for what in change:
-            check_choice("change", what, CHANGES)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
-    length = options.build(Length, config.training, "config.training")
     workdir = os.path.abspath(config_lib.path(workdir))
+    config, changes = resume.with_changes(config, workdir, change)
+    length = options.build(Length, config.training, "config.training")
     leader = jax.process_index() == 0
-    say = writers.Log(os.path.join(workdir, "log.txt") if leader else None)
+    say = console.Log(os.path.join(workdir, "log.txt") if leader else None)
     with guards.run_directory(workdir) if leader else contextlib.nullcontext(lambda: None) as undo:
 
         def leave(words: str) -> str:
@@ -134,7 +115,9 @@ def train(
         try:
             with signals, guards.out_of_memory_advice(config):
                 say("\n".join([f"run directory: {workdir}", *plan]))
-                trainer = Trainer(config, workdir, length, say, signals, change)
+                profiler = Profiler(profile if leader else None, workdir, length.num_steps, say)
+                more = profiler, changes, "data" in change
+                trainer = Trainer(config, workdir, length, say, signals, *more)
                 trainer.prepare(method, dataset)
                 state = trainer.run()
                 say(f"run directory: {workdir}")
@@ -158,9 +141,11 @@ class Trainer:
     config: Any
     workdir: str
     length: Length
-    say: writers.Log
-    signals: Signals
-    change: Sequence[str]
+    say: Callable
+    signals: Signals | None
+    profiler: Profiler | None = None
+    changes: Sequence[resume.Changed] = ()  # of settings, on purpose
+    data_may_change: bool = False
 
     def path(self, *names: str) -> str:
         return os.path.join(self.workdir, *names)
@@ -176,8 +161,9 @@ class Trainer:
         dataset = dataset or run_data.fill_in(config)
         self.make_parts(method)
         if continues:
-            resume.refuse_another_config(config, self.path("config.json"), moved=True)
-            resume.as_saved(config, self.path("config.json"))
+            path = self.path("config.json")
+            resume.refuse_another_config(config, path, moved=True, changes=self.changes)
+            resume.as_saved(config, path)
         self.prepare_data(dataset, continues, own_shape)
         self.prepare_state(continues)
 
@@ -200,6 +186,7 @@ class Trainer:
             key=self.keys.train,
             axis_name=parallel.AXIS,
         )
+        self.loggers = Loggers(self.length.logging, self.workdir, config, self.say)
         self.preview_every, self.preview = preview.make_preview(
             config.preview, self.method, self.keys.preview
         )
@@ -209,20 +196,17 @@ class Trainer:
         dataset = dataset or run_data.load_data(self.config)
         if continues:
             dataset = run_data.as_numbered(self.workdir, dataset)
-        self.say(dataset.describe())
+        self.say("\n".join([dataset.describe(), *augmentation.describe(self.config.data)]))
         for line in dataset.left_out:
             self.say(f"left out: {line}")
         if dataset.class_names:
             self.say(f"classes: {run_data.class_list(dataset)}")
-        for line in augmentation.describe(self.config.data):
-            self.say(line)
         if own_shape:
             shape = ",".join(map(str, dataset.image_shape))
             self.say(f"image size taken from the data, as with --config.data.image_shape={shape}")
         run_data.check_classes(self.method, dataset)
         if continues:
-            may_change = "data" in self.change
-            for line in run_data.check_data(self.workdir, dataset, may_change=may_change):
+            for line in run_data.check_data(self.workdir, dataset, may_change=self.data_may_change):
                 self.say(f"WARNING: {line}")
         if is_diffusion(self.method):
             pixels = dataset.fetch(data.choose(len(dataset), 64)) / 127.5 - 1.0
@@ -239,13 +223,12 @@ class Trainer:
 
     def prepare_state(self, continues: bool) -> None:
         """A new state, or that of the last checkpoint."""
-        init_state = functools.partial(step_lib.init_state, self.method, self.tx)
         state, self.step = None, 0
         if continues:
-            template = jax.eval_shape(init_state, self.keys.init)
-            state, self.step = checkpoints.restore(self.directory, template) or (None, 0)
+            found = resume.restore(self.workdir, self.config, self.method, self.keys.init)
+            state, self.step = found or (None, 0)
         if state is None:
-            state = init_state(self.keys.init)
+            state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
             self.say(f"resuming at step {self.step:,}")
             saved = config_lib.load(self.path("config.json")).training
@@ -260,6 +243,9 @@ class Trainer:
         if not self.leader:
             return
         self.say.begin()
+        resume.record(self.workdir, self.step, self.changes)
+        for line in resume.describe(self.workdir):
+            self.say(line)
         config_lib.save(self.config, self.path("config.json"))
         if run_data.saved_data(self.workdir) is None:
             run_data.save_data(self.workdir, self.dataset)
@@ -272,6 +258,8 @@ class Trainer:
                 self.path("forward.png"), self.method.schedule, shown, self.keys.preview
             )
         writers.rewind_metrics(self.path("metrics.jsonl"), self.step)
+        self.loggers.begin(self.step)
+        self.profiler.begin(self.step)
 
     def compile(self) -> None:
         clock = time.perf_counter()
@@ -290,6 +278,7 @@ class Trainer:
         length = self.length
         if self.step >= length.num_steps:
             self.begin()
+            self.loggers.close()
             self.say(f"nothing to do: {self.step:,} of {length.num_steps:,} steps are done")
             return self.state
         self.compile()
@@ -300,19 +289,23 @@ class Trainer:
         sent, self.looked = collections.deque(), self.step > 0
         self.started = self.saved = self.spoke = time.perf_counter()
         with (
+            contextlib.closing(self.loggers),
+            contextlib.closing(self.profiler),
             contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
             guards.save_on_error(
                 lambda: self.state, self.directory, length.keep, self.signals, self.say
             ),
         ):
             for batch in batches:
-                self.state, loss = self.train_step(self.state, parallel.shard(batch))
+                with self.profiler.step(self.step + 1):
+                    self.state, loss = self.train_step(self.state, parallel.shard(batch))
                 self.step += 1
                 sent.append(loss)
                 if len(sent) > 2 or not self.signals.begun:
                     jax.block_until_ready(sent.popleft())
                 self.signals.begun = True
                 self.progress.done = self.step
+                self.profiler.after(self.step, loss)
                 self.after_step(loss)
         if warning := ema_warning(self.config, self.step):
             self.say(f"WARNING: {warning}")
@@ -327,8 +320,10 @@ class Trainer:
             self.spoke = time.perf_counter()
         elif time.perf_counter() - self.spoke > HEARTBEAT_SECONDS:
             guards.check_finite(self.state, self.directory)
-            self.say(self.progress.line())
+            self.say.progress(self.progress)
             self.spoke = time.perf_counter()
+        elif self.leader:
+            self.progress.refresh()
 
         now, stop = time.perf_counter(), bool(self.signals.caught)
         due = stop or now - self.saved > 60 * length.checkpoint_minutes
@@ -345,6 +340,7 @@ class Trainer:
             if not stop and (early or on_time or end):
                 self.look(early)
                 self.looked = True
+            self.loggers.send(self.step)
         if stop:
             # Without a signal here, another process has received one.
             number = self.signals.caught[0] if self.signals.caught else signal.SIGTERM
@@ -357,7 +353,7 @@ class Trainer:
     def save(self) -> None:
         guards.check_finite(self.state, self.directory)
         checkpoints.save(self.directory, self.state, step=self.step, keep=self.length.keep)
-        if self.leader and "data" in self.change:
+        if self.leader and self.data_may_change:
             run_data.save_data(self.workdir, self.dataset)  # now the state has seen them
         self.saved = time.perf_counter()
 
@@ -366,15 +362,16 @@ class Trainer:
         guards.check_finite(self.state, self.directory)
         rate, values = self.progress.rate(), step_lib.means(self.state.metrics)
         text = f"loss {values['loss']:.4f}  gradient norm {values['grad_norm']:.3g}"
-        self.say(self.progress.line(text))
+        self.say.progress(self.progress, text)
         self.progress.begin()
         if self.leader:
             row = {"step": self.step, **values}
             row |= {"learning_rate": float(self.learning_rate(self.step - 1))}
+            row |= {"images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
-                writers.append_metrics(
-                    self.path("metrics.jsonl"), {**row, "images_per_second": rate}
-                )
+                writers.append_metrics(self.path("metrics.jsonl"), row)
+            self.loggers.row(row)
+            console.emit("row", **row)
         cleared = parallel.place(step_lib.clear(self.state.metrics))
         self.state = self.state.replace(metrics=cleared)
 
@@ -386,15 +383,17 @@ class Trainer:
         if not self.looked:
             with self.progress.once():
                 self.preview.compile(self.state)
-        picture = self.path("samples", f"step_{self.step:08d}.png")
+        path = self.path("samples", f"step_{self.step:08d}.png")
         rows, columns = self.preview(self.state, self.step)
+        picture = writers.titled_grids(rows, columns)
+        self.loggers.preview(picture, self.state.params)
         with guards.os_errors_as_warnings(self.say):
-            writers.save_grids(picture, rows, columns)
+            writers.save_png(path, picture)
             if self.config.preview.get("nearest") and self.step == self.length.num_steps:
                 self.say(preview.save_nearest(self.workdir, rows, self.dataset, self.config.data))
             if early:
                 every = f"the next come every {self.preview_every:,} steps"
-                self.say(f"an early preview: {picture}; {every}")
+                self.say(f"an early preview: {path}; {every}")
         with guards.os_errors_as_warnings(self.say):
             metrics = writers.read_metrics(self.path("metrics.jsonl"))
             writers.save_loss_curve(self.path("loss.png"), metrics)

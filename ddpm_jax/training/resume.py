@@ -1,23 +1,51 @@
-"""Checks whether a config continues a run: which fields may differ from the saved ones."""
+"""Checks whether a config continues a run: which fields may differ from the saved ones; changes on purpose.
+
+    python -m ddpm_jax.main --config=configs/digits.py --change=optimizer.learning_rate=1e-4
+
+changes a field of a started run. history.jsonl in the run directory has a line for each change: step, field, old and new
+value. From then on the value that the run began with stands for the changed one, so the command without --change
+continues the changed run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddpm_jax import augmentation, data, options
 from ddpm_jax.ddpm import DDPM, Sampling
+from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import run_data
-from ddpm_jax.names import find
+from ddpm_jax.names import find, nearest
 from ddpm_jax.networks import NETWORKS, ONCE_DEFAULT
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
 from ddpm_jax.training import step
+from ddpm_jax.training.length import Length
+
+Change = Annotated[
+    tuple[str, ...],
+    "What changes in the run that is continued, several with commas: data, for other images than it began with, or"
+    " FIELD=VALUE, such as optimizer.learning_rate=1e-4; of optimizer, step, training.batch_size and"
+    " training.num_steps.",
+]
+CHANGEABLE = (
+    "config.optimizer.",
+    "config.step.",
+    "config.training.batch_size",
+    "config.training.num_steps",
+)
+HISTORY = "history.jsonl"
 
 # Fields that may differ when a run continues: its length, its intervals, paths; never what affects the weights.
 FREE_TO_CHANGE = (
@@ -28,6 +56,8 @@ FREE_TO_CHANGE = (
     "config.training.checkpoint_every",
     "config.training.checkpoint_minutes",
     "config.training.keep",
+    "config.training.logger",
+    "config.training.histograms",
     "config.model.remat",
     "config.step.accumulate",
     "config.preview.",
@@ -43,7 +73,7 @@ def readers_of(section: str, config) -> tuple:
         return (find(name or "unet", NETWORKS, "network"),)
     readers = {"data": (data.load, augmentation.augmented), "diffusion": (_diffusion_of(config),)}
     readers |= {"optimizer": (step.make_optimizer,), "step": (step.make_update,)}
-    return (readers | {"preview": (Sampling,)}).get(section, ())
+    return (readers | {"preview": (Sampling,), "training": (Length,)}).get(section, ())
 
 
 def _diffusion_of(config) -> type:
@@ -55,38 +85,54 @@ def _diffusion_of(config) -> type:
     return named if inspect.isclass(named) and issubclass(named, DDPM) else DDPM
 
 
-def refuse_another_config(config, path: str, *, moved: bool = False) -> None:
+def refuse_another_config(
+    config, path: str, *, moved: bool = False, changes: Sequence[Changed] = ()
+) -> None:
     """Refuses a config that differs from the saved one beyond `FREE_TO_CHANGE`.
 
     Args:
       moved: the data may have another name or path; `run_data.check_data` compares the data themselves.
+      changes: those that are made now, see `with_changes`.
 
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does
     the num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands
-    for its default.
+    for its default. A field that was changed on purpose may also have the value that the run began with.
 
     Raises:
       ConfigError: names the fields, with their saved and new values.
     """
     of_betas = config.get("schedule", {}).get("name") == "betas"
+    folder = os.path.dirname(path)
     saved_config = run_data.with_absolute_paths(config_lib.load(path))
     config, free = run_data.as_saved_where_open(config, saved_config), FREE_TO_CHANGE
     config = run_data.with_absolute_paths(config)
-    if moved and run_data.saved_data(os.path.dirname(path)) is not None:
+    saved_config, config = (as_changed(one, folder) for one in (saved_config, config))
+    if moved and run_data.saved_data(folder) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
-    changed = [
-        f"{field} is {_shown(saved)} there and {_shown(new)} here"
+    on_purpose = {f"config.{change.field}" for change in changes}
+    changed = {
+        field: (saved, new)
         for field, (saved, new) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
+        and field not in on_purpose
         and not (field == "config.data.image_shape" and new is None)
         and not (field == "config.model.num_classes" and new == run_data.CLASSES_OF_DATA)
         and not (field == "config.schedule.num_timesteps" and of_betas)
         and _or_default(field, saved, config) != _or_default(field, new, config)
-    ]
+    }
     if changed:
+        parts = [
+            f"{field} is {_shown(saved)} there and {_shown(new)} here"
+            for field, (saved, new) in changed.items()
+        ]
+        hint = ",".join(
+            f"{field.removeprefix('config.')}={new}" for field, (_, new) in changed.items()
+        )
+        may = moved and all(field.startswith(CHANGEABLE) for field in changed)
         raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(changed)}. Give the saved values to continue"
-            " it, or another --workdir to start a new run"
+            f"{path} belongs to another run: {'; '.join(parts)}. Give the saved values to continue it,"
+            f"{f' --change={hint} to change them from here on,' if may else ''} or another --workdir to start"
+            " a new run"
         )
 
 
@@ -95,6 +141,164 @@ def _shown(value) -> str:
     if isinstance(value, (tuple, list)) and len(value) > 8:
         return f"({', '.join(map(repr, value[:3]))}, … {len(value)} in all)"
     return repr(value)
+
+
+# ---- changes on purpose ----------------------------------------------------------------------------
+
+
+class Changed(NamedTuple):
+    """A change of a field, as a line of history.jsonl."""
+
+    field: str  # such as "optimizer.learning_rate"
+    old: Any
+    new: Any
+
+
+def history(workdir: str) -> list[dict]:
+    """The changes that were made to a run, the oldest first."""
+    return writers.read_metrics(os.path.join(workdir, HISTORY))
+
+
+def as_changed(config, workdir: str):
+    """A copy of a config in which the values that the run began with are replaced by those of its history."""
+    config, began, now = config.copy_and_resolve_references(), {}, {}
+    for change in history(workdir):
+        began.setdefault(change["field"], change["old"])
+        now[change["field"]] = change["new"]
+    for field, new in now.items():
+        if _value(config, field) == began[field]:
+            _set(config, field, new)
+    return config
+
+
+def _value(config, field: str) -> Any:
+    """The value of a field, or its default."""
+    value = config_lib.fields(config).get(field, config_lib.MISSING)
+    return _or_default(f"config.{field}", value, config)
+
+
+def _set(config, field: str, value: Any) -> None:
+    section, _, name = field.rpartition(".")
+    with config[section].ignore_type(), config[section].unlocked():
+        config[section][name] = value
+
+
+def with_changes(config, workdir: str, change: Sequence[str]) -> tuple[Any, list[Changed]]:
+    """A config with the changes of a run's history and those of --change, and the new ones among them.
+
+    Raises:
+      ConfigError: a field that there is not (with the nearest), that must not change, or a value of another type; or
+        no run that could change.
+    """
+    config = as_changed(config, workdir)
+    fields = [part for part in change if part != "data"]
+    if not fields:
+        return config, []
+    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ConfigError(
+            f"--change={','.join(fields)}: {workdir} has no checkpoint to continue from; for a new run write"
+            f" --config.{fields[0]}"
+        )
+    saved = as_changed(config_lib.load(os.path.join(workdir, "config.json")), workdir)
+    for part in fields:
+        field, equals, text = part.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--change={part}: write data, or FIELD=VALUE such as optimizer.learning_rate=1e-4"
+                f"{nearest(part, ['data'])}"
+            )
+        if not f"config.{field}".startswith(CHANGEABLE):
+            known = [
+                name
+                for name in config_lib.fields(config)
+                if f"config.{name}".startswith(CHANGEABLE)
+            ]
+            raise ConfigError(
+                f"--change={part}: {field} cannot change in a run{nearest(field, known)} (the fields of optimizer"
+                " and step, training.batch_size and training.num_steps can)"
+            )
+        with _named_change(part):
+            config_lib.override(config, field, text, readers_of)
+    names = dict.fromkeys(part.partition("=")[0] for part in fields)
+    pairs = [Changed(name, _value(saved, name), _value(config, name)) for name in names]
+    return config, [change for change in pairs if change.old != change.new]
+
+
+@contextlib.contextmanager
+def _named_change(part: str):
+    try:
+        yield
+    except ConfigError as error:
+        line = str(error).replace("--config.", "--change=").replace("config.", "")
+        raise ConfigError(f"--change={part}: {line}") from error
+
+
+def record(workdir: str, step: int, changes: Sequence[Changed]) -> None:
+    """Adds changes to the history of a run."""
+    now, lines = time.strftime("%Y-%m-%d %H:%M:%S"), history(workdir)
+    lines += [{"step": step, **change._asdict(), "time": now} for change in changes]
+    if changes:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        writers.save_text(os.path.join(workdir, HISTORY), text)
+
+
+def describe(workdir: str) -> list[str]:
+    """The history of a run in words."""
+    return [
+        f"changed at step {line['step']:,}: {line['field']} from {line['old']} to {line['new']}"
+        for line in history(workdir)
+    ]
+
+
+def first_state(config, method, tx, key, say: Callable) -> step.TrainState:
+    """The state of a new run: with the EMA weights of config.init_from, or random ones.
+
+    Raises:
+      ConfigError, CheckpointError, RunError: init_from is not a run with this network; one line.
+    """
+    source = config.get("init_from")
+    if not source:
+        return step.init_state(method, tx, key)
+    with options.errors_at("config.init_from"):
+        run = runs.load(source, method=method)
+    say(f"the first weights are those of {run.workdir} after {run.step:,} steps")
+    return step.state_of(method, tx, jax.tree.map(jnp.asarray, run.params))
+
+
+def restore(workdir: str, config, method, key) -> tuple[Any, int] | None:
+    """The last checkpoint of a run as a state for the optimizer of a config, and its step; None if there is none.
+
+    If the optimizer has changed since, the parts of its state that both have, such as Adam's moments, are kept.
+
+    Raises:
+      CheckpointError: as `checkpoints.restore`.
+    """
+    directory, mistake = os.path.join(workdir, "checkpoints"), None
+    saved = config_lib.load(os.path.join(workdir, "config.json"))
+    earlier = [line["old"] for line in history(workdir) if line["field"] == "optimizer.name"]
+    names = [_value(one, "optimizer.name") for one in (config, saved)]
+    for name in dict.fromkeys([*names, *reversed(earlier)]):
+        other = config.copy_and_resolve_references()
+        if name != names[0]:
+            _set(other, "optimizer.name", name)
+            _set(other, "optimizer.weight_decay", 0.0)  # adam has none
+        init = functools.partial(step.init_state, method, step.optimizer_of(other)[0])
+        try:
+            found = checkpoints.restore(directory, jax.eval_shape(init, key))
+        except checkpoints.CheckpointError as error:
+            mistake = mistake or error
+            continue
+        if found is None or name == names[0]:
+            return found
+        state, number = found
+        parts = {type(part): part for part in state.opt_state}
+        fresh = step.optimizer_of(config)[0].init(state.params)
+        opt_state = tuple(parts.get(type(part), part) for part in fresh)
+        return state.replace(opt_state=opt_state), number
+    raise mistake
+
+
+# ---- configs of older versions ---------------------------------------------------------------------
 
 
 def as_saved(config, path: str) -> None:

@@ -111,8 +111,12 @@ def make_keys(seed: int) -> Keys:
 
 
 def init_state(method, tx: optax.GradientTransformation, key) -> TrainState:
-    """The state before the first step; the EMA starts as a copy of the parameters."""
-    params = method.init(key)
+    """The state before the first step, with new parameters."""
+    return state_of(method, tx, method.init(key))
+
+
+def state_of(method, tx: optax.GradientTransformation, params) -> TrainState:
+    """The state before the first step with these parameters; the EMA starts as a copy of them."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

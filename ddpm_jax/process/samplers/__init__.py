@@ -25,7 +25,8 @@ class Sampler(Protocol):
     """The interface of a sampler.
 
     If it has a field `variance`, the denoiser computes `Denoised.log_variance` of that kind, by default the model's own.
-    A method `check(chain)`, if it has one, is called before anything is compiled.
+    A method `check(chain)`, if it has one, is called before anything is compiled. A method `adapt(chain, trained)`, if it
+    has one, returns the chain that the sampler runs, from the shortened and the full one.
     """
 
     def __call__(

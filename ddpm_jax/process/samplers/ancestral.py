@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.options import option
 from ddpm_jax.process import diffusion
@@ -36,9 +37,20 @@ class Ancestral:
         " as in the config.",
     )
 
+    last_noise: bool = option(
+        False,
+        "Whether ancestral sampling adds noise of variance β in its last step too, if that is not at time 0; in"
+        " diffusers with fixed_large it does.",
+    )
+
     def __call__(self, chain, denoiser, x_T, keys, **loop):
+        last = self.last_noise and chain.times[0] > 0
+
         def step(k, t, x_t, denoised, carry):
             z = diffusion.step_noise(chain, keys, t, x_t.shape[1:])
-            return ancestral_step(chain, t, x_t, denoised, z), carry
+            x = ancestral_step(chain, t, x_t, denoised, z)
+            if last:
+                x += jnp.where(t == 0, np.sqrt(chain.step_variance[0]).astype(np.float32), 0.0) * z
+            return x, carry
 
         return scan(chain, denoiser, x_T, step, **loop)

@@ -27,8 +27,19 @@ class Trajectory(NamedTuple):
 
 def check_clip(how: bool | str) -> None:
     """Raises ValueError if `how` is not an argument of `clip`."""
-    if how not in (True, False, "dynamic"):
-        raise ValueError(f"clip_x0 must be True, False or 'dynamic', got {how!r}")
+    if how not in (True, False, "dynamic") and _most(how) is None:
+        raise ValueError(
+            f"clip_x0 must be true or false or dynamic, or such as dynamic:1.5; got {how!r}"
+        )
+
+
+def _most(how: bool | str) -> float | None:
+    """The limit of "dynamic:LIMIT"."""
+    kind, _, limit = str(how).partition(":")
+    try:
+        return float(limit) if kind == "dynamic" and float(limit) >= 1 else None
+    except ValueError:
+        return None
 
 
 def clip(x_0: Images, how: bool | str) -> Images:
@@ -36,12 +47,12 @@ def clip(x_0: Images, how: bool | str) -> Images:
 
     Args:
       how: True clips at ±1, as in Ho et al.'s code. "dynamic" clips each image at ±s, with s the `DYNAMIC_PERCENTILE` of its
-        |x̂_0| and at least 1, and divides it by s (Saharia et al. 2022 §2.3). False does nothing.
+        |x̂_0| and at least 1, and divides it by s (Saharia et al. 2022 §2.3); "dynamic:1.5" has s ≤ 1.5. False does nothing.
     """
     check_clip(how)
-    if how == "dynamic":
+    if isinstance(how, str):
         size = jnp.percentile(jnp.abs(x_0), DYNAMIC_PERCENTILE, axis=(1, 2, 3), keepdims=True)
-        size = jnp.maximum(size, 1.0)
+        size = jnp.clip(size, 1.0, _most(how))
         return jnp.clip(x_0, -size, size) / size
     return jnp.clip(x_0, -1.0, 1.0) if how else x_0
 
@@ -53,6 +64,7 @@ def scan(
     step: Callable,
     *,
     clip_x0: bool | str = True,
+    clipped_eps: bool = True,
     keep: Sequence[int] | None = None,
     rows: np.ndarray | None = None,
     carry=(),
@@ -62,6 +74,7 @@ def scan(
     `denoised` is the model at x and t, with clipped x̂_0 and the ε̂ that belongs to it.
 
     Args:
+      clipped_eps: False leaves ε̂ as the model gave it.
       rows: [K], the steps t of the chain at which the network is evaluated; by default all, from the last to the first.
       keep: steps to return as a Trajectory.
       carry: what a step passes to the next beside x, a tree of arrays.
@@ -81,7 +94,8 @@ def scan(
         denoised = denoise_fn(x, t)
         if clip_x0:
             x_0 = clip(denoised.x_0, clip_x0)
-            denoised = denoised._replace(x_0=x_0, eps=diffusion.noise_of(chain, x_0, x, t))
+            eps = diffusion.noise_of(chain, x_0, x, t) if clipped_eps else denoised.eps
+            denoised = denoised._replace(x_0=x_0, eps=eps)
         frames = tuple(
             frame.at[:, position[t]].set(image, mode="drop")
             for frame, image in zip(frames, (x, denoised.x_0), strict=False)
