@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.data_dir = "data"  # folder that archives are read from or downloaded to
     config.data.image_shape = (32, 32, 3)  # None in your own config: the shape of the data
     config.data.flip = True  # mirror training images at random
+    config.data.shift = 0  # move training images at random, by up to this many pixels
     config.data.flatten = False  # image_folder: True takes pictures at any depth, without classes
     config.data.skip_broken = False  # image_folder: True leaves out pictures that cannot be decoded
     config.data.background = "white"  # behind transparent pictures; or "black", "#808080"
@@ -96,4 +97,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.preview.num_images = 16
     config.preview.sampler = "ddim"
     config.preview.steps = "50"
+    config.preview.nearest = False  # at the end: samples beside the training images nearest to them
     return variants.apply(config, variant)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from ddpm_jax import options
-from ddpm_jax.method import Method, check_shape, fold_in_each, mirror_at_random
+from ddpm_jax import augmentation, options
+from ddpm_jax.method import Method, check_shape, fold_in_each
 from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import check_network, init_params, make_network
 from ddpm_jax.options import Choice, ConfigError, option
@@ -46,13 +46,13 @@ SECTIONS = ("model", "schedule", "diffusion")  # read from a config, beside thos
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DDPM(Method):
-    """A denoising diffusion model. The fields after the first four are the keys of config.diffusion.
+    """A denoising diffusion model. The fields after the first five are the keys of config.diffusion.
 
     Attributes:
       schedule: the full chain of T steps, on which it is trained.
       network: a flax Module, see `networks.Network`. The model sets its out_channels, and with label_dropout adds a class.
       image_shape: (H, W, C).
-      flip: mirror training images left to right with probability ½ (config.data.flip).
+      flip, shift: mirror training images with probability ½, and move them by up to this many pixels (config.data).
 
     Raises:
       ValueError: one line: parts that are incompatible.
@@ -69,6 +69,7 @@ class DDPM(Method):
     network: nn.Module
     image_shape: tuple[int, int, int]
     flip: bool = False
+    shift: int = 0
     prediction: str | Callable = option(
         "eps", "What the network predicts: eps, x_0, mean, v, velocity, edm, or module:NAME."
     )
@@ -109,6 +110,7 @@ class DDPM(Method):
         if isinstance(self.t_sampling, str):
             time_sampler = find(self.t_sampling, TIME_SAMPLERS, "t_sampling")()
             object.__setattr__(self, "t_sampling", time_sampler)
+        augmentation.check(self.image_shape, shift=self.shift)
         check_choice("variance", self.variance, VARIANCES)
         check_clip(self.clip_x0)
         loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
@@ -212,7 +214,8 @@ class DDPM(Method):
 
     def shown(self, key, batch):
         x_0 = diffusion.from_uint8(batch["image"])
-        return mirror_at_random(self.example_keys(key, batch)[3], x_0) if self.flip else x_0
+        keys = self.example_keys(key, batch)[3]
+        return augmentation.augmented(keys, x_0, flip=self.flip, shift=self.shift)
 
     def loss_fn(self, params, loss_state, key, batch):
         """The loss of one step of Ho et al. 2020, Algorithm 1: draws t and ε, and evaluates `compare`."""
@@ -392,7 +395,7 @@ class DDPM(Method):
             schedule=schedule,
             network=network,
             image_shape=image_shape,
-            flip=bool(config.data.get("flip", False)),
+            **augmentation.of(config.data),
         )
 
 

@@ -160,7 +160,7 @@ def fit(
         config = to_config(model) if is_ddpm else ConfigDict({"method": _full_name(type(model))})
     config.seed = seed
     config.data = {"name": "arrays", "data_dir": "data", "image_shape": tuple(model.image_shape)}
-    config.data.flip = getattr(model, "flip", False)
+    config.data.flip, config.data.shift = getattr(model, "flip", False), getattr(model, "shift", 0)
     warmup, decay = _of_run(workdir)
     warmup = min(5000, num_steps // 20) if warmup is None else warmup
     warmup = warmup if warmup_steps is None else warmup_steps
@@ -379,7 +379,7 @@ def to_config(model: DDPM) -> ConfigDict:
     if isinstance(network, UNet):
         fields["num_groups"] = network.groups
         fields["attention_resolutions"] = network.attended(model.image_shape)
-    parts = ("schedule", "network", "image_shape", "flip")
+    parts = ("schedule", "network", "image_shape", "flip", "shift")
     diffusion = {}
     for option in options.options_of(type(model)):
         if option.name in parts:

@@ -221,9 +221,7 @@ class Request:
             raise ConfigError("give --workdir=DIR, the run directory to make")
         if self.config_file is None:
             raise ConfigError("give --config=configs/NAME.py, or --workdir=DIR of a run")
-        file = config_lib.find_file(str(self.config_file))
-        name, _, variant = os.path.basename(file).partition(":")
-        return os.path.join("runs", "_".join(filter(None, [os.path.splitext(name)[0], variant])))
+        return os.path.join("runs", config_lib.run_name(str(self.config_file)))
 
 
 # ---- doing it ----------------------------------------------------------------------------------------

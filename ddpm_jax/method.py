@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
@@ -112,12 +111,6 @@ def is_diffusion(method: Any) -> bool:
 def fold_in_each(key: Key[Array, ""], index: Int32[Array, " B"]) -> Key[Array, " B"]:
     """One key for each example."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
-
-
-def mirror_at_random(keys: Key[Array, " B"], images: Array) -> Array:
-    """Mirrors each image [B, H, W, C] left to right with probability ½."""
-    mirror = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
 
 
 def check_shape(value: Any, shape: tuple[int, ...], source: Any, kind: str) -> None:

@@ -14,7 +14,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "data",
     "metrics",
     "networks",
-    "method settings",
+    "method settings augmentation",
     "ddpm",
     "files",
     "training",

@@ -162,12 +162,23 @@ def test_saving_again_is_a_no_op(run, warned):
 
 
 def test_saving_other_values_loses_neither(run, warned):
-    save(run, make_state(5), step=3)
+    other = make_state(5)._replace(step=jnp.int32(3))
+    save(run, other, step=3)
     assert names(run) == ["1", "2", "3", "3.replaced"]
-    assert restore(run, TEMPLATE)[0].step == 5
-    (run / "3.replaced").rename(run / "4")
-    assert restore(run, TEMPLATE, step=4)[0].step == 3
+    np.testing.assert_array_equal(restore(run, TEMPLATE)[0].params["half"], other.params["half"])
+    (run / "3").rename(run / "other")
+    (run / "3.replaced").rename(run / "3")
+    assert_restores(run, 3)
     assert len(warned) == 1 and "3.replaced" in warned[0]
+
+
+def test_a_renamed_checkpoint_is_passed_over(run, warned):
+    """Its digests are valid, but the step inside is another one."""
+    (run / "2").rename(run / "7")
+    assert_restores(run, 3)
+    assert len(warned) == 1 and "it holds step 2: the directory was renamed" in warned[0]
+    with pytest.raises(CheckpointError, match=r"no good checkpoint.*7 \(.*it holds step 2"):
+        restore(run, TEMPLATE, step=7)
 
 
 def test_keep(tmp_path):

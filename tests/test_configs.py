@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ddpm_jax import data, options
+from ddpm_jax.files import run_data
 from ddpm_jax.files.config import find_file, from_file, override
 from ddpm_jax.files.runs import foreign_modules
 from ddpm_jax.method import from_config
@@ -58,8 +59,12 @@ def trace_step(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", "smoke"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_training_step_of_every_config(name, variant):
+def test_the_training_step_of_every_config(name, variant, tmp_path):
     config = get_config(name, variant)
+    if "plan" in config:  # fields follow from pictures
+        PIL.Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "one.png")
+        config.data.name = f"image_folder:{tmp_path}"
+        config, _ = run_data.planned(config, "")
     before, after, loss = trace(config)
     assert after == before and loss.shape == () and loss.dtype == np.float32
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(before.params))

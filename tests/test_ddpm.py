@@ -9,9 +9,10 @@ import pytest
 import tiny
 
 from ddpm_jax import ddpm, options
+from ddpm_jax.augmentation import mirror_at_random
 from ddpm_jax.configs import cifar10
 from ddpm_jax.files.run_data import fill_in
-from ddpm_jax.method import from_config, labels_of, mirror_at_random
+from ddpm_jax.method import from_config, labels_of
 from ddpm_jax.networks import cost
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import diffusion

@@ -9,10 +9,10 @@ from PIL import Image
 from running import call
 
 from ddpm_jax import data
-from ddpm_jax.commands import nearest, sampling, shared
+from ddpm_jax.commands import sampling, shared
 from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import results
+from ddpm_jax.files import neighbours, results
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process.samplers import inversion
@@ -299,9 +299,9 @@ def test_nearest_finds_what_it_is_shown(workdir, tmp_path):
 
 def test_blocks_do_not_matter(monkeypatch):
     training, queries = data.load("digits"), DIGITS.images[:4]
-    whole = nearest.nearest_of(queries, training, 5)
-    monkeypatch.setattr(nearest, "BLOCK", 7)
-    for a, b in zip(whole, nearest.nearest_of(queries, training, 5), strict=True):
+    whole = neighbours.nearest_of(queries, training, 5)
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    for a, b in zip(whole, neighbours.nearest_of(queries, training, 5), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.files.progress import Progress
+from ddpm_jax.files.progress import Progress, duration
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
 from ddpm_jax.training import jobs, parallel
@@ -150,3 +150,11 @@ def test_the_rate_leaves_out_what_is_done_aside(monkeypatch):
             clock[0] += 5.0
     progress.done = 10
     assert progress.rate() == pytest.approx(10 * 8 / 5)
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(3.4, "3 s"), (59.7, "1m 00s"), (119.7, "2m 00s"), (7500, "2h 05m"), (273_600, "3d 04h")],
+)
+def test_a_duration_is_rounded_once(seconds, words):
+    assert duration(seconds) == words

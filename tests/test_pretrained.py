@@ -21,6 +21,7 @@ import pytest
 
 import ddpm_jax as dj
 from ddpm_jax import main, options, pretrained
+from ddpm_jax.commands import pretrained as commands
 from ddpm_jax.data import DataError
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import config as config_lib
@@ -456,3 +457,51 @@ def test_hub(tmp_path):
     server.server_close()
     offline = load("somebody/small", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
+
+
+class FakeHub:
+    """The two calls of huggingface_hub that --push makes."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, name, exist_ok):
+        self.calls.append(("create", name, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path):
+        self.calls.append(("upload", repo_id, sorted(os.listdir(folder_path))))
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, ValueError("401 Unauthorized\nlog in first")])
+def test_push(tmp_path, monkeypatch, error):
+    """The folder is complete before anything is sent, and stays if sending fails."""
+    hub, extra = FakeHub(error), options.extra
+    monkeypatch.setattr(
+        options,
+        "extra",
+        lambda module, *a: hub if module == "huggingface_hub" else extra(module, *a),
+    )
+    run, out = dj.load_pretrained(str(PIPELINE)), tmp_path / "out"
+    monkeypatch.setattr("ddpm_jax.commands.pretrained._card", lambda *args: "a card")
+    if error:
+        with pytest.raises(RunError, match=r"somebody/mine was not written \(401 .* is complete"):
+            commands.export(run, out=str(out), push="somebody/mine")
+    else:
+        commands.export(run, out=str(out), push="somebody/mine")
+    files = ["README.md", "model_index.json", "scheduler", "unet"]
+    assert hub.calls == [("create", "somebody/mine", True), ("upload", "somebody/mine", files)]
+    with pytest.raises(RunError, match=r"is not empty"):
+        commands.export(run, out=str(out))
+
+
+def test_no_extra_is_imported_before_it_is_asked_for():
+    extras = "torch diffusers safetensors huggingface_hub tensorboard wandb imageio_ffmpeg"
+    code = f"""
+import sys, ddpm_jax.main, ddpm_jax.library
+ddpm_jax.main.main(["--help"])
+found = [name for name in "{extras}".split() if name in sys.modules]
+assert not found, found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

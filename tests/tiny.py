@@ -5,7 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ddpm_jax import options
+from ddpm_jax import augmentation, options
 from ddpm_jax.ddpm import DDPM
 from ddpm_jax.networks import UNet
 from ddpm_jax.process import schedules
@@ -37,5 +37,5 @@ def make(config):
         schedule=schedules.make(**config.schedule),
         network=Network(num_classes=config.model.num_classes),
         image_shape=tuple(config.data.image_shape),
-        flip=config.data.flip,
+        **augmentation.of(config.data),
     )

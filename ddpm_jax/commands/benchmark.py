@@ -156,7 +156,7 @@ class Benchmark:
 
     @classmethod
     def of(cls, config, batch_size: int | None, sampling: Sampling = Sampling()) -> Benchmark:
-        config = config.copy_and_resolve_references()
+        config, _ = run_data.planned(config, "")
         run_data.fill_in(config)
         batch_size = batch_size or config.training.batch_size
         with options.errors_at("config.training"):

@@ -81,7 +81,7 @@ def step_bytes(config, batch_size: int) -> float:
 
 def table(config, batch_size: int | None = None) -> str:
     """The predicted cost of the config's run on each of MACHINES."""
-    config = config.copy_and_resolve_references()
+    config, _ = run_data.planned(config, "")
     run_data.fill_in(config)
     found, batch = of(config), batch_size or config.training.batch_size
     lines = [

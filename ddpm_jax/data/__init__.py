@@ -8,7 +8,7 @@ iterator state.
 from ddpm_jax.data.archives import damage, download
 from ddpm_jax.data.batching import batch_indices, batches, choose
 from ddpm_jax.data.dataset import NO_LABEL, DataError, Dataset, image_digests, renumbered
-from ddpm_jax.data.loading import BUILT_IN, WITH_PATH, Loader, load
+from ddpm_jax.data.loading import BUILT_IN, WITH_PATH, Loader, load, survey
 from ddpm_jax.data.pictures import CannotDecode, picture, picture_endings
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "picture",
     "picture_endings",
     "renumbered",
+    "survey",
 ]

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -128,6 +128,39 @@ def load(
     except OSError as error:
         raise DataError(f"{name}: {error} (data_dir is {root})") from error
     return check_shape(dataset, shape, name)
+
+
+class Survey(NamedTuple):
+    """What is known of a folder of pictures before they are decoded.
+
+    Attributes:
+        count: number of training pictures.
+        num_classes: number of their classes; 0 if they have no labels.
+        sizes: int [N, 2], height and width of some of them.
+        channels: 1 if these are all grey, otherwise 3.
+    """
+
+    count: int
+    num_classes: int
+    sizes: np.ndarray
+    channels: int
+
+
+def survey(name: str, *, flatten: bool = False, count: int = 2000) -> Survey:
+    """Reads the headers of at most `count` training pictures of `image_folder:PATH`.
+
+    Raises:
+        DataError: one line: there is no such folder, or no picture in it that can be read.
+    """
+    kind, _, path = name.partition(":")
+    try:
+        found = pictures.image_folder(_existing(kind, path), "train", flatten)
+        sizes, channels = pictures.sizes_of(found, count)
+    except OSError as error:
+        raise DataError(f"{name}: {error}") from error
+    if not len(sizes):
+        raise DataError(f"{name}: none of its {found.count} pictures can be decoded")
+    return Survey(found.count, len(found.class_names), sizes, channels)
 
 
 # A data set of your own.

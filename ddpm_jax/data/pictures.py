@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from ddpm_jax.data.batching import THREADS
+from ddpm_jax.data.batching import THREADS, choose
 from ddpm_jax.data.dataset import (
     NO_LABEL,
     DataError,
@@ -29,6 +29,7 @@ from ddpm_jax.data.progress import Progress
 
 SPLITS = ("train", "test", "val", "validation")  # names of sub-folders that are splits
 _SPLIT_NAMES = {name: name for name in SPLITS} | {"training": "train", "testing": "test"}
+GREY = "1LI"  # first letters of Pillow's modes of grey pictures
 # Formats whose endings Pillow knows, but which it cannot decode without other programs.
 NOT_DECODED = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 
@@ -166,6 +167,21 @@ class _Reader:
         return result
 
 
+def sizes_of(pictures: Pictures, count: int) -> tuple[np.ndarray, int]:
+    """The sizes (height, width) of at most `count` of the pictures, int [N, 2], and their channels: 1 if all are grey, or 3.
+
+    Reads their headers only. Pictures whose header cannot be read are left out.
+    """
+    from PIL import Image
+
+    sizes, grey = [], True
+    for file, _, _ in pictures.read(choose(pictures.count, count)):
+        with contextlib.suppress(Exception), Image.open(file) as picture:
+            sizes.append((picture.height, picture.width))
+            grey = grey and picture.mode[0] in GREY
+    return np.array(sizes, np.int64).reshape(-1, 2), 1 if grey else 3
+
+
 # One picture.
 
 
@@ -194,7 +210,7 @@ def decode(file, where, shape=None, background="white") -> np.ndarray:
                 picture.draft(None, (2 * max(shape[:2]),) * 2)
             picture.load()
             picture = _upright(picture, where)
-            channels = shape[2] if shape else 1 if picture.mode[0] in "1LI" else 3
+            channels = shape[2] if shape else 1 if picture.mode[0] in GREY else 3
             if picture.mode[0] == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
             if picture.mode[0] == "I":

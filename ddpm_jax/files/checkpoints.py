@@ -127,6 +127,10 @@ def restore(
             meta = _read_meta(path)
             _check_template(path, _as_today(meta["leaves"]), expected, partial)
             arrays = _as_today(_read_arrays(path, meta))
+            if (
+                "step" in arrays and arrays["step"] != newest
+            ):  # a digest does not hold the directory's name
+                raise ValueError(f"it holds step {arrays['step']}: the directory was renamed")
             return jax.tree.unflatten(structure, [arrays[name] for name in expected]), newest
         except (CheckpointError, MemoryError):
             raise

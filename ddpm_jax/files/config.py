@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -60,6 +61,19 @@ def find_file(name: str) -> str:
     raise ConfigError(
         f"there is no config file {file!r}{nearest(whole if folder else short, files)}"
     )
+
+
+def run_name(name: str) -> str:
+    """The default name of a run directory: NAME or NAME_VARIANT; of a variant that is a path, the last part.
+
+    Args:
+      name: see `find_file`.
+    """
+    file, _, variant = find_file(name).partition(":")
+    if not re.fullmatch(r"[\w,=+-]*", variant):
+        variant = os.path.basename(os.path.abspath(path(variant)))
+        variant = re.sub(r"[^\w.,=+-]+", "_", variant).strip("_.")
+    return "_".join(filter(None, [os.path.splitext(os.path.basename(file))[0], variant]))
 
 
 def from_file(name: str):
@@ -149,10 +163,7 @@ def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()
             config[section_name][name] = value
         _drop_fields_of_another(config, field, readers_of)
         return
-    section = config
-    for part in section_name.split(".") if section_name else ():
-        section = section[part]
-    kind = section.get_type(name)
+    kind = (config[section_name] if section_name else config).get_type(name)
     try:
         value = _read(text, kind)
     except ValueError:
@@ -160,13 +171,22 @@ def override(config, field: str, text: str, readers_of: Callable = lambda *_: ()
         raise ConfigError(
             f"config.{field} must be {expected.get(kind, kind.__name__)}, got {text!r}"
         ) from None
-    with section.ignore_type():
-        section[name] = value
+    set_field(config, field, value)
     _drop_fields_of_another(config, field, readers_of)
 
 
+def set_field(config, field: str, value) -> None:
+    """Sets an existing field, such as "model.channels", also to or from None."""
+    *sections, name = field.split(".")
+    for section in sections:
+        config = config[section]
+    with config.ignore_type():
+        config[name] = value
+
+
 FILLED_IN = {  # parameters of what takes a section that are not fields of it
-    "diffusion": ("schedule", "network", "image_shape", "flip"),
+    "data": ("keys", "images"),
+    "diffusion": ("schedule", "network", "image_shape", "flip", "shift"),
     "model": ("parent", "name", "out_channels"),
 }
 
@@ -178,7 +198,7 @@ def _drop_fields_of_another(config, field: str, readers_of: Callable) -> None:
         return
     found = _options_of_section(config, section, readers_of)
     with config[section].unlocked():
-        for other in set(config[section]) - set(found) - {"name", "every", "num_images"}:
+        for other in set(config[section]) - set(found) - {"name", "every", "num_images", "nearest"}:
             del config[section][other]
 
 

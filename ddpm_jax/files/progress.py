@@ -118,6 +118,7 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """Seconds as 3 s, 12m 03s, 2h 05m or 3d 04h."""
+    seconds = round(seconds)
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
         return f"{days:.0f}d {hours % 24:02.0f}h"

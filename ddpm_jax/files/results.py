@@ -26,6 +26,7 @@ PNG_THREADS, PNG_WAITING = (
     2,
     1024,
 )  # threads that write PNG files, and how many images may wait for them
+CRC_SIZE = 4  # bytes of a CRC-32
 CHOSEN = "by a fixed permutation"  # the name of `data.choose` in recipes
 
 
@@ -130,6 +131,8 @@ def in_progress(
                 valid = not check or not os.path.exists(tally) or check(read_npz(tally))
                 if not matches(saved) or not valid:
                     set_aside(folder)
+            elif set(os.listdir(folder)) - {checkpoints.LOCK}:  # nothing says what these rows are
+                set_aside(folder)
             writers.save_text(recipe_path, json.dumps(recipe))
         finally:
             if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and it was empty before
@@ -220,7 +223,9 @@ def free_name(path: str) -> str:
 
 
 class GrowingFile:
-    """Rows saved as they are computed: raw bytes in one file, whose whole rows are valid even after a kill.
+    """Rows saved as they are computed: in one file, each with its CRC-32 behind it.
+
+    Rows are valid even after a kill. From the first damaged row on, rows are dropped, to be computed again.
 
     Attributes:
       count: number of rows.
@@ -228,16 +233,40 @@ class GrowingFile:
 
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype):
         self._path, self._shape, self._dtype = path, tuple(row_shape), np.dtype(dtype)
-        size = math.prod(row_shape) * self._dtype.itemsize
-        with open(path, "ab") as file:
-            self.count = file.tell() // size
-            file.truncate(self.count * size)
+        self._size = math.prod(row_shape) * self._dtype.itemsize
+        with open(path, "a+b") as file:
+            whole = file.tell() // (self._size + CRC_SIZE)
+            file.seek(0)
+            checks = (
+                self._is_valid(number, file.read(self._size + CRC_SIZE)) for number in range(whole)
+            )
+            self.count = next((n for n, valid in enumerate(checks) if not valid), whole)
+            file.truncate(self.count * (self._size + CRC_SIZE))
+        if self.count < whole:
+            lost = whole - self.count
+            print(
+                f"WARNING: {path} is damaged: {lost} of {whole} rows are computed again", flush=True
+            )
+
+    def _crc(self, number: int, row: bytes) -> bytes:
+        """The CRC-32 of a row at its place; a row in another place has another one."""
+        return zlib.crc32(row, zlib.crc32(number.to_bytes(8, "little"))).to_bytes(
+            CRC_SIZE, "little"
+        )
+
+    def _is_valid(self, number: int, stored: bytes) -> bool:
+        return self._crc(number, stored[: self._size]) == stored[self._size :]
 
     def append(self, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
         with open(self._path, "ab") as file:
-            file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+            for number, row in enumerate(rows, self.count):
+                content = row.tobytes()
+                file.write(content + self._crc(number, content))
         self.count += len(rows)
 
     def rows(self) -> np.ndarray:
         """All rows, [count, …]."""
-        return np.fromfile(self._path, self._dtype).reshape(-1, *self._shape)
+        stored = np.fromfile(self._path, np.uint8).reshape(-1, self._size + CRC_SIZE)
+        rows = np.ascontiguousarray(stored[:, : self._size])
+        return rows.view(self._dtype).reshape(-1, *self._shape)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from ddpm_jax import data, options
+from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import writers
 from ddpm_jax.method import Method
-from ddpm_jax.names import nearest
+from ddpm_jax.names import find, nearest
 from ddpm_jax.options import ConfigError
 
 NO_DATA = "none"  # config.data.name of pretrained weights that came without data
@@ -41,13 +41,13 @@ def advice_on_writing(workdir: str):
 
 
 def load_data(config, *, split: str = "train", **changes) -> data.Dataset:
-    """The data of config.data, with some fields replaced by `changes`; `flip` is used by the Method."""
+    """The data of config.data, with some fields replaced by `changes`; flip and shift are used by the Method."""
     if changes.get("name", config.data.name) == NO_DATA:
         raise ConfigError(
             "the data of these pretrained weights are not known: give --data_dir=PATH, a folder of pictures or an"
             " .npz, or for training --config.data.name"
         )
-    section = {key: value for key, value in config.data.items() if key != "flip"}
+    section = {key: value for key, value in config.data.items() if key not in augmentation.FIELDS}
     return options.build(data.load, section | changes, "config.data", split=split)
 
 
@@ -132,11 +132,52 @@ def moved(name: str, data_dir: str) -> dict:
 def with_absolute_paths(config):
     """A copy of a config with absolute paths to its data, valid from any folder."""
     config = config.copy_and_resolve_references()
-    kind, colon, path = config.data.name.partition(":")
+    kind, colon, path = str(config.data.name).partition(":")
     if colon and path and kind in data.WITH_PATH:
         config.data.name = f"{kind}:{os.path.abspath(config_lib.path(path))}"
     if "data_dir" in config.data:
         config.data.data_dir = os.path.abspath(config_lib.path(config.data.data_dir))
+    return config
+
+
+def planned(config, workdir: str) -> tuple[Any, list[str]]:
+    """A copy of a config with absolute paths, in which its plan has filled in the open fields, those that are None.
+
+    A plan is a function named in config.plan as module:NAME, whose other fields are its options. It sets fields of the
+    config that is passed to it, and returns lines that say what it decided. A run that is continued keeps its values.
+
+    Returns:
+      the config without its section plan, and the lines.
+
+    Raises:
+      ConfigError, DataError: one line that says what to do.
+    """
+    config = with_absolute_paths(config)
+    if "plan" not in config:
+        return config, []
+    workdir = config_lib.path(workdir)
+    if workdir and os.path.isdir(os.path.join(workdir, "checkpoints")):
+        saved = config_lib.load(os.path.join(workdir, "config.json"))
+        return as_saved_where_open(config, saved), []
+    section = dict(config.plan)
+    with config.unlocked():
+        del config.plan
+    with options.errors_at("config.plan"):
+        plan = find(section.pop("name", None), {}, "plan")
+    return config, options.build(plan, section, "config.plan", config=config)
+
+
+def as_saved_where_open(config, saved):
+    """A copy of a config whose plan was carried out by a run: without the section plan, and with the saved values of fields
+    that are None."""
+    config = config.copy_and_resolve_references()
+    if "plan" in config:
+        with config.unlocked():
+            del config.plan
+        known = config_lib.fields(saved)
+        for field, value in config_lib.fields(config).items():
+            if value is None and field in known:
+                config_lib.set_field(config, field, known[field])
     return config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from ddpm_jax import data, options
+from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files.progress import memory
 from ddpm_jax.options import ConfigError
@@ -36,7 +36,10 @@ def check_types(config) -> None:
     """
     arguments = ("method", "tx", "key", "axis_name")
     options.bind(make_update, config.step, "config.step", given=arguments)
-    section = {name: value for name, value in config.data.items() if name != "flip"}
+    augmentation.of(config.data)
+    section = {
+        name: value for name, value in config.data.items() if name not in augmentation.FIELDS
+    }
     options.bind(data.load, section, "config.data", given=("split",))
     whole = {"config.seed": config.get("seed")}
     for name in ("every", "num_images"):

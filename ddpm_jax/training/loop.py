@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import data, options
+from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import checkpoints, console, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
@@ -50,9 +50,9 @@ def check(config) -> Method:
     Raises:
       ConfigError, DataError: one line that says what to do.
     """
+    config, _ = run_data.planned(config, "")
     guards.check_types(config)
     length = options.build(Length, config.training, "config.training")
-    config = run_data.with_absolute_paths(config)
     run_data.fill_in(config)
     trainer = Trainer(config, "", length, print, None)
     trainer.make_parts(None)
@@ -96,8 +96,8 @@ def train(
     >>> int(state.step)
     2
     """
+    config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
-    config = run_data.with_absolute_paths(config)  # a copy: the caller's config is not changed
     workdir = os.path.abspath(config_lib.path(workdir))
     leader = jax.process_index() == 0
     mirror.restore(config.training.get("mirror") if leader else None, workdir)
@@ -115,7 +115,7 @@ def train(
         signals = Signals(say, leave)
         try:
             with signals, guards.out_of_memory_advice(config):
-                say(f"run directory: {workdir}")
+                say("\n".join([f"run directory: {workdir}", *plan]))
                 profiler = Profiler(profile if leader else None, workdir, length.num_steps, say)
                 more = profiler, changes, "data" in change
                 trainer = Trainer(config, workdir, length, say, signals, *more)
@@ -197,15 +197,11 @@ class Trainer:
         dataset = dataset or run_data.load_data(self.config)
         if continues:
             dataset = run_data.as_numbered(self.workdir, dataset)
-        self.say(dataset.describe())
+        self.say("\n".join([dataset.describe(), *augmentation.describe(self.config.data)]))
         for line in dataset.left_out:
             self.say(f"left out: {line}")
         if dataset.class_names:
             self.say(f"classes: {run_data.class_list(dataset)}")
-        if self.config.data.get("flip"):
-            self.say(
-                "training images are mirrored left to right with probability 1/2 (config.data.flip)"
-            )
         if own_shape:
             shape = ",".join(map(str, dataset.image_shape))
             self.say(f"image size taken from the data, as with --config.data.image_shape={shape}")
@@ -385,10 +381,13 @@ class Trainer:
             with self.progress.once():
                 self.preview.compile(self.state)
         path = self.path("samples", f"step_{self.step:08d}.png")
-        picture = writers.titled_grids(*self.preview(self.state, self.step))
+        rows, columns = self.preview(self.state, self.step)
+        picture = writers.titled_grids(rows, columns)
         self.loggers.preview(picture, self.state.params)
         with guards.os_errors_as_warnings(self.say):
             writers.save_png(path, picture)
+            if self.config.preview.get("nearest") and self.step == self.length.num_steps:
+                self.say(preview.save_nearest(self.workdir, rows, self.dataset, self.config.data))
             if early:
                 every = f"the next come every {self.preview_every:,} steps"
                 self.say(f"an early preview: {path}; {every}")

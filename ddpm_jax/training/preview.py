@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import data, options
-from ddpm_jax.files import writers
+from ddpm_jax import augmentation, data, options
+from ddpm_jax.files import neighbours, writers
 from ddpm_jax.method import Method, fold_in_each, labels_of, sample_of
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process.diffusion import from_uint8, q_path, to_uint8
@@ -55,6 +56,8 @@ def make_preview(section, method: Method, key) -> tuple[int, Callable]:
     """
     section = dict(section)
     every, count = section.pop("every"), section.pop("num_images")
+    if not isinstance(section.pop("nearest", False), bool):
+        raise ConfigError("config.preview.nearest must be True or False")
     if every < 1 or count < 1:
         raise ConfigError("config.preview: every and num_images must be at least 1")
     sampling = options.build(method.Sampling, section, "config.preview")
@@ -96,3 +99,13 @@ def check_sampling(method: Method, sampling, where: str) -> None:
 def drawn(x):
     """Images as they are saved, uint8 [B, H, W, C], and whether all values of each were finite, bool [B]."""
     return to_uint8(x), jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
+
+
+def save_nearest(workdir: str, rows, dataset, section) -> str:
+    """Writes nearest.png, the last of a preview's rows beside the nearest training images; returns a line about it.
+
+    Args:
+      section: config.data, with the changes that training made of its images.
+    """
+    path, samples = os.path.join(workdir, "nearest.png"), rows[-1][1]
+    return neighbours.save_beside(path, samples, dataset, **augmentation.of(section))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ddpm_jax import data, options
+from ddpm_jax import augmentation, data, options
 from ddpm_jax.ddpm import DDPM, Sampling
 from ddpm_jax.files import checkpoints, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
@@ -72,10 +72,9 @@ def readers_of(section: str, config) -> tuple:
         return find(name or "linear", schedules.SCHEDULES, "schedule"), schedules.make
     if section == "model":
         return (find(name or "unet", NETWORKS, "network"),)
-    readers = {"data": data.load, "diffusion": _diffusion_of(config)}
-    readers |= {"optimizer": step.make_optimizer}
-    readers |= {"preview": Sampling, "step": step.make_update, "training": Length}
-    return (readers[section],) if section in readers else ()
+    readers = {"data": (data.load, augmentation.augmented), "diffusion": (_diffusion_of(config),)}
+    readers |= {"optimizer": (step.make_optimizer,), "step": (step.make_update,)}
+    return (readers | {"preview": (Sampling,), "training": (Length,)}).get(section, ())
 
 
 def _diffusion_of(config) -> type:
@@ -106,7 +105,8 @@ def refuse_another_config(
     of_betas = config.get("schedule", {}).get("name") == "betas"
     folder = os.path.dirname(path)
     saved_config = run_data.with_absolute_paths(config_lib.load(path))
-    config, free = run_data.with_absolute_paths(config), FREE_TO_CHANGE
+    config, free = run_data.as_saved_where_open(config, saved_config), FREE_TO_CHANGE
+    config = run_data.with_absolute_paths(config)
     saved_config, config = (as_changed(one, folder) for one in (saved_config, config))
     if moved and run_data.saved_data(folder) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")

@@ -3,15 +3,15 @@
 pip install -e '.[bench]'
 python -m experiments.speed --size=digits --rounds=6
 
-Measured on two cores of an AMD EPYC server, jax 0.10.2 and torch 2.13.0, in turns; above 1, ours is faster. Other programs
-used the cores now and then.
+Measured on two cores of an AMD EPYC server, jax 0.10.2 and torch 2.13.0, 4 to 6 rounds in turns; above 1, ours is faster.
+Other programs used the cores during digits and the forward pass of medium.
 
-                  training step                             forward pass
-                  eager              torch.compile          eager              torch.compile
-digits            1.52 (1.33–1.73)   1.56 (1.47–1.94)       1.37 (1.23–1.47)   1.86 (1.61–2.33)
-fashion_mnist     0.95 (0.74–2.16)   1.43 (0.70–2.58)       0.74 (0.71–0.87)   0.71 (0.58–0.76)
-medium            1.39 (0.86–2.15)   not measured           1.54 (1.21–2.06)   not measured
-cifar10           1.77 (1.01–2.61)   not measured           0.82 (0.80–0.88)   not measured
+                  training step                                 forward pass
+                  eager                  torch.compile          eager                  torch.compile
+digits            1.52 (1.33–1.73)       1.56 (1.47–1.94)       1.37 (1.23–1.47)       1.86 (1.61–2.33)
+fashion_mnist     0.85 (0.84–0.86)       0.88 (0.86–0.89)       0.80 (0.74–0.82)       0.72 (0.71–0.73)
+medium            0.92 (0.90–0.94)       0.91 (0.86–0.93)       0.82 (0.78–1.04)       0.71 (0.71–2.51)
+cifar10           0.92 (0.90–0.95)       0.93 (0.88–0.97)       0.90 (0.82–0.94)       0.87 (0.79–0.88)
 """
 
 from __future__ import annotations

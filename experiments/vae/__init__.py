@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import options
-from ddpm_jax.method import Method, NoOptions, fold_in_each, mirror_at_random
+from ddpm_jax import augmentation, options
+from ddpm_jax.method import Method, NoOptions, fold_in_each
 from ddpm_jax.process import gaussians
 
 SECTIONS = ("vae",)  # sections of a config in addition to those of every Method
@@ -107,6 +107,7 @@ class VAE(Method):
     network: Network
     image_shape: tuple[int, int, int]
     flip: bool = False
+    shift: int = 0
     metric_names = ("reconstruction", "kl")
 
     def init(self, key):
@@ -117,8 +118,7 @@ class VAE(Method):
         network = self.network
         keys = jax.vmap(jax.random.split)(fold_in_each(key, batch["index"]))
         eps_keys, flip_keys = keys[:, 0], keys[:, 1]
-        images = batch["image"]
-        images = mirror_at_random(flip_keys, images) if self.flip else images
+        images = augmentation.augmented(flip_keys, batch["image"], flip=self.flip, shift=self.shift)
         shape = (network.draws, network.latents)
         eps = jax.vmap(lambda key: jax.random.normal(key, shape), out_axes=1)(eps_keys)
         reconstruction, kl, _ = parts(network, params, grey(images), eps)
@@ -142,7 +142,7 @@ def make(config) -> VAE:
     """
     image_shape = tuple(config.data.image_shape)
     network = options.build(make_network, config.vae, "config.vae", image_shape=image_shape)
-    return VAE(network=network, image_shape=image_shape, flip=config.data.flip)
+    return VAE(network=network, image_shape=image_shape, **augmentation.of(config.data))
 
 
 def decoded(network: Network, params, z):
