@@ -18,6 +18,8 @@ from docs_blocks import LINKED, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from ddpm_jax.files.progress import BAR_WIDTH
+
 NOTEBOOKS = sorted((ROOT / "experiments").glob("*.ipynb"))
 LINES = 25  # maximum number of lines that a cell prints
 
@@ -48,8 +50,8 @@ def faults(notebook) -> list[str]:
             lines = output.get("text", "").splitlines()
             if len(lines) > LINES:
                 found.append(f"cell {number} prints {len(lines)} lines")
-            if sum(line.startswith("[") and " left" in line for line in lines) > 2:
-                found.append(f"cell {number} prints a progress bar in several lines")
+            if any(line.startswith("[") and f"[{'#' * BAR_WIDTH}]" not in line for line in lines):
+                found.append(f"cell {number} leaves an unfinished progress bar")
             if output.get("name") == "stderr":
                 found.append(f"cell {number} writes to stderr: {output.text}")
     return found

@@ -5,9 +5,12 @@ import shutil
 import zipfile
 
 import pytest
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 from test_train import make_config, metrics, same
 
 from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
 
@@ -34,6 +37,27 @@ def test_a_run_continues_bit_for_bit_from_its_mirror(tmp_path, capsys):
     assert (tmp_path / "lost" / "data.json").read_bytes() == kept["data.json"]
     assert set(previews) <= set(os.listdir(tmp_path / "lost" / "samples"))
     assert not list((tmp_path / "lost").glob(".mirror*"))
+
+
+FOUND = {"warmup_steps": 2}  # what `plan` finds
+
+
+def plan(config):
+    config.optimizer.warmup_steps = FOUND["warmup_steps"]
+    return []
+
+
+def test_a_run_keeps_its_plan_on_another_machine(tmp_path, monkeypatch):
+    config = mirrored(tmp_path / "run.zip")
+    del config.optimizer.warmup_steps
+    config.optimizer.warmup_steps = placeholder(int)
+    config.plan = ConfigDict({"name": "test_mirror:plan"})
+    loop.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setitem(FOUND, "warmup_steps", 5)
+    config.training.num_steps = 8
+    assert int(loop.train(config, tmp_path / "run").step) == 8
+    assert config_lib.load(tmp_path / "run" / "config.json").optimizer.warmup_steps == 2
 
 
 def test_the_mirror_holds_one_checkpoint_and_no_drawn_images(tmp_path):

@@ -96,11 +96,10 @@ def train(
     >>> int(state.step)
     2
     """
+    workdir, leader = os.path.abspath(config_lib.path(workdir)), jax.process_index() == 0
+    mirror.restore(config.training.get("mirror") if leader else None, workdir)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
-    workdir = os.path.abspath(config_lib.path(workdir))
-    leader = jax.process_index() == 0
-    mirror.restore(config.training.get("mirror") if leader else None, workdir)
     config, changes = resume.with_changes(config, workdir, change)
     length = options.build(Length, config.training, "config.training")
     say = console.Log(os.path.join(workdir, "log.txt") if leader else None)
