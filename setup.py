@@ -12,6 +12,7 @@ TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
 PRETRAINED = ["safetensors>=0.4", "huggingface_hub>=0.24"]
 LOGGERS = ["tensorboard>=2.18", "wandb>=0.18"]
 MP4 = ["imageio-ffmpeg>=0.5"]
+NOTEBOOKS = ["nbclient>=0.10.1", "ipykernel>=6.29", "nbformat>=5.10"]
 PACKAGES = find_namespace_packages(include=["ddpm_jax*"])
 FOLDERS = find_namespace_packages(include=["configs*", "experiments*"])
 
@@ -44,7 +45,7 @@ setup(
         "scikit-learn>=1.4",  # carries the handwritten digits of configs/digits.py
     ],
     extras_require={
-        "test": TEST + PRETRAINED + LOGGERS + MP4,
+        "test": TEST + PRETRAINED + LOGGERS + MP4 + NOTEBOOKS,
         "pretrained": PRETRAINED,  # import and export of weights
         "bench": ["torch", "diffusers"],  # what experiments.speed compares with
         "tensorboard": LOGGERS[:1],  # --logger=tensorboard writes its files, without TensorFlow

@@ -28,6 +28,7 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
+    "v5e-1": Machine(1, 197e12, 16e9, 200e9),
     "v5e-8": Machine(8, 197e12, 16e9, 200e9),
     "v5e-64": Machine(64, 197e12, 16e9, 200e9),
     "8×H100": Machine(8, 989e12, 80e9, 450e9),
