@@ -482,17 +482,17 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
 
 def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):
     path = str(tmp_path / "metrics.jsonl")
-    writers.append_metrics(path, {"step": 1})
+    writers.append_line(path, {"step": 1})
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # a disk that is full in the middle of a line
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 5, limits[1]))
         with pytest.raises(OSError):
-            writers.append_metrics(path, {"step": 2})
+            writers.append_line(path, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    writers.append_metrics(path, {"step": 3})
+    writers.append_line(path, {"step": 3})
     assert [row["step"] for row in writers.read_metrics(path)] == [1, 3]
 
 
@@ -632,7 +632,7 @@ def test_where_nobody_says_what_memory_there_is(tmp_path, monkeypatch):
 
 def interrupt_when(monkeypatch, *, saving):
     """Ctrl-C at step 4, and again in the middle of the save that follows."""
-    append, sha256 = writers.append_metrics, checkpoints._sha256_files
+    append, sha256 = writers.append_line, checkpoints._sha256_files
 
     def at_step_4(path, row):
         append(path, row)
@@ -645,7 +645,7 @@ def interrupt_when(monkeypatch, *, saving):
             time.sleep(60)  # which Ctrl-C ends
         return sha256(path)
 
-    monkeypatch.setattr(writers, "append_metrics", at_step_4)
+    monkeypatch.setattr(writers, "append_line", at_step_4)
     monkeypatch.setattr(checkpoints, "_sha256_files", in_the_save)
 
 
