@@ -382,7 +382,7 @@ class DDPM(Method):
         Raises:
           ConfigError: a field is unknown, of a wrong type or impossible.
         """
-        if config.data.image_shape is None:
+        if config.data.get("image_shape") is None:
             raise ConfigError("config.data.image_shape is missing; set it, such as (32, 32, 3)")
         image_shape = tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):

@@ -104,6 +104,10 @@ def load_pretrained(source: str, *, config: ConfigDict | None = None) -> Run:
 
     Raises:
       ConfigError, DataError, RunError: one line that names what is missing or cannot be expressed.
+
+    >>> run = dj.load_pretrained("tests/pretrained/pipeline")
+    >>> run.method.image_shape, len(run.method.schedule)
+    ((8, 8, 3), 100)
     """
     found = pretrained.read(source, config)
     return Run(

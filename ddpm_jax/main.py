@@ -379,21 +379,32 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
         line = None if "--debug" in argv else explain(error)
         status = 2 if isinstance(error, ConfigError) else 1
         console.emit("error", error=line or f"{type(error).__name__}: {error}", status=status)
-        if line is None and jax.process_count() == 1 and not isinstance(error, USER_ERRORS):
+        if line is None and _processes() == 1 and not isinstance(error, USER_ERRORS):
             raise
         line = f"error: {line}" if line else traceback.format_exc()
     finally:
         sys.stdout = out
     print(line, file=sys.stderr, flush=True)
-    if jax.process_count() > 1:  # an orderly exit would wait for the others, and they for this one
+    if _processes() > 1:  # an orderly exit would wait for the others, and they for this one
         os._exit(status)
     sys.exit(status)
+
+
+def _processes() -> int:
+    """The number of processes that work together; 1 if jax cannot start."""
+    try:
+        return jax.process_count()
+    except RuntimeError:
+        return 1
 
 
 def explain(error: Exception) -> str | None:
     """An error in one line; None for a mistake of this program."""
     if isinstance(error, USER_ERRORS):
         return str(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
+        line = str(error).partition(" (set ")[0].replace("\n", " ")
+        return f"{line}; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}: unset it, or name what is there"
     if not foreign_frames(error):
         return None
     message = str(error).strip().splitlines() or [""]

@@ -62,18 +62,28 @@ class Option(NamedTuple):
     choice: Choice | None = None
     group: type | None = None
     least: int | None = None
+    quiet: bool = False
 
     @property
     def is_boolean(self) -> bool:
         return bool in hints.alternatives(self.hint)
 
 
-def option(default: Any, help: str, *, flag: str | None = None, least: int | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    least: int | None = None,
+    quiet: bool = False,
+) -> Any:
     """A field of a dataclass with its line of help.
 
     Args:
       flag: its name on the command line, where that differs.
       least: the smallest number that it takes.
+      quiet: descriptions and recipes name it only if it differs from its default. So an option can be added to a sampler
+        whose results exist already.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Euler:
@@ -81,7 +91,7 @@ def option(default: Any, help: str, *, flag: str | None = None, least: int | Non
     >>> Euler(churn=0.3)  # also --sampler=my_file:Euler --churn=0.3
     Euler(churn=0.3)
     """
-    metadata = {"help": help, "flag": flag, "least": least}
+    metadata = {"help": help, "flag": flag, "least": least, "quiet": quiet}
     if dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -115,7 +125,8 @@ def options_of(target: Callable) -> tuple[Option, ...]:
         choice = next((note for note in notes if isinstance(note, Choice)), None)
         group = hint if choice is None and _is_group(hint) else None
         flag = metadata.get("flag") or name
-        result.append(Option(name, hint, default, text, flag, choice, group, least))
+        quiet = bool(metadata.get("quiet"))
+        result.append(Option(name, hint, default, text, flag, choice, group, least, quiet))
     return tuple(result)
 
 
@@ -378,7 +389,7 @@ def describe(group: Any) -> dict[str, Any]:
             result |= {one.name: name_of(value, one.choice)} | inner
         elif one.group is not None:
             result |= describe(value)
-        else:
+        elif not (one.quiet and value == one.default):
             result[one.name] = value
     return result
 

@@ -19,7 +19,7 @@ import pytest
 from test_main import command  # noqa: F401  a fixture
 from test_train import make_config
 
-from ddpm_jax.files import console
+from ddpm_jax.files import console, writers
 from ddpm_jax.files.progress import Progress
 from ddpm_jax.training import loop
 
@@ -233,7 +233,7 @@ def test_training_prints_its_rows_and_its_result(command, tmp_path, monkeypatch)
     assert status == 0
     assert [line["event"] for line in lines] == ["row", "row", "row", "result"]
     assert [line["step"] for line in lines[:-1]] == [2, 4, 6]
-    written = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
+    written = writers.read_metrics(str(workdir / "metrics.jsonl"))
     assert [{"event": "row", **row} for row in written] == lines[:-1]
     result = lines[-1]
     assert result["mode"] == "train" and result["result"] == {"workdir": str(workdir), "step": 6}

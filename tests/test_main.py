@@ -289,6 +289,17 @@ def test_a_closed_pipe_does_not_end_training(tmp_path):
     assert any("step 2/2" in line for line in log)
 
 
+@pytest.mark.parametrize("platform", ["nonsense", "rocm"])
+def test_a_platform_that_is_not_there(platform, tmp_path):
+    line = [sys.executable, "-m", "ddpm_jax.main", "--config=configs/digits.py:smoke"]
+    env = os.environ | {"JAX_PLATFORMS": platform}
+    line.append(f"--workdir={tmp_path / 'x'}")
+    run = subprocess.run(line, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 1 and run.stderr.startswith("error: Unable to initialize backend")
+    assert f"JAX_PLATFORMS is '{platform}'" in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
 def test_ctrl_c_is_said_as_it_is(command, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt("stopped by Ctrl-C; step 469 is saved")

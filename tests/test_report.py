@@ -18,6 +18,7 @@ from ddpm_jax.commands.report import arrange, blocks, charts, render, results, w
 from ddpm_jax.commands.report import report as write_report
 from ddpm_jax.commands.report.find import find
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.process import terminal
 from ddpm_jax.training import loop
@@ -110,8 +111,7 @@ def trained(tmp_path_factory):
 def test_a_page_holds_the_run_and_needs_no_network(trained, capsys):
     reader = read(report(trained[0]))
     assert capsys.readouterr().out.startswith(f"{trained[0]}/report.html")
-    with open(f"{trained[0]}/metrics.jsonl", encoding="utf-8") as file:
-        last = json.loads(file.readlines()[-1])
+    last = writers.read_metrics(f"{trained[0]}/metrics.jsonl")[-1]
     for name in last.keys() - {"step"}:
         title = f"loss by quarter of t, quarter {name[-1]}" if "loss_t" in name else name
         *places, low, high = map(value, reader.row(arrange.TITLES.get(name, title)))

@@ -293,7 +293,7 @@ def test_other_data_at_the_same_place_are_refused_unless_admitted(tmp_path, caps
     paint(tmp_path / "p", pictures(150, "noise"))
     loop.train(make_config(name, **{"training.num_steps": 10}), place, change=["data"])
     assert run_data.saved_data(place)["count"] == 140  # nothing was trained on the new ones
-    with pytest.raises(ConfigError, match="unknown change 'date'; did you mean 'data'"):
+    with pytest.raises(ConfigError, match=r"--change=date: write data.*did you mean 'data'"):
         loop.train(make_config(name), place, change=["date"])
 
 

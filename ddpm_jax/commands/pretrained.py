@@ -74,7 +74,7 @@ def import_weights(
     state = step_lib.state_of(found.method, tx, jax.tree.map(jax.numpy.asarray, found.params))
     checkpoints.save(os.path.join(workdir, "checkpoints"), state, step=0)
     config_lib.save(found.config, os.path.join(workdir, "config.json"))
-    writers.append_metrics(os.path.join(workdir, "metrics.jsonl"), {"step": 0})
+    writers.append_line(os.path.join(workdir, "metrics.jsonl"), {"step": 0})
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     shape = "×".join(map(str, found.method.image_shape))
     flags = " ".join(

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,7 +185,8 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
         except (ImportError, OSError) as error:
             logging.warning("%s cannot be locked (%s): use it from one process", directory, error)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n")
         file.flush()
         yield
 

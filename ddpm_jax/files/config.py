@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -20,6 +21,7 @@ from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
 CHOICES = ("model.name", "preview.sampler")  # fields that decide which others their section has
+DIGEST = "sha256"  # name of the digest in a config.json
 MISSING = "(no such field)"  # what `differences` shows where a config has none
 
 
@@ -265,27 +267,44 @@ def to_json(config) -> str:
 
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
-    temporary = f"{path}.tmp"
+    temporary, tree = f"{path}.tmp", json.loads(to_json(config))
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(to_json(config))
+        file.write(json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _digest(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: str):
     """The ConfigDict that `save` wrote; its lists are tuples again.
 
     Raises:
-      ConfigError: no such file, or not a config.
+      ConfigError: no such file, not a config, or one that has changed since it was written.
     """
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
+        digest = tree.pop(DIGEST, None)  # older versions wrote none
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}: train with this --workdir first, or check its spelling"
         ) from None
-    except (OSError, ValueError) as error:  # not JSON, or not text
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:  # not JSON, or not text
         raise ConfigError(f"cannot read the config {path}: {error}") from None
+    if digest not in (None, _digest(tree)):
+        raise ConfigError(
+            f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
+        )
 
     def tuples(node):
         if isinstance(node, dict):

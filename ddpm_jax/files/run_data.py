@@ -135,7 +135,7 @@ def with_absolute_paths(config):
     kind, colon, path = str(config.data.name).partition(":")
     if colon and path and kind in data.WITH_PATH:
         config.data.name = f"{kind}:{os.path.abspath(config_lib.path(path))}"
-    if "data_dir" in config.data:
+    if config.data.get("data_dir") is not None:
         config.data.data_dir = os.path.abspath(config_lib.path(config.data.data_dir))
     return config
 

@@ -6,12 +6,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
+CRC = "crc32"  # name of the check of a line
 written: dict[str, None] = {}  # the files that this process has written, in their order
 
 
@@ -37,25 +40,62 @@ def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> 
 
 
 def read_metrics(path: str) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+    """The lines of a metrics.jsonl, in the order of their steps.
+
+    A last line that a kill cut short is left out. Damaged or doubled lines are left out too, with a warning for each.
+    """
+    rows: list[dict] = []
+    for number, row in read_lines(path):
+        step = row.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            logging.warning("%s, line %d has no step and is left out", path, number)
+        elif rows and step <= rows[-1]["step"]:
+            logging.warning("%s, line %d repeats step %d and is left out", path, number, step)
+        else:
+            rows.append(row)
     return rows
 
 
-def append_metrics(path: str, row: dict) -> None:
+def read_lines(path: str) -> Iterator[tuple[int, dict]]:
+    """(number, object) of each line of a file that `append_line` wrote, without damaged ones, of which it warns."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    rows = [_parsed(line) for line in lines]
+    checked = any(CRC in row for row in rows if row)  # older versions wrote none
+    for number, (line, row) in enumerate(zip(lines, rows, strict=True), 1):
+        crc = row.pop(CRC, None) if row else None
+        if row and (not checked or crc == _crc(row)):
+            yield number, row
+        elif line.endswith(b"\n"):  # otherwise a kill cut it short
+            logging.warning("%s, line %d is damaged and left out", path, number)
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _crc(row: dict) -> int:
+    return zlib.crc32(json.dumps(row).encode())
+
+
+def to_line(row: Mapping) -> str:
+    """A JSON object with its CRC-32, as one line."""
+    return json.dumps({**row, CRC: _crc(json.loads(json.dumps(row)))}) + "\n"
+
+
+def append_line(path: str, row: Mapping) -> None:
     """Appends a JSON object as one line; on a full disk nothing is appended, not half a line.
 
     Raises:
       OSError: it could not be written.
     """
-    line = (json.dumps(row) + "\n").encode()
+    line = to_line(row).encode()
     with open(path, "ab", buffering=0) as file:
         size, written = file.tell(), 0
         try:
@@ -69,8 +109,7 @@ def append_metrics(path: str, row: dict) -> None:
 
 def rewind_metrics(path: str, step: int) -> None:
     """Drops the lines after `step`, which a run resumed at `step` writes again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    save_text(path, "".join(to_line(row) for row in read_metrics(path) if row["step"] <= step))
 
 
 def save_bytes(path: str, content: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import shutil
 from collections.abc import Callable
 
@@ -146,6 +147,14 @@ def run_directory(workdir: str):
 
     with checkpoints.lock(workdir):
         yield undo
+
+
+def sweep(workdir: str) -> None:
+    """Removes the unfinished files that a killed training left in its run directory."""
+    leftovers = ("*.tmp", "*.tmp.png", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
+    for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def what_is_saved(directory: str) -> str:

@@ -243,6 +243,7 @@ class Trainer:
         if not self.leader:
             return
         self.say.begin()
+        guards.sweep(self.workdir)
         resume.record(self.workdir, self.step, self.changes)
         for line in resume.describe(self.workdir):
             self.say(line)
@@ -275,18 +276,20 @@ class Trainer:
 
     def run(self) -> TrainState:
         """The loop. It waits for an earlier step, not for the one just dispatched, so that the device always has work."""
-        length = self.length
+        length, self.looked, self.compiled_preview = self.length, self.step > 0, False
+        self.progress = Progress(
+            "step", length.num_steps, self.step, unit="images", per_count=length.batch_size
+        )
         if self.step >= length.num_steps:
             self.begin()
+            self.catch_up()
             self.loggers.close()
             self.say(f"nothing to do: {self.step:,} of {length.num_steps:,} steps are done")
             return self.state
         self.compile()
         self.begin()
-        self.progress = Progress(
-            "step", length.num_steps, self.step, unit="images", per_count=length.batch_size
-        )
-        sent, self.looked = collections.deque(), self.step > 0
+        self.catch_up()
+        sent = collections.deque()
         self.started = self.saved = self.spoke = time.perf_counter()
         with (
             contextlib.closing(self.loggers),
@@ -365,21 +368,33 @@ class Trainer:
             row |= {"learning_rate": float(self.learning_rate(self.step - 1))}
             row |= {"images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
-                writers.append_metrics(self.path("metrics.jsonl"), row)
+                writers.append_line(self.path("metrics.jsonl"), row)
             self.loggers.row(row)
             console.emit("row", **row)
         cleared = parallel.place(step_lib.clear(self.state.metrics))
         self.state = self.state.replace(metrics=cleared)
+
+    def catch_up(self) -> None:
+        """Makes the preview of the last checkpoint's step if it is due and a kill came before it."""
+        due = self.step % self.preview_every == 0 or self.step == self.length.num_steps
+        if self.step and due and not os.path.exists(self.picture()):
+            self.look(early=False)
+            self.loggers.send(self.step)
+
+    def picture(self) -> str:
+        """The path of the preview of this step."""
+        return self.path("samples", f"step_{self.step:08d}.png")
 
     def look(self, early: bool) -> None:
         """Writes preview samples and loss.png."""
         guards.check_finite(self.state, self.directory)
         if not self.leader:
             return
-        if not self.looked:
+        if not self.compiled_preview:
+            self.compiled_preview = True
             with self.progress.once():
                 self.preview.compile(self.state)
-        path = self.path("samples", f"step_{self.step:08d}.png")
+        path = self.picture()
         rows, columns = self.preview(self.state, self.step)
         picture = writers.titled_grids(rows, columns)
         self.loggers.preview(picture, self.state.params)

@@ -157,7 +157,7 @@ class Changed(NamedTuple):
 
 def history(workdir: str) -> list[dict]:
     """The changes that were made to a run, the oldest first."""
-    return writers.read_metrics(os.path.join(workdir, HISTORY))
+    return [row for _, row in writers.read_lines(os.path.join(workdir, HISTORY))]
 
 
 def as_changed(config, workdir: str):
@@ -239,7 +239,7 @@ def record(workdir: str, step: int, changes: Sequence[Changed]) -> None:
     now, lines = time.strftime("%Y-%m-%d %H:%M:%S"), history(workdir)
     lines += [{"step": step, **change._asdict(), "time": now} for change in changes]
     if changes:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(map(writers.to_line, lines))
         writers.save_text(os.path.join(workdir, HISTORY), text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def make_optimizer(
     """
     check_choice("name", name, ("adam", "adamw"))
     check_choice("decay", decay, ("none", "cosine"))
-    if not learning_rate > 0 or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
+    positive = 0 < learning_rate < math.inf and eps > 0
+    if not positive or warmup_steps < 0 or not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ValueError(
             "learning_rate and eps must be positive, warmup_steps at least 0, b1 and b2 in [0, 1); got"
             f" {learning_rate}, {eps}, {warmup_steps}, {b1}, {b2}"

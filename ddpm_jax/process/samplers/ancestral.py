@@ -27,8 +27,8 @@ class Ancestral:
 
     x̂_0 is clipped before the posterior mean is computed, as in Ho et al.'s code.
 
-    >>> dj.Ancestral(variance="fixed_small")
-    Ancestral(variance='fixed_small')
+    >>> dj.Ancestral(variance="fixed_small").variance
+    'fixed_small'
     """
 
     variance: str | None = option(
@@ -41,6 +41,7 @@ class Ancestral:
         False,
         "Whether ancestral sampling adds noise of variance β in its last step too, if that is not at time 0; in"
         " diffusers with fixed_large it does.",
+        quiet=True,
     )
 
     def __call__(self, chain, denoiser, x_T, keys, **loop):

@@ -22,8 +22,8 @@ class DDIM:
     clipped x̂_0, as in Improved DDPM's code; Song et al. do not clip. The last three options are those of the DDIM of
     diffusers, for pretrained weights whose samples are to agree.
 
-    >>> dj.DDIM(), dj.DDIM(eta=0.5)
-    (DDIM(eta=0.0), DDIM(eta=0.5))
+    >>> dj.DDIM(eta=0.5).eta
+    0.5
     """
 
     eta: float | Literal["hat"] = option(
@@ -32,16 +32,20 @@ class DDIM:
     )
 
     clipped_eps: bool = option(
-        True, "Whether ddim computes the noise from the clipped x_0; in diffusers it does not."
+        True,
+        "Whether ddim computes the noise from the clipped x_0; in diffusers it does not.",
+        quiet=True,
     )
     stride: bool = option(
         False,
         "Whether each step of ddim goes down by T/S times, rounded down, wherever the next one begins; in diffusers it"
         " does.",
+        quiet=True,
     )
     to_first: bool = option(
         False,
         "Whether ddim ends at the noise level of time 0, not at the image: set_alpha_to_one=False in diffusers.",
+        quiet=True,
     )
 
     def adapt(self, chain: Schedule, trained: Schedule) -> Schedule:

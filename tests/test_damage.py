@@ -1,0 +1,220 @@
+"""Files of a run directory that are damaged, doubled or renamed are refused by name or repaired, never used silently."""
+
+import json
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+from absl import logging
+
+from ddpm_jax import main
+from ddpm_jax.configs import digits
+from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import results, writers
+from ddpm_jax.options import ConfigError
+from ddpm_jax.training import guards
+from ddpm_jax.training.loop import train
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+# ---- metrics.jsonl -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """A file of four lines with steps 10 … 40."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (10, 20, 30, 40):
+        writers.append_line(str(path), {"step": step, "loss": 1 / step, "vlb": None})
+    return path
+
+
+def steps(path):
+    return [row["step"] for row in writers.read_metrics(str(path))]
+
+
+def test_every_changed_byte_of_a_line_is_noticed(metrics, warned):
+    """The line is left out with a warning, and later lines stay."""
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    rows = writers.read_metrics(str(metrics))
+    assert rows[1] == {"step": 20, "loss": 0.05, "vlb": None}
+    for at in range(len(lines[1]) - 1):
+        changed = bytearray(lines[1])
+        changed[at] ^= 1
+        metrics.write_bytes(b"".join([lines[0], bytes(changed), *lines[2:]]))
+        found = writers.read_metrics(str(metrics))
+        assert found in (rows, [rows[0], *rows[2:]])  # a space may be another blank
+        assert found == rows or "line 2 is damaged and left out" in warned[-1]
+
+
+def test_lines_that_are_doubled_cut_or_empty(metrics, warned):
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([*lines[:3], lines[1], lines[3]]))
+    assert steps(metrics) == [10, 20, 30, 40]
+    assert "line 4 repeats step 20" in warned.pop()
+    metrics.write_bytes(b"".join(lines)[:-5])  # as a kill leaves it
+    assert steps(metrics) == [10, 20, 30] and not warned
+    metrics.write_bytes(b"".join([lines[0], b"\n[]\n\xff\n3\n", lines[3]]))
+    assert steps(metrics) == [10, 40] and len(warned) == 4
+    metrics.write_bytes(b'{"step": 5, "loss": 1.0}\n{"step": true}\n')  # of an older version
+    assert steps(metrics) == [5] and "line 2 has no step" in warned[-1]
+
+
+def test_numbers_that_json_does_not_know_come_back(tmp_path):
+    path = str(tmp_path / "m.jsonl")
+    row = {"step": 1, "loss": float("inf"), "tiny": 5e-324, "third": 1 / 3, "name": "ε"}
+    writers.append_line(path, row)
+    assert writers.read_metrics(path) == [row]
+
+
+# ---- config.json -------------------------------------------------------------------------------------
+
+
+def test_every_changed_byte_of_a_config_is_refused(tmp_path):
+    """Unless the values are the same, as with another blank."""
+    path = tmp_path / "config.json"
+    saved = digits.get_config("smoke")
+    config_lib.save(saved, str(path))
+    content, draw = path.read_bytes(), random.Random(0)
+    before = config_lib.to_json(config_lib.load(str(path)))
+    for _ in range(300):
+        changed = bytearray(content)
+        at = draw.randrange(len(content))
+        changed[at] ^= 1 << draw.randrange(8)
+        if b'"sha256"' not in changed:
+            continue  # from_config refuses the unknown name
+        path.write_bytes(changed)
+        try:
+            assert config_lib.to_json(config_lib.load(str(path))) == before
+        except ConfigError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_a_config_that_is_changed_on_purpose(tmp_path):
+    """Without its digest it is read, as those of older versions are."""
+    path = tmp_path / "config.json"
+    config_lib.save(digits.get_config("smoke"), str(path))
+    tree = json.loads(path.read_text()) | {"seed": 5}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r'has changed since .* delete "sha256" in it'):
+        config_lib.load(str(path))
+    del tree["sha256"]
+    path.write_text(json.dumps(tree))
+    assert config_lib.load(str(path)).seed == 5
+    for content in ("[]", "3", "null", "", "{", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="cannot read the config"):
+            config_lib.load(str(path))
+
+
+# ---- unfinished results ------------------------------------------------------------------------------
+
+
+def test_unfinished_rows_are_checked(tmp_path, capsys):
+    """A damaged, moved or cut row and all after it are computed again; those before it stay."""
+    path, rows = str(tmp_path / "rows"), np.arange(60, dtype=np.uint8).reshape(5, 3, 4)
+    results.GrowingFile(path, (3, 4), np.uint8).append(rows)
+    with open(path, "rb") as file:
+        content = file.read()
+    size = len(content) // 5
+
+    def left(changed):
+        with open(path, "wb") as file:
+            file.write(changed)
+        growing = results.GrowingFile(path, (3, 4), np.uint8)
+        np.testing.assert_array_equal(growing.rows(), rows[: growing.count])
+        growing.append(rows[growing.count :])
+        np.testing.assert_array_equal(results.GrowingFile(path, (3, 4), np.uint8).rows(), rows)
+        return 5 - (len(rows) - growing.count), "damaged" in capsys.readouterr().out
+
+    def kept(changed):
+        with open(path, "wb") as file:
+            file.write(changed)
+        return results.GrowingFile(path, (3, 4), np.uint8).count
+
+    assert left(content) == (5, False)
+    for at in range(len(content)):
+        changed = bytearray(content)
+        changed[at] ^= 16
+        assert kept(bytes(changed)) == at // size
+    assert kept(content[:-1]) == 4 and kept(content[: size + 3]) == 1 and kept(b"") == 0
+    swapped = (
+        content[:size]
+        + content[2 * size : 3 * size]
+        + content[size : 2 * size]
+        + content[3 * size :]
+    )
+    capsys.readouterr()
+    assert kept(swapped) == 1
+    assert "4 of 5 rows are computed again" in capsys.readouterr().out
+    left(swapped)
+
+
+def test_rows_without_a_recipe_are_not_used(tmp_path, capsys):
+    out = str(tmp_path / "x.npz")
+    with pytest.raises(KeyboardInterrupt), results.in_progress(out, {"a": 1}) as (folder, _):
+        results.GrowingFile(f"{folder}/images", (2,), np.uint8).append(np.ones((3, 2), np.uint8))
+        raise KeyboardInterrupt
+    (tmp_path / "x.npz.partial" / "recipe.json").unlink()
+    with results.in_progress(out, {"a": 1}, named=False) as (folder, _):
+        assert results.GrowingFile(f"{folder}/images", (2,), np.uint8).count == 0
+    assert "was made with other settings" in capsys.readouterr().out
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+def test_sweep_removes_what_a_killed_training_left(tmp_path):
+    for name in ("samples", "checkpoints/5", "checkpoints/6.tmp/state"):
+        (tmp_path / name).mkdir(parents=True)
+    left = ("config.json.tmp", "loss.tmp.png", "samples/step_00000010.tmp.png")
+    stay = ("config.json", "samples/mine.tmp.png", "report.tmp.html", "samples/step_00000010.png")
+    for name in (*left, *stay):
+        (tmp_path / name).touch()
+    guards.sweep(str(tmp_path))
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert names == set(stay)
+    assert not (tmp_path / "checkpoints" / "6.tmp").exists()
+    assert (tmp_path / "checkpoints" / "5").exists()
+
+
+@pytest.mark.slow
+def test_previews_that_a_kill_prevented_are_made(tmp_path):
+    """Those of the last checkpoint's step, in the middle of a run and at its end."""
+    config = digits.get_config("smoke")
+    config.training.num_steps = 20
+    train(config, str(tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    expected = (tmp_path / "whole" / "samples" / "step_00000020.png").read_bytes()
+    (tmp_path / "killed" / "samples" / "step_00000020.png").unlink()
+    (tmp_path / "killed" / "loss.png").unlink()
+    train(config, str(tmp_path / "killed"))
+    assert (tmp_path / "killed" / "samples" / "step_00000020.png").read_bytes() == expected
+    assert (tmp_path / "killed" / "loss.png").exists()
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "20")
+    expected = (tmp_path / "whole" / "samples" / "step_00000010.png").read_bytes()
+    (tmp_path / "killed" / "samples" / "step_00000010.png").unlink()
+    train(config, str(tmp_path / "killed"))
+    assert (tmp_path / "killed" / "samples" / "step_00000010.png").read_bytes() == expected
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "True", "0", "-1"])
+def test_learning_rates_that_make_no_sense(value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main.main(
+            [
+                "--config=configs/digits.py:smoke",
+                f"--config.optimizer.learning_rate={value}",
+                f"--workdir={tmp_path / 'x'}",
+            ]
+        )
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search("learning_rate", line) and not (tmp_path / "x").exists()
