@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -131,6 +132,12 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, name, content, error,
         loop.train(mirrored(tmp_path / name), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="config.training.mirror is for a run of one process"):
+        loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
 
 
 def test_a_flipped_byte_is_found(tmp_path):

@@ -97,7 +97,7 @@ def train(
     2
     """
     workdir, leader = os.path.abspath(config_lib.path(workdir)), jax.process_index() == 0
-    mirror.restore(config.training.get("mirror") if leader else None, workdir)
+    mirror.restore(config.training.get("mirror"), workdir)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
     config, changes = resume.with_changes(config, workdir, change)

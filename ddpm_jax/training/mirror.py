@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from ddpm_jax.files import checkpoints, console, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
@@ -44,7 +46,7 @@ def restore(path: str | None, workdir: str) -> None:
     """Unpacks a file of `save` into a run directory without checkpoints; does nothing if there are some.
 
     Raises:
-      ConfigError: the folder of the file is missing, so that it could never be written.
+      ConfigError: the folder of the file is missing, so that it could never be written; or there are several processes.
       CheckpointError: the file is damaged.
     """
     if path is None:
@@ -54,6 +56,8 @@ def restore(path: str | None, workdir: str) -> None:
         raise ConfigError(
             f"config.training.mirror must be a .zip in a folder that exists, got {path}; is the drive mounted?"
         )
+    if jax.process_count() > 1:
+        raise ConfigError("config.training.mirror is for a run of one process; leave it out")
     target = directory / "checkpoints"
     if not file.exists() or checkpoints.latest_step(target) is not None:
         return
