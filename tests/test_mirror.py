@@ -61,16 +61,18 @@ def test_a_run_keeps_its_plan_on_another_machine(tmp_path, monkeypatch):
     assert config_lib.load(tmp_path / "run" / "config.json").optimizer.warmup_steps == 2
 
 
-def test_the_mirror_holds_one_checkpoint_and_no_drawn_images(tmp_path):
-    file, run = tmp_path / "run.zip", tmp_path / "run"
+def test_the_mirror_holds_one_checkpoint_and_neither_drawn_images_nor_itself(tmp_path):
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    file = run / "copy.zip"
     loop.train(mirrored(file, 3), run)
-    (run / "samples").mkdir(exist_ok=True)
     (run / "samples" / "many.npz").write_bytes(b"drawn")
     loop.train(mirrored(file, 6), run)
     names = zipfile.ZipFile(file).namelist()
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"6"}
     assert {"config.json", "data.json", "metrics.jsonl", "log.txt"} <= set(names)
-    assert not {checkpoints.LOCK, "samples/many.npz"} & set(names)
+    assert not {checkpoints.LOCK, "samples/many.npz", "copy.zip"} & set(names)
+    assert not [name for name in names if name.endswith(".zip")]
 
 
 def test_the_run_directory_counts_before_its_mirror(tmp_path, capsys):
@@ -136,7 +138,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, name, content, error,
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="config.training.mirror is for a run of one process"):
+    with pytest.raises(ConfigError, match=r"config\.training\.mirror is for a run of one process"):
         loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
 
 

@@ -35,7 +35,7 @@ def save(path: str | None, workdir: str, say: Callable[[str], None]) -> None:
     def write(temporary):
         with zipfile.ZipFile(temporary, "w") as archive:  # weights do not become smaller
             for file in filter(Path.is_file, files):
-                if file.suffix != ".npz":  # drawn by --mode=sample, not by training
+                if file.suffix not in (".npz", ".zip"):  # drawn by --mode=sample; itself
                     archive.write(file, file.relative_to(workdir))
 
     with guards.os_errors_as_warnings(say):
