@@ -38,12 +38,17 @@ def train(
     change: resume.Change = (),
     logging: Logging = Logging(),
     profile: Steps = None,
+    allow_code: Annotated[
+        bool,
+        "Imports modules outside ddpm_jax and experiments that a config.json given as --config names.",
+    ] = False,
     distributed: Annotated[
         bool,
         "This process is one of several that train together; it calls jax.distributed.initialize().",
     ] = False,
 ) -> dict:
     """Trains what --config says; the same command again resumes."""
+    del allow_code  # read where the config is
     if distributed:
         try:
             jax.distributed.initialize()
