@@ -8,8 +8,6 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-import jax
-
 from ddpm_jax import hints, options
 from ddpm_jax.commands import (
     animate,
@@ -24,10 +22,11 @@ from ddpm_jax.commands import (
 from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands.report import report
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.options import ConfigError, Option
+from ddpm_jax.options import Option
 from ddpm_jax.settings import Sampling
 from ddpm_jax.training import loop, resume
 from ddpm_jax.training.loggers import Logging
+from ddpm_jax.training.processes import Processes
 from ddpm_jax.training.profile import Steps
 
 
@@ -42,18 +41,11 @@ def train(
         bool,
         "Imports modules outside ddpm_jax and experiments that a config.json given as --config names.",
     ] = False,
-    distributed: Annotated[
-        bool,
-        "This process is one of several that train together; it calls jax.distributed.initialize().",
-    ] = False,
+    processes: Processes = Processes(),
 ) -> dict:
     """Trains what --config says; the same command again resumes."""
     del allow_code  # read where the config is
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ConfigError(f"--distributed: {error}") from error
+    processes.join()
     with config.training.unlocked(), config.training.ignore_type():
         config.training.update(options.changed(logging))
     state = loop.train(config, workdir, change=change, profile=profile)
