@@ -89,9 +89,7 @@ class DDPM(Method):
     label_dropout: float = option(
         0.0, "Share of training images whose label is hidden, so that samples can be guided."
     )
-    clip_x0: bool | str = option(
-        True, "Whether samplers and the bound clip x_0 to [-1, 1] by default; or dynamic."
-    )
+    clip_x0: bool | str = option(True, "Clips x_0 to [-1, 1] in samplers and bound; or dynamic.")
 
     Sampling = Sampling
     Bounding = Bounding
@@ -292,10 +290,8 @@ class DDPM(Method):
                 " config.diffusion.label_dropout above 0, such as 0.1"
             )
         sampler = getattr(sampling, "sampler", None)
-        if hasattr(sampler, "adapt"):
-            steps = sampler.adapt(steps, self.schedule)
         if sampler is not None:
-            samplers.check(sampler, steps)
+            steps = samplers.prepare(sampler, steps, self.schedule)
         if hasattr(sampler, "variance"):
             if sampler.variance == "analytic" and from_t is not None:
                 raise ValueError(

@@ -8,8 +8,6 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-import jax
-
 from ddpm_jax import hints, options
 from ddpm_jax.commands import (
     animate,
@@ -24,10 +22,11 @@ from ddpm_jax.commands import (
 from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands.report import report
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.options import ConfigError, Option
+from ddpm_jax.options import Option
 from ddpm_jax.settings import Sampling
 from ddpm_jax.training import loop, resume
 from ddpm_jax.training.loggers import Logging
+from ddpm_jax.training.processes import Processes
 from ddpm_jax.training.profile import Steps
 
 
@@ -38,17 +37,15 @@ def train(
     change: resume.Change = (),
     logging: Logging = Logging(),
     profile: Steps = None,
-    distributed: Annotated[
+    allow_code: Annotated[
         bool,
-        "This process is one of several that train together; it calls jax.distributed.initialize().",
+        "Imports modules outside ddpm_jax and experiments that a config.json given as --config names.",
     ] = False,
+    processes: Processes = Processes(),
 ) -> dict:
     """Trains what --config says; the same command again resumes."""
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ConfigError(f"--distributed: {error}") from error
+    del allow_code  # read where the config is
+    processes.join()
     with config.training.unlocked(), config.training.ignore_type():
         config.training.update(options.changed(logging))
     state = loop.train(config, workdir, change=change, profile=profile)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -305,18 +304,6 @@ def _at(where: str):
 def errors_at(where: str):
     """A context that turns a plain ValueError into a ConfigError that begins with `where`."""
     return _at(where)
-
-
-def extra(module: str, package: str, what: str) -> Any:
-    """A module of a package that ddpm_jax does not require.
-
-    Raises:
-      ConfigError: it is not installed; says what needs it, and the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{what} needs {package} ({error}): pip install {package}") from error
 
 
 # ---- values and types ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "ddpm_jax"
 FLOORS = (  # from the ground up; a folder is one room
     "hints names stats",
     "options",
+    "extras",
     "process",
     "data",
     "metrics",
@@ -22,6 +23,7 @@ FLOORS = (  # from the ground up; a folder is one room
     "commands",
     "library",
     "modes",
+    "request",
     "main",
     "benchmark __main__ __init__",
 )

@@ -218,3 +218,43 @@ def test_learning_rates_that_make_no_sense(value, tmp_path, capsys):
         )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search("learning_rate", line) and not (tmp_path / "x").exists()
+
+
+# ---- files of strangers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("method", "model.name", "schedule.name", "data.name", "diffusion.prediction"),
+        *("diffusion.loss", "diffusion.t_sampling", "preview.sampler", "training.logger"),
+    ],
+)
+def test_no_command_imports_code_that_a_config_json_names(field, tmp_path, monkeypatch, capsys):
+    """A module of that name lies in the current folder and in the run directory."""
+    from ddpm_jax.names import import_module
+
+    work = tmp_path / "run"
+    (work / "checkpoints").mkdir(parents=True)
+    for folder in (tmp_path, work):
+        (folder / "stranger.py").write_text("open('executed', 'w').close()\nmake = Net = None\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = digits.get_config("smoke").copy_and_resolve_references().unlock()
+    section, _, name = field.rpartition(".")
+    place = config[section] if section else config
+    with place.ignore_type():
+        value = "stranger" if field == "method" else "stranger:Net"
+        place[name] = (value,) if field == "training.logger" else value
+    config_lib.save(config, str(work / "config.json"))
+    for arguments in (
+        ["sample", f"--workdir={work}"],
+        ["nll", f"--workdir={work}"],
+        ["report", f"--workdir={work}"],
+        ["export", str(work), "out"],
+        [f"--config={work}/config.json", "--workdir=new"],
+    ):
+        with pytest.raises(SystemExit):
+            main.main(arguments)
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "executed").exists() and "stranger" not in import_module.__globals__

@@ -20,7 +20,7 @@ import pretrained_oracle as oracle
 import pytest
 
 import ddpm_jax as dj
-from ddpm_jax import main, options, pretrained
+from ddpm_jax import extras, main, options, pretrained
 from ddpm_jax.commands import pretrained as commands
 from ddpm_jax.data import DataError
 from ddpm_jax.ddpm import Sampling
@@ -371,7 +371,7 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"is a run directory"):
         pretrained.read(str(tmp_path))
     with pytest.raises(ConfigError, match=r"needs no-such-package .*: pip install no-such-package"):
-        options.extra("no_such_module", "no-such-package", "this")
+        extras.load("no_such_module", "no-such-package", "this")
 
 
 def test_models_that_cannot_be_exported(tmp_path):
@@ -477,12 +477,12 @@ class FakeHub:
 @pytest.mark.parametrize("error", [None, ValueError("401 Unauthorized\nlog in first")])
 def test_push(tmp_path, monkeypatch, error):
     """The folder is complete before anything is sent, and stays if sending fails."""
-    hub, extra = FakeHub(error), options.extra
-    monkeypatch.setattr(
-        options,
-        "extra",
-        lambda module, *a: hub if module == "huggingface_hub" else extra(module, *a),
-    )
+    hub, load = FakeHub(error), extras.load
+
+    def fake(module, *more):
+        return hub if module == "huggingface_hub" else load(module, *more)
+
+    monkeypatch.setattr(extras, "load", fake)
     run, out = dj.load_pretrained(str(PIPELINE)), tmp_path / "out"
     monkeypatch.setattr("ddpm_jax.commands.pretrained._card", lambda *args: "a card")
     if error:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import jax
 
-from ddpm_jax import options, pretrained
+from ddpm_jax import extras, pretrained
 from ddpm_jax.commands.report import results
 from ddpm_jax.commands.report.find import find
 from ddpm_jax.files import checkpoints, writers
@@ -102,7 +102,7 @@ def export(
 ) -> dict:
     """Writes a folder that DDPMPipeline.from_pretrained of diffusers loads, with a model card."""
     out = os.path.abspath(config_lib.path(out))
-    hub = push and options.extra("huggingface_hub", "huggingface_hub", "--push")
+    hub = push and extras.load("huggingface_hub", "huggingface_hub", "--push")
     name = push or os.path.basename(out)
     pretrained.write_folder(run.method, run.params, out, _card(run, name, licence))
     print(f"{out}: diffusers loads it by DDPMPipeline.from_pretrained", flush=True)

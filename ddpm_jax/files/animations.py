@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ddpm_jax import options
+from ddpm_jax import extras
 from ddpm_jax.files import writers
 
 Kinds = tuple[Literal["gif", "mp4"], ...]
@@ -26,7 +26,7 @@ def check(kinds: Kinds) -> None:
       ConfigError: imageio-ffmpeg is not installed.
     """
     if "mp4" in kinds:
-        options.extra("imageio_ffmpeg", "imageio-ffmpeg", "--animation=mp4")
+        extras.load("imageio_ffmpeg", "imageio-ffmpeg", "--animation=mp4")
 
 
 def save(

@@ -141,16 +141,24 @@ def load(
     )
 
 
-def foreign_modules(config) -> list[str]:
-    """The modules named in a config that do not belong to this installation."""
+def foreign_modules(config, *, to_train: bool = False) -> list[str]:
+    """The modules named in a config that do not belong to this installation.
+
+    Args:
+      to_train: also those that only training imports.
+    """
     found = []
-    for field, value in config_lib.fields(config).items():
-        module, colon, _ = str(value).partition(":")
-        is_path = field == "data.data_dir" or (field == "data.name" and module in data.WITH_PATH)
-        if field != "method" and (not isinstance(value, str) or not colon or is_path):
+    for field, values in config_lib.fields(config).items():
+        if field.startswith(("training.", "plan.")) and not to_train:
             continue
-        if not f"{full_name(module)}.".startswith("ddpm_jax."):
-            found.append(value)
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            module, colon, _ = str(value).partition(":")
+            is_path = field in ("data.data_dir", "init_from")
+            is_path |= field == "data.name" and module in data.WITH_PATH
+            if field != "method" and (not isinstance(value, str) or not colon or is_path):
+                continue
+            if not f"{full_name(module)}.".startswith("ddpm_jax."):
+                found.append(value)
     return found
 
 

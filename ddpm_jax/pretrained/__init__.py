@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import options
+from ddpm_jax import extras
 from ddpm_jax.data import DataError
 from ddpm_jax.ddpm import DDPM
 from ddpm_jax.files import config as config_lib
@@ -183,7 +183,7 @@ def _weights(folder: str) -> dict[str, np.ndarray]:
 
 
 def _safetensors(path: str) -> dict[str, np.ndarray]:
-    library = options.extra("safetensors.flax", "safetensors", "a .safetensors file")
+    library = extras.load("safetensors.flax", "safetensors", "a .safetensors file")
     try:
         return {name: np.asarray(array) for name, array in library.load_file(path).items()}
     except Exception as error:  # the library has its own, and passes on those of Rust
@@ -192,7 +192,7 @@ def _safetensors(path: str) -> dict[str, np.ndarray]:
 
 def _download(name: str) -> str:
     """The folder of a model of the hub, downloaded or from the cache."""
-    hub = options.extra("huggingface_hub", "huggingface_hub", "a model of the hub")
+    hub = extras.load("huggingface_hub", "huggingface_hub", "a model of the hub")
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each retry
     print(f"asking {address}/{name}", flush=True)
@@ -230,7 +230,7 @@ def write_folder(method: DDPM, params: Any, folder: str, card: str) -> None:
         raise ConfigError(
             "only a DDPM with a UNet can be exported: diffusers has no other network for it"
         )
-    library = options.extra("safetensors.numpy", "safetensors", "a .safetensors file")
+    library = extras.load("safetensors.numpy", "safetensors", "a .safetensors file")
     network = method.sized_network
     unet = diffusers.write_unet(network, method.image_shape)
     scheduler = diffusers.write_scheduler(method)

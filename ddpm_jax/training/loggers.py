@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ddpm_jax import options
+from ddpm_jax import extras, options
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import writers
 from ddpm_jax.files.animations import previews
@@ -199,7 +199,7 @@ def classes(names: tuple[str, ...]) -> dict[str, Callable]:
             if name not in LOGGERS:
                 check_takes(found[name], ("start",), "logger")
                 continue
-            options.extra(EXTRAS[name], name, f"--logger={name}")
+            extras.load(EXTRAS[name], name, f"--logger={name}")
     return found
 
 

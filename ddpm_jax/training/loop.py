@@ -250,14 +250,8 @@ class Trainer:
         config_lib.save(self.config, self.path("config.json"))
         if run_data.saved_data(self.workdir) is None:
             run_data.save_data(self.workdir, self.dataset)
-        shown = preview.shown_images(
-            self.method, self.dataset, self.keys.train, self.config.seed, self.length.batch_size
-        )
-        writers.save_png(self.path("data_preview.png"), writers.grid(shown))
-        if is_diffusion(self.method):
-            preview.save_forward(
-                self.path("forward.png"), self.method.schedule, shown, self.keys.preview
-            )
+        more = self.config.seed, self.length.batch_size
+        preview.save_first(self.workdir, self.method, self.dataset, self.keys, *more)
         writers.rewind_metrics(self.path("metrics.jsonl"), self.step)
         self.loggers.begin(self.step)
         self.profiler.begin(self.step)
@@ -364,8 +358,8 @@ class Trainer:
         self.say.progress(self.progress, text)
         self.progress.begin()
         if self.leader:
-            row = {"step": self.step, **values}
-            row |= {"learning_rate": float(self.learning_rate(self.step - 1))}
+            learning_rate = float(self.learning_rate(self.step - 1))
+            row = {"step": self.step, **values, "learning_rate": learning_rate}
             row |= {"images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
                 writers.append_line(self.path("metrics.jsonl"), row)
@@ -377,13 +371,9 @@ class Trainer:
     def catch_up(self) -> None:
         """Makes the preview of the last checkpoint's step if it is due and a kill came before it."""
         due = self.step % self.preview_every == 0 or self.step == self.length.num_steps
-        if self.step and due and not os.path.exists(self.picture()):
+        if self.step and due and not os.path.exists(preview.path_of(self.workdir, self.step)):
             self.look(early=False)
             self.loggers.send(self.step)
-
-    def picture(self) -> str:
-        """The path of the preview of this step."""
-        return self.path("samples", f"step_{self.step:08d}.png")
 
     def look(self, early: bool) -> None:
         """Writes preview samples and loss.png."""
@@ -394,7 +384,7 @@ class Trainer:
             self.compiled_preview = True
             with self.progress.once():
                 self.preview.compile(self.state)
-        path = self.picture()
+        path = preview.path_of(self.workdir, self.step)
         rows, columns = self.preview(self.state, self.step)
         picture = writers.titled_grids(rows, columns)
         self.loggers.preview(picture, self.state.params)
@@ -403,8 +393,8 @@ class Trainer:
             if self.config.preview.get("nearest") and self.step == self.length.num_steps:
                 self.say(preview.save_nearest(self.workdir, rows, self.dataset, self.config.data))
             if early:
-                every = f"the next come every {self.preview_every:,} steps"
-                self.say(f"an early preview: {path}; {every}")
+                self.say(
+                    f"an early preview: {path}; the next come every {self.preview_every:,} steps"
+                )
         with guards.os_errors_as_warnings(self.say):
-            metrics = writers.read_metrics(self.path("metrics.jsonl"))
-            writers.save_loss_curve(self.path("loss.png"), metrics)
+            preview.save_loss(self.workdir)

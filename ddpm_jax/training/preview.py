@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import neighbours, writers
-from ddpm_jax.method import Method, fold_in_each, labels_of, sample_of
+from ddpm_jax.method import Method, fold_in_each, is_diffusion, labels_of, sample_of
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.process.schedules import Schedule
@@ -20,6 +20,26 @@ from ddpm_jax.settings import Bounding
 from ddpm_jax.training import parallel
 
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
+
+
+def save_first(workdir: str, method: Method, dataset, keys, seed: int, batch_size: int) -> None:
+    """Writes data_preview.png, the first training images, and of a diffusion forward.png, its forward process."""
+    shown = shown_images(method, dataset, keys.train, seed, batch_size)
+    writers.save_png(os.path.join(workdir, "data_preview.png"), writers.grid(shown))
+    if is_diffusion(method):
+        path = os.path.join(workdir, "forward.png")
+        save_forward(path, method.schedule, shown, keys.preview)
+
+
+def path_of(workdir: str, step: int) -> str:
+    """The preview of a step."""
+    return os.path.join(workdir, "samples", f"step_{step:08d}.png")
+
+
+def save_loss(workdir: str) -> None:
+    """Draws loss.png from metrics.jsonl."""
+    metrics = writers.read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    writers.save_loss_curve(os.path.join(workdir, "loss.png"), metrics)
 
 
 def shown_images(method: Method, dataset, key, seed: int, batch_size: int) -> np.ndarray:

@@ -58,17 +58,24 @@ class Sampler(Protocol):
         ...
 
 
-def check(sampler: Sampler, chain: Schedule) -> None:
-    """Checks that a sampler takes the arguments of `Sampler`, and can run this chain.
+def prepare(sampler: Sampler, chain: Schedule, trained: Schedule) -> Schedule:
+    """The chain that a sampler runs, after a check that it takes the arguments of `Sampler` and can run it.
+
+    Args:
+      chain, trained: the shortened chain and the full one.
 
     Raises:
       ValueError: one line; for arguments it names the sampler's file.
     """
     arguments = ("chain", "denoiser", "x_T", "keys")
     check_takes(sampler, arguments, "sampler", keywords=("clip_x0", "keep"))
+    if hasattr(sampler, "adapt"):
+        check_takes(sampler.adapt, ("chain", "trained"), "sampler")
+        chain = sampler.adapt(chain, trained)
     if hasattr(sampler, "check"):
         check_takes(sampler.check, ("chain",), "sampler")
         sampler.check(chain)
+    return chain
 
 
 SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM, "dpm_solver": DPMSolver, "heun": Heun}
