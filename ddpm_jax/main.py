@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 import ddpm_jax
-from ddpm_jax import data, modes, options
+from ddpm_jax import data, modes, options, processes, watch
 from ddpm_jax.commands import analytic
 from ddpm_jax.ddpm import Sampling
 from ddpm_jax.files import checkpoints, console, run_data, runs, writers
@@ -28,6 +28,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.method import Method
 from ddpm_jax.names import foreign_frames, place_of
 from ddpm_jax.options import ConfigError
+from ddpm_jax.processes import Processes
 from ddpm_jax.request import Request
 from ddpm_jax.training import guards, loop, parallel, preview, resume
 
@@ -66,10 +67,10 @@ def execute(request: Request) -> Any:
             return command(workdir, **kwargs)
     if request.sampling is Sampling:  # before files are read
         options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
+    loading = options.bind(modes.run_flags, request.values(modes.run_flags), "--")
+    loading.pop("processes", Processes()).join()
     with run_data.advice_on_writing(workdir):
-        run = runs.load(
-            workdir, **options.bind(modes.run_flags, request.values(modes.run_flags), "--")
-        )
+        run = runs.load(workdir, **loading)
         return command(run, **arguments(command, run, request.values(command), "--"))
 
 
@@ -189,31 +190,27 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
         console.emit("error", error=line, status=status)
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        watch.leave(line)
         os._exit(status)  # an orderly exit would wait for what the device is doing
     except SystemExit as error:  # of a training that a signal has stopped
         console.emit("error", error="stopped by a signal", status=error.code)
         raise
     except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            watch.wait_for_word()  # it may be the end of another process
         line = None if "--debug" in argv else explain(error)
         status = 2 if isinstance(error, ConfigError) else 1
         console.emit("error", error=line or f"{type(error).__name__}: {error}", status=status)
-        if line is None and _processes() == 1 and not isinstance(error, USER_ERRORS):
+        if line is None and processes.count() == 1 and not isinstance(error, USER_ERRORS):
             raise
         line = f"error: {line}" if line else traceback.format_exc()
     finally:
         sys.stdout = out
     print(line, file=sys.stderr, flush=True)
-    if _processes() > 1:  # an orderly exit would wait for the others, and they for this one
+    if processes.count() > 1:  # an orderly exit would wait for the others, and they for this one
+        watch.leave(line.strip().splitlines()[-1].removeprefix("error: "))
         os._exit(status)
     sys.exit(status)
-
-
-def _processes() -> int:
-    """The number of processes that work together; 1 if jax cannot start."""
-    try:
-        return jax.process_count()
-    except RuntimeError:
-        return 1
 
 
 def explain(error: Exception) -> str | None:

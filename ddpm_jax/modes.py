@@ -23,10 +23,10 @@ from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands.report import report
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import Option
+from ddpm_jax.processes import Processes
 from ddpm_jax.settings import Sampling
 from ddpm_jax.training import loop, resume
 from ddpm_jax.training.loggers import Logging
-from ddpm_jax.training.processes import Processes
 from ddpm_jax.training.profile import Steps
 
 
@@ -108,6 +108,7 @@ def run_flags(
     allow_code: Annotated[
         bool, "Imports modules outside ddpm_jax and experiments that the run names."
     ] = False,
+    processes: Processes = Processes(),
 ) -> None:
     """Flags of every mode that loads a run."""
 

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "ddpm_jax"
 FLOORS = (  # from the ground up; a folder is one room
     "hints names stats",
     "options",
-    "extras",
+    "watch",
+    "extras processes",
     "process",
     "data",
     "metrics",

@@ -9,11 +9,10 @@ import time
 
 import pytest
 
-from ddpm_jax import main
+from ddpm_jax import main, processes
 from ddpm_jax.files import runs
 from ddpm_jax.options import ConfigError
-from ddpm_jax.training import processes
-from ddpm_jax.training.processes import Processes
+from ddpm_jax.processes import Processes
 
 
 def free_port():

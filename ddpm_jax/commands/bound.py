@@ -196,18 +196,16 @@ class Request:
     def _fill(self, tally, dataset, rows, num_images, chosen, errors, key) -> None:
         """Measures image by image and saves the results so far."""
 
-        def function(params, key, image, label, index):
+        def function(params, key, image, label, index, digest):
             batch = {"image": image, "label": label, "index": index}
-            return self.run.method.bound(params, key, batch, chosen, x_0_error=errors)
-
-        fetched = {}  # images by their first position, until their digests are taken
+            return self.run.method.bound(params, key, batch, chosen, x_0_error=errors), digest
 
         def examples(at):
-            fetched[at[0]] = dataset.fetch(rows[at])
-            return fetched[at[0]], dataset.labels[rows[at]], rows[at]
+            images = dataset.fetch(rows[at])
+            return images, dataset.labels[rows[at]], rows[at], data.image_digests(images)
 
         progress = Progress("image", num_images, tally.count, unit="images")
-        for at, parts in jobs.in_batches(
+        for at, (parts, digests) in jobs.in_batches(
             function, self.run.params, key, examples, progress, self.output.batch_size
         ):
             finite = np.isfinite(parts["total"])
@@ -216,7 +214,7 @@ class Request:
                     f"the bound is not finite for {np.sum(~finite)} of {len(at)} images; try the other"
                     " weights (--weights), or an earlier checkpoint: see loss.png"
                 )
-            tally.add(parts, data.image_digests(fetched.pop(at[0])[: len(at)]))
+            tally.add(parts, digests)
             progress.show(f"{plus_minus(*mean_and_error(tally.arrays['total']))} bits/dim")
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ddpm_jax import data, options
+from ddpm_jax import data, options, processes
 from ddpm_jax import metrics as metrics_lib
 from ddpm_jax.commands import analytic, likelihood, shared
 from ddpm_jax.commands import sampling as sampling_lib
@@ -340,7 +340,8 @@ def features_of(run: Run, extractor: Extractor, dataset: data.Dataset) -> Featur
 
 def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
     def chunk(first):
-        """Features and logits side by side, and how many are features."""
+        """Features and logits side by side of `CHUNK` images for each process, and how many are features."""
+        first += processes.index() * min(CHUNK, len(dataset))
         rows = np.minimum(first + np.arange(min(CHUNK, len(dataset))), len(dataset) - 1)
         pair = extractor.features(dataset.fetch(rows))  # one shape for all
         shapes = [np.shape(part) for part in pair] if isinstance(pair, (tuple, list)) else []
@@ -349,7 +350,7 @@ def _extract(folder, extractor, dataset) -> dict[str, np.ndarray]:
                 f"{described(extractor.features, 'features')} must return features [B, D] and logits [B, K];"
                 f" for {len(rows)} images it returns {shapes or type(pair).__name__}"
             )
-        return np.concatenate(pair, axis=1), shapes[0][1]
+        return processes.gather(np.concatenate(pair, axis=1)), shapes[0][1]
 
     rows, D = chunk(0)
     growing = results_lib.GrowingFile(os.path.join(folder, "features"), rows.shape[1:], np.float32)

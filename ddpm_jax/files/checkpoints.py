@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
+
+from ddpm_jax import processes
 
 # orbax writes to absl's logger: dozens of INFO lines per checkpoint, warnings that synchronous saving is slow
 # (0.11.25), and a traceback for a full disk, which it also raises.
@@ -77,7 +78,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
         with _checkpointer() as checkpointer:
             args = ocp.args.StandardSave(_without_empty(arrays))
             checkpointer.save(temporary / "state", args=args)
-        if jax.process_index() == 0:
+        if processes.is_first():
             meta = {"leaves": leaves, "files": _sha256_files(temporary)}
             meta["sha256"] = _sha256_json(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -92,7 +93,7 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             f"{path}: not saved ({_line(error)}); earlier checkpoints are untouched: "
             "free space or correct the permissions, then run the same command again"
         ) from error
-    multihost_utils.sync_global_devices(f"saved {path}")  # nothing to do with one process
+    processes.barrier(f"saved {path}")
     complete = [s for s in _steps(directory) if s <= step and _is_complete(directory / str(s))]
     _remove(directory / str(s) for s in _steps(directory) if s < complete[-keep:][0])
 
@@ -120,9 +121,13 @@ def restore(
     directory = Path(directory).absolute()
     expected, structure = _flatten(template), jax.tree.structure(template)
     damaged: dict[int, str] = {}
+
+    def untried() -> list[int]:
+        return [s for s in _steps(directory) if s not in damaged and step in (None, s)]
+
     # Listed again each time: a running training adds checkpoints and deletes old ones.
-    while untried := [s for s in _steps(directory) if s not in damaged and step in (None, s)]:
-        newest = untried[-1]
+    while steps := processes.from_first(untried):
+        newest = steps[-1]
         path = directory / str(newest)
         try:
             meta = _read_meta(path)
@@ -333,7 +338,7 @@ def _set_aside(path: Path, reason: str, suffix: str) -> None:
 
 def _remove(paths: Iterable[Path]) -> None:
     """Renames directories before deleting them: a kill in between leaves no half checkpoint."""
-    for path in list(paths) if jax.process_index() == 0 else []:
+    for path in list(paths) if processes.is_first() else []:
         try:
             if path.is_dir():
                 shutil.rmtree(path.rename(path.with_suffix(".tmp")))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from ddpm_jax import data
+from ddpm_jax import data, processes
 from ddpm_jax.files import checkpoints, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
@@ -74,7 +74,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
 def in_progress(
     out: str, recipe: dict, *, named: bool = True, check: Callable | None = None
 ) -> Iterator[tuple[str, dict | None]]:
-    """A folder OUT.partial/ for unfinished work, locked by this process and removed at the end.
+    """A folder OUT.partial/ for unfinished work, locked and removed at the end by the first process.
 
     Args:
       out: the .npz that will be written, with its recipe as the JSON string `recipe`.
@@ -93,6 +93,25 @@ def in_progress(
     """
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     folder = f"{out}.partial"
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> bool:
+            stack.enter_context(checkpoints.lock(folder))  # another program may be working on it
+            try:
+                return _prepare(out, folder, recipe, named, check)
+            finally:
+                if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and it was empty before
+                    shutil.rmtree(folder)
+
+        finished = read_npz(out) if processes.from_first(prepare) else None
+        yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
+        if processes.is_first():
+            shutil.rmtree(folder)
+    processes.barrier(f"{out} is written")
+
+
+def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable | None) -> bool:
+    """Sets aside results of other settings, and says whether `out` is finished; arguments as for `in_progress`."""
 
     def matches(saved) -> bool:
         return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
@@ -110,42 +129,36 @@ def in_progress(
         for name in set(os.listdir(folder)) - {checkpoints.LOCK}:
             os.rename(os.path.join(folder, name), os.path.join(aside, name))
 
-    recipe_path = os.path.join(folder, "recipe.json")
-    with checkpoints.lock(folder):  # before reading: another process may be working on it
+    recipe_path, is_finished = os.path.join(folder, "recipe.json"), os.path.exists(out)
+    if is_finished:
+        arrays = read_npz(out)
+        saved = json.loads(str(arrays.pop("recipe", "null")))
+        if not matches(saved) or (check and not check(arrays)):
+            set_aside(out)
+            is_finished = False
+    if os.path.exists(recipe_path):
         try:
-            finished = None
-            if os.path.exists(out):
-                finished = read_npz(out)
-                saved = json.loads(str(finished.pop("recipe", "null")))
-                if not matches(saved) or (check and not check(finished)):
-                    set_aside(out)
-                    finished = None
-            if os.path.exists(recipe_path):
-                try:
-                    with open(recipe_path, encoding="utf-8") as file:
-                        saved = json.load(file)
-                except ValueError:
-                    line = f"{recipe_path} cannot be read; delete {folder} and run again"
-                    raise RunError(line) from None
-                tally = os.path.join(folder, "tally.npz")
-                valid = not check or not os.path.exists(tally) or check(read_npz(tally))
-                if not matches(saved) or not valid:
-                    set_aside(folder)
-            elif set(os.listdir(folder)) - {checkpoints.LOCK}:  # nothing says what these rows are
-                set_aside(folder)
-            writers.save_text(recipe_path, json.dumps(recipe))
-        finally:
-            if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and it was empty before
-                shutil.rmtree(folder)
-        yield folder, finished
-        shutil.rmtree(folder)
+            with open(recipe_path, encoding="utf-8") as file:
+                saved = json.load(file)
+        except ValueError:
+            line = f"{recipe_path} cannot be read; delete {folder} and run again"
+            raise RunError(line) from None
+        tally = os.path.join(folder, "tally.npz")
+        valid = not check or not os.path.exists(tally) or check(read_npz(tally))
+        if not matches(saved) or not valid:
+            set_aside(folder)
+    elif set(os.listdir(folder)) - {checkpoints.LOCK}:  # nothing says what these rows are
+        set_aside(folder)
+    writers.save_text(recipe_path, json.dumps(recipe))
+    return is_finished
 
 
 @contextlib.contextmanager
 def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
     """A folder beside an .npz, named like it, with its images as 000000.png, 000001.png and so on.
 
-    Threads write the files; the context ends when all are complete. Files that exist are left as they are.
+    Threads of the first process write the files; the context ends when all are complete. Files that exist are left as
+    they are.
 
     Args:
       out, recipe, named: as for `in_progress`; the folder holds recipe.json.
@@ -156,6 +169,9 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
     Raises:
       RunError: a folder of another recipe, images of more than four channels.
     """
+    if not processes.is_first():
+        yield lambda first, images: None
+        return
     folder, recipe = out.removesuffix(".npz"), json.loads(json.dumps(recipe))
     path = os.path.join(folder, "recipe.json")
     if os.path.exists(folder) and not _has_recipe(path, recipe):
@@ -223,7 +239,7 @@ def free_name(path: str) -> str:
 
 
 class GrowingFile:
-    """Rows saved as they are computed: in one file, each with its CRC-32 behind it.
+    """Rows saved as they are computed: in one file, each with its CRC-32 behind it. The first process writes them.
 
     Rows are valid even after a kill. From the first damaged row on, rows are dropped, to be computed again.
 
@@ -234,19 +250,25 @@ class GrowingFile:
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype):
         self._path, self._shape, self._dtype = path, tuple(row_shape), np.dtype(dtype)
         self._size = math.prod(row_shape) * self._dtype.itemsize
+        self.count = processes.from_first(self._valid_rows)
+
+    def _valid_rows(self) -> int:
+        """Keeps the rows before the first damaged one, and returns their number."""
+        path = self._path
         with open(path, "a+b") as file:
             whole = file.tell() // (self._size + CRC_SIZE)
             file.seek(0)
             checks = (
                 self._is_valid(number, file.read(self._size + CRC_SIZE)) for number in range(whole)
             )
-            self.count = next((n for n, valid in enumerate(checks) if not valid), whole)
-            file.truncate(self.count * (self._size + CRC_SIZE))
-        if self.count < whole:
-            lost = whole - self.count
+            count = next((n for n, valid in enumerate(checks) if not valid), whole)
+            file.truncate(count * (self._size + CRC_SIZE))
+        if count < whole:
+            lost = whole - count
             print(
                 f"WARNING: {path} is damaged: {lost} of {whole} rows are computed again", flush=True
             )
+        return count
 
     def _crc(self, number: int, row: bytes) -> bytes:
         """The CRC-32 of a row at its place; a row in another place has another one."""
@@ -259,14 +281,16 @@ class GrowingFile:
 
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
-        with open(self._path, "ab") as file:
-            for number, row in enumerate(rows, self.count):
-                content = row.tobytes()
-                file.write(content + self._crc(number, content))
+        if processes.is_first():
+            with open(self._path, "ab") as file:
+                for number, row in enumerate(rows, self.count):
+                    content = row.tobytes()
+                    file.write(content + self._crc(number, content))
         self.count += len(rows)
 
     def rows(self) -> np.ndarray:
         """All rows, [count, …]."""
+        processes.barrier(f"all rows of {self._path}")
         stored = np.fromfile(self._path, np.uint8).reshape(-1, self._size + CRC_SIZE)
         rows = np.ascontiguousarray(stored[:, : self._size])
         return rows.view(self._dtype).reshape(-1, *self._shape)

@@ -14,16 +14,20 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from ddpm_jax import processes
+
 CRC = "crc32"  # name of the check of a line
 written: dict[str, None] = {}  # the files that this process has written, in their order
 
 
 def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> None:
-    """Calls write(temporary path) and renames the file: a reader never sees half of it.
+    """Calls write(temporary path) and renames the file: a reader never sees half of it. Only the first process writes.
 
     Args:
       listed: adds the path to `written`.
     """
+    if not processes.is_first():
+        return
     root, extension = os.path.splitext(path)
     temporary = f"{root}.tmp{extension}"
     try:

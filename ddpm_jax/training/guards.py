@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 
-from ddpm_jax import augmentation, data, options
+from ddpm_jax import augmentation, data, options, processes
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files.progress import memory
 from ddpm_jax.options import ConfigError
@@ -177,7 +177,7 @@ def save_on_error(current: Callable, directory: str, keep: int, signals: Signals
     except (TrainingError, checkpoints.CheckpointError):
         raise
     except Exception:
-        if signals.begun and jax.process_count() == 1:
+        if signals.begun and processes.count() == 1:
             with contextlib.suppress(Exception):  # the error being handled is the one to report
                 state = current()
                 check_finite(state, directory)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ddpm_jax import processes
 from ddpm_jax.files.progress import Progress
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.networks import cost
@@ -28,8 +29,8 @@ def in_batches(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Maps function(params, key, *examples) over the examples from `progress.done` to `progress.total`.
 
-    Each batch is sent to the devices before the results of the batch before it are fetched, so what the caller does with
-    results takes no time from the devices.
+    Each batch is divided among the devices of all processes, and all of them get all results. A batch is sent before the
+    results of the batch before it are fetched, so what the caller does with results takes no time from the devices.
 
     Args:
       examples: numbers of examples int [B] -> their arrays [B, …].
@@ -43,17 +44,24 @@ def in_batches(
     if first >= count:
         return
     params, mapped, sent = parallel.place(params), parallel.map_examples(function), None
-    batch_size = min(batch_size or default_batch_size(function, params, key, examples), count)
+    if batch_size is None:  # of the first process: free memory may differ
+        batch_size = processes.from_first(
+            lambda: default_batch_size(function, params, key, examples)
+        )
+    batch_size = min(batch_size, count)
+    batch_size += -batch_size % processes.count()
+    mine = parallel.local_rows(batch_size)
 
     def fetch(rows, handle):
         with _memory_advice(batch_size):
-            result = jax.tree.map(lambda x: x[: len(rows)], mapped.fetch(handle))
+            result = processes.gather(mapped.fetch(handle))
+            result = jax.tree.map(lambda x: x[: len(rows)], result)
         progress.done = int(rows[-1]) + 1
         return rows, result
 
     for begin in range(first, count, batch_size):
         rows = begin + np.arange(batch_size)
-        batch = examples(np.minimum(rows, count - 1))  # batches of equal shape
+        batch = examples(np.minimum(rows, count - 1)[mine])  # batches of equal shape
         with _memory_advice(batch_size):
             if begin == first:
                 with progress.once("compiling"):
@@ -86,7 +94,7 @@ def _memory_advice(batch_size: int):
 
 def default_batch_size(function: Callable, params, key, examples: Callable) -> int:
     """The number of examples at a time that fills at most half of the free memory of the devices."""
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if jax.default_backend() == "cpu":
         return CPU_BATCH * devices
     one = [np.asarray(values) for values in examples(np.zeros(1, int))]

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax import augmentation, data, options
+from ddpm_jax import augmentation, data, options, processes
 from ddpm_jax.files import checkpoints, console, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
@@ -96,7 +96,7 @@ def train(
     >>> int(state.step)
     2
     """
-    workdir, leader = os.path.abspath(config_lib.path(workdir)), jax.process_index() == 0
+    workdir, leader = os.path.abspath(config_lib.path(workdir)), processes.is_first()
     mirror.restore(config.training.get("mirror"), workdir)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
@@ -152,7 +152,7 @@ class Trainer:
 
     def prepare(self, method: Method | None, dataset: data.Dataset | None) -> None:
         """Makes all parts. Whatever is wrong is reported here, before anything is computed."""
-        config, self.leader = self.config, jax.process_index() == 0
+        config, self.leader = self.config, processes.is_first()
         self.say(parallel.banner())
         self.directory = self.path("checkpoints")
         continues, own_shape = os.path.isdir(self.directory), config.data.image_shape is None
@@ -324,10 +324,10 @@ class Trainer:
 
         now, stop = time.perf_counter(), bool(self.signals.caught)
         due = stop or now - self.saved > 60 * length.checkpoint_minutes
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             # All processes must save at the same step, so they agree at steps that all of them know.
             agree = self.step % length.log_every == 0
-            stop, due = (agree and parallel.any_process(wish) for wish in (stop, due))
+            stop, due = (agree and processes.any_process(wish) for wish in (stop, due))
         with self.progress.aside():
             if saves := due or self.step % length.checkpoint_every == 0 or end:
                 self.save()

@@ -20,7 +20,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ddpm_jax
@@ -243,13 +242,6 @@ def _filled(examples):
     count = len(examples[0])
     rows = np.minimum(np.arange(count + -count % jax.local_device_count()), count - 1)
     return shard(tuple(x[rows] for x in examples))
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process. All of them must call it, at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
 def banner() -> str:

@@ -1,17 +1,87 @@
-"""Several processes that train together, on one machine or on many."""
+"""Several processes that work as one program, on one machine or on many: all compute, and the first one writes.
+
+All of them run the same command on a shared file system, and call the functions below in the same order.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+import os
 import socket
+import sys
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
+from ddpm_jax import watch
 from ddpm_jax.options import ConfigError, option
 
 CONNECT_SECONDS = 60  # how long a process waits for the first one
-HEARTBEAT_SECONDS = 30  # how long the others wait for a process that no longer answers
+HEARTBEAT_SECONDS = 30  # how long jax waits for a process that answers no more
+
+Result = TypeVar("Result")
+
+
+# ---- working together ------------------------------------------------------------------------------
+
+
+@functools.cache
+def count() -> int:
+    """The number of processes; 1 if jax cannot start."""
+    try:
+        return jax.process_count()
+    except RuntimeError:
+        return 1
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return jax.process_index() if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the files."""
+    return index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(np.any(gather(np.array([flag])))) if count() > 1 else flag
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(tree: Any) -> Any:
+    """Arrays [N, …] of each process, with the same N, as NumPy [number of processes · N, …] in all of them."""
+    return multihost_utils.process_allgather(tree, tiled=True) if count() > 1 else tree
+
+
+def from_first(function: Callable[[], Result]) -> Result:
+    """Runs function() in the first process, and returns its result, which JSON can hold, in all.
+
+    An error ends the first process, and with it the others; see `watch`.
+    """
+    if count() == 1:
+        return function()
+    text = json.dumps(function()).encode() if is_first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = np.frombuffer(text.ljust(size, b" "), np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+
+
+# ---- joining ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +90,8 @@ class Processes:
 
     distributed: bool = option(
         False,
-        "This process is one of several that train together. Cloud TPU, SLURM, Open MPI and Kubernetes are detected; elsewhere"
-        " give --coordinator, --num_processes and --process_id.",
+        "This process is one of several that work together. Cloud TPU, SLURM, Open MPI and Kubernetes are detected;"
+        " elsewhere give --coordinator, --num_processes and --process_id.",
     )
     coordinator: str | None = option(
         None, "HOST:PORT of the process with --process_id=0, a free port that the others reach."
@@ -79,6 +149,23 @@ class Processes:
             raise ConfigError(
                 f"{what} ({line}); start all processes within {CONNECT_SECONDS} s, and see --help for --coordinator"
             ) from error
+        count.cache_clear()
+        _connect_devices()
+        watch.begin(jax.process_index(), count(), from_first)
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the lines of the first process are enough
+
+
+def _connect_devices() -> None:
+    """Connects the devices of all processes now, when all are here.
+
+    On CPUs, a process whose first step is compiled half a minute before that of another would give up.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    ones = np.ones(jax.local_device_count(), np.float32)
+    ones = multihost_utils.host_local_array_to_global_array(ones, mesh, PartitionSpec("all"))
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))
+    gather(np.ones(1))
 
 
 def wait_for(host: str, port: int) -> None:

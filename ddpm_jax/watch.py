@@ -1,0 +1,152 @@
+"""What each of several processes knows of the others: who has ended, and why.
+
+Without it jax ends the others by an abort after half a minute, with a hundred lines of its own. Here each process keeps
+a connection to the first one, which the system closes when a process dies. Whoever is left prints one line and ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from jax._src import distributed  # the address of the first process has no public name
+
+CONNECT_SECONDS = 30.0
+GOODBYE_SECONDS = (
+    3600.0  # how long a process that is done waits for the first, which may still write
+)
+# A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+
+_watch: _Watch | None = None
+
+
+def begin(process: int, count: int, from_first: Callable) -> None:
+    """Begins to watch; all processes must call it.
+
+    Args:
+      process, count: the number of this process, and of all.
+      from_first: function -> its result in the first process; see `processes.from_first`.
+    """
+    global _watch
+    if count == 1:
+        return
+    listening = None
+    if process == 0:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        listening = socket.create_server(("", 0), family=family, backlog=count, dualstack_ipv6=both)
+    port = from_first(lambda: listening.getsockname()[1])
+    try:
+        if listening is None:
+            host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+            peer = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+            peer.sendall(f"{process}\n".encode())
+            peers = {0: peer}
+        else:
+            peers = _accept(listening, count)
+    except (OSError, ValueError) as error:  # jax's own watch remains
+        print(f"WARNING: the processes cannot watch each other: {error}", file=sys.stderr)
+        return
+    _watch = _Watch(process, count, peers)
+    atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
+
+
+def _accept(listening: socket.socket, count: int) -> dict[int, socket.socket]:
+    """The connections of the other processes, by their numbers."""
+    peers = {}
+    listening.settimeout(CONNECT_SECONDS)
+    with listening:
+        while len(peers) < count - 1:
+            peer, _ = listening.accept()
+            peer.settimeout(CONNECT_SECONDS)
+            number = b""
+            while not number.endswith(b"\n"):
+                number += peer.recv(1) or b"-1\n"
+            if 0 < int(number) < count:
+                peers[int(number)] = peer
+    return peers
+
+
+def leave(line: str) -> None:
+    """Tells the other processes why this one ends."""
+    if _watch is not None:
+        _watch.tell({"line": line})
+
+
+def wait_for_word(seconds: float = 10.0) -> None:
+    """Waits for the line about another process that has ended, which then ends this one.
+
+    To be called after an error that may come from a connection to it.
+    """
+    if _watch is not None:
+        time.sleep(seconds)
+
+
+class _Watch:
+    """The connections of this process: of the first one to all others, of the others to the first one."""
+
+    def __init__(self, process: int, count: int, peers: dict[int, socket.socket]):
+        self._process, self._count, self._peers = process, count, peers
+        self._rest = {number: b"" for number in peers}  # the begin of a message
+        self._all_done = threading.Event()
+        for peer in peers.values():
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEP_ALIVE.items():
+                with contextlib.suppress(AttributeError, OSError):  # other systems
+                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for number, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, number)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+        self._all_done.set()
+
+    def _hear(self, number: int) -> bool:
+        """Reads what a process says; False after its goodbye."""
+        try:
+            content = self._peers[number].recv(65536)
+        except OSError:
+            content = b""
+        *lines, self._rest[number] = (self._rest[number] + content).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if message.get("done"):
+                return False
+            self._end(f"process {number} of {self._count} has ended: {message['line']}", message)
+        if not content:
+            line = f"process {number} of {self._count} has ended without a word: it was killed, or its machine is gone"
+            self._end(line, {"line": line})
+        return True
+
+    def _end(self, line: str, message: dict) -> None:
+        """Prints the line, tells the other processes, and ends this one."""
+        line = message["line"] if message.get("passed_on") else line
+        self.tell({"line": line, "passed_on": True})
+        print(f"error: {line}; start all processes again to continue", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def tell(self, message: dict) -> None:
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(json.dumps(message).encode() + b"\n")
+
+    def goodbye(self) -> None:
+        """Says that this process is done; then waits until the first one is, which may still write files."""
+        self.tell({"done": True})
+        if self._process > 0:
+            self._all_done.wait(GOODBYE_SECONDS)
