@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -150,6 +152,10 @@ class Processes:
                 f"{what} ({line}); start all processes within {CONNECT_SECONDS} s, and see --help for --coordinator"
             ) from error
         count.cache_clear()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, signal.SIG_DFL
+            )  # jax has caught it; training catches it again
         _connect_devices()
         watch.begin(jax.process_index(), count(), from_first)
         if not is_first():
@@ -159,13 +165,21 @@ class Processes:
 def _connect_devices() -> None:
     """Connects the devices of all processes now, when all are here.
 
-    On CPUs, a process whose first step is compiled half a minute before that of another would give up.
+    On CPUs, a process whose first step is compiled half a minute before that of another would give up, and the library
+    that connects them, Gloo, prints to standard output, where it would disturb --json.
     """
     mesh = Mesh(np.array(jax.devices()), ("all",))
     ones = np.ones(jax.local_device_count(), np.float32)
-    ones = multihost_utils.host_local_array_to_global_array(ones, mesh, PartitionSpec("all"))
-    jax.block_until_ready(jax.jit(jnp.sum)(ones))
-    gather(np.ones(1))
+    output = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        ones = multihost_utils.host_local_array_to_global_array(ones, mesh, PartitionSpec("all"))
+        jax.block_until_ready(jax.jit(jnp.sum)(ones))
+        gather(np.ones(1))
+        from_first(lambda: None)
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def wait_for(host: str, port: int) -> None:

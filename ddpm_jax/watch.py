@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
+import ctypes
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -25,6 +26,8 @@ GOODBYE_SECONDS = (
 )
 # A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+
+GOODBYE = b"done"
 
 _watch: _Watch | None = None
 
@@ -57,7 +60,19 @@ def begin(process: int, count: int, from_first: Callable) -> None:
         print(f"WARNING: the processes cannot watch each other: {error}", file=sys.stderr)
         return
     _watch = _Watch(process, count, peers)
+    _slow_abort()
     atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
+
+
+def _slow_abort() -> None:
+    """Delays the abort by which jax ends this process when the first one dies, until `_Watch` has printed its line.
+
+    The handler of SIGABRT becomes the C library's sleep, whose argument is then the number of the signal: six seconds.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not on Windows
+        library = ctypes.CDLL(None)
+        library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def _accept(listening: socket.socket, count: int) -> dict[int, socket.socket]:
@@ -79,7 +94,7 @@ def _accept(listening: socket.socket, count: int) -> dict[int, socket.socket]:
 def leave(line: str) -> None:
     """Tells the other processes why this one ends."""
     if _watch is not None:
-        _watch.tell({"line": line})
+        _watch.leave(line)
 
 
 def wait_for_word(seconds: float = 10.0) -> None:
@@ -98,6 +113,7 @@ class _Watch:
         self._process, self._count, self._peers = process, count, peers
         self._rest = {number: b"" for number in peers}  # the begin of a message
         self._all_done = threading.Event()
+        self._leaving = False  # this process has said why it ends
         for peer in peers.values():
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -124,29 +140,35 @@ class _Watch:
             content = b""
         *lines, self._rest[number] = (self._rest[number] + content).split(b"\n")
         for line in lines:
-            message = json.loads(line)
-            if message.get("done"):
+            if line == GOODBYE:
                 return False
-            self._end(f"process {number} of {self._count} has ended: {message['line']}", message)
+            self._end(line.decode())
         if not content:
-            line = f"process {number} of {self._count} has ended without a word: it was killed, or its machine is gone"
-            self._end(line, {"line": line})
+            self._end(f"{self._name(number)} without a word: it was killed, or its machine is gone")
         return True
 
-    def _end(self, line: str, message: dict) -> None:
-        """Prints the line, tells the other processes, and ends this one."""
-        line = message["line"] if message.get("passed_on") else line
-        self.tell({"line": line, "passed_on": True})
-        print(f"error: {line}; start all processes again to continue", file=sys.stderr, flush=True)
-        os._exit(1)
+    def _name(self, number: int) -> str:
+        return f"process {number} of {self._count} has ended"
 
-    def tell(self, message: dict) -> None:
+    def _end(self, line: str) -> None:
+        """Prints the line, tells the other processes, and ends this one, unless it ends already."""
+        if not self._leaving:
+            self._tell(line.encode())
+            line = f"error: {line}; start all processes again to continue"
+            print(line, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _tell(self, line: bytes) -> None:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                peer.sendall(json.dumps(message).encode() + b"\n")
+                peer.sendall(line + b"\n")
+
+    def leave(self, line: str) -> None:
+        self._leaving = True
+        self._tell(f"{self._name(self._process)}: {line}".replace("\n", " ").encode())
 
     def goodbye(self) -> None:
         """Says that this process is done; then waits until the first one is, which may still write files."""
-        self.tell({"done": True})
+        self._tell(GOODBYE)
         if self._process > 0:
             self._all_done.wait(GOODBYE_SECONDS)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from ddpm_jax import main, processes
-from ddpm_jax.files import runs
+from ddpm_jax.files import runs, writers
 from ddpm_jax.options import ConfigError
 from ddpm_jax.processes import Processes
 
@@ -52,26 +56,183 @@ def test_numbers_below_zero_are_refused(tmp_path, capsys):
     assert "--process_id must be at least 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_by_flags(tmp_path):
-    """Both end well, and the run is saved once."""
-    flags = ["training.num_steps=4", "training.log_every=2", "training.checkpoint_every=4"]
-    flags += ["training.batch_size=8", "preview.every=4", "preview.steps=2"]
-    line = [sys.executable, "-m", "ddpm_jax.main", "--config=configs/digits.py:smoke", "--json"]
-    line += [f"--workdir={tmp_path / 'run'}", f"--coordinator=localhost:{free_port()}"]
-    line += ["--num_processes=2", *(f"--config.{flag}" for flag in flags)]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
+def test_slurm_is_detected(tmp_path):
+    """Its variables alone connect two processes, which then share a value of the first."""
+    code = """if True:
+        from ddpm_jax import processes
+        processes.Processes(distributed=True).join()
+        print(processes.count(), processes.from_first(lambda: f"of {processes.index()}"))
+    """
+    job = {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     both = [
-        subprocess.Popen([*line, f"--process_id={i}"], env=env, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **job, "SLURM_PROCID": f"{i}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(2)
     ]
+    statuses, outputs, errors = finish(both)
+    assert statuses == [0, 0], errors
+    assert outputs == ("2 of 0\n", "")  # only the first prints
+
+
+# ---- two processes of two devices --------------------------------------------------------------------
+
+
+def start(*argv, count=2, devices=2):
+    """The same command line in each of several processes."""
+    line = [sys.executable, "-m", "ddpm_jax.main", *map(str, argv)]
+    line += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    return [
+        subprocess.Popen(
+            [*line, f"--process_id={i}"],
+            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.path.dirname(__file__)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(started):
+    """The exit statuses, and what was written to standard output and to standard error."""
     try:
-        outputs = [process.communicate(timeout=280)[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0]
+        texts = [process.communicate(timeout=280) for process in started]
     finally:
-        for process in both:
+        for process in started:
             process.kill()
-    assert runs.load(str(tmp_path / "run")).step == 4
-    lines = [line for line in outputs[0].splitlines() if not line.startswith("[Gloo]")]
-    rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows if row["event"] == "row"] == [2, 4]
+    return [process.returncode for process in started], *zip(*texts, strict=True)
+
+
+def train_flags(workdir, num_steps):
+    fields = {"training.num_steps": num_steps, "training.batch_size": 8, "training.log_every": 2}
+    fields |= {"training.checkpoint_every": 4, "preview.every": 100, "preview.steps": 2}
+    fields |= {"model.channels": 8, "model.num_groups": 2, "model.attention_resolutions": ""}
+    flags = (f"--config.{name}={value}" for name, value in fields.items())
+    return ["--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps by two processes, which then makes two more."""
+    workdir = tmp_path_factory.mktemp("processes") / "run"
+    rows = []
+    for num_steps in (4, 6):
+        statuses, (output, silent), _ = finish(start(*train_flags(workdir, num_steps), "--json"))
+        assert statuses == [0, 0] and not silent.strip()
+        rows += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [row["step"] for row in rows if row["event"] == "row"] == [2, 4, 6]
+    return workdir
+
+
+def losses(workdir):
+    return [row["loss"] for row in writers.read_metrics(str(workdir / "metrics.jsonl"))]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(trained, tmp_path):
+    """Resumed, too, and saved once; 2e-6 is six units in the last place."""
+    main.main(train_flags(tmp_path / "one", 6))
+    np.testing.assert_allclose(losses(trained), losses(tmp_path / "one"), rtol=7e-7)
+    run, one = runs.load(str(trained)), runs.load(str(tmp_path / "one"))
+    assert run.step == 6
+    for a, b in zip(jax.tree.leaves(run.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mode, flags",
+    [
+        ("sample", ["--num_samples=70", "--steps=2", "--png"]),
+        ("encode", ["--num_images=70", "--steps=2"]),
+        ("nll", ["--num_images=70", "--steps=4"]),
+        (
+            "eval",
+            ["--features=process_features:x", "--metrics=fid", "--num_samples=70", "--steps=2"],
+        ),
+    ],
+)
+def test_commands_of_two_processes_give_what_one_gives(trained, tmp_path, mode, flags, monkeypatch):
+    """70 examples: two batches, the second not full. Numbers of images are equal to the last bit."""
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    extension, results = ("json" if mode in ("nll", "eval") else "npz"), []
+    for name in ("two", "one"):
+        shutil.copytree(trained, tmp_path / name)
+        line = [f"--mode={mode}", f"--workdir={tmp_path / name}", *flags]
+        line += [f"--out={tmp_path / name / 'samples' / f'x.{extension}'}"]
+        if name == "one":
+            main.main(line)
+        else:
+            statuses, (output, silent), _ = finish(start(*line))
+            assert statuses == [0, 0] and output and not silent.strip()
+        assert not list((tmp_path / name).glob("**/*.partial"))
+        results.append({})
+        for path in sorted((tmp_path / name).glob("**/*.npz")):
+            with np.load(path) as arrays:
+                results[-1] |= {(path.name, key): arrays[key] for key in arrays if key != "recipe"}
+    two, one = results
+    assert two.keys() == one.keys() and two
+    for (name, key), values in two.items():
+        rtol = 1e-12 if key.startswith("curve_") else 0  # a mean in float64, summed by batches
+        np.testing.assert_allclose(values, one[name, key], rtol=rtol, atol=0, err_msg=key)
+    names = [{path.name for path in tmp_path.glob(f"{name}/**/*.png")} for name in ("two", "one")]
+    assert names[0] == names[1] and (mode != "sample" or "000069.png" in names[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed, number", [(0, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path, killed, number):
+    shutil.copytree(trained, tmp_path / "run")
+    line = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num_samples=100000", "--steps=50"]
+    started, rows = start(*line), []
+    while not rows or rows[0].stat().st_size < 64 * 68:  # the rows of the first batch
+        assert all(process.poll() is None for process in started)
+        rows = list((tmp_path / "run").glob("samples/*.partial/images"))
+        time.sleep(0.1)
+    started[killed].send_signal(number)
+    begin = time.monotonic()
+    statuses, _, errors = finish(started)
+    assert time.monotonic() - begin < 20
+    assert statuses[killed] == -number and statuses[1 - killed] == 1
+    said = f"error: process {killed} of 2 has ended without a word"
+    lines = errors[1 - killed].splitlines()
+    assert [line.startswith(said) for line in lines if line.startswith("error")] == [True]
+    assert "Traceback" not in errors[1 - killed]
+    kept = rows[0].stat().st_size // 68
+    main.main([*line[:2], f"--num_samples={kept + 1}", "--steps=50"])
+    assert len(np.load(next((tmp_path / "run").glob("samples/*.npz")))["images"]) == kept + 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_is_agreed_and_all_save(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    started = start(*train_flags(tmp_path / "run", 100_000))
+    while not losses(tmp_path / "run")[3:]:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    statuses, (output, _), errors = finish(started)
+    assert statuses == [143, 143], errors
+    step = runs.load(str(tmp_path / "run")).step
+    assert f"stopped by SIGTERM after step {step:,}, which is saved" in output
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_to_the_others(trained, tmp_path):
+    """The .npz exists with other settings: the first process refuses it, and only it looks."""
+    out = tmp_path / "x.npz"
+    line = ["--mode=sample", f"--workdir={trained}", "--steps=2", f"--out={out}"]
+    main.main([*line, "--num_samples=2", "--seed=1"])
+    before = out.read_bytes()
+    statuses, _, errors = finish(start(*line, "--num_samples=2"))
+    assert statuses == [1, 1]
+    assert errors[0].splitlines()[-1].startswith(f"error: {out} was made with other settings")
+    assert errors[1].splitlines()[-1].startswith(f"error: process 0 of 2 has ended: {out} was made")
+    assert out.read_bytes() == before

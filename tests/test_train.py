@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -181,38 +180,6 @@ def test_a_second_process_is_refused(tmp_path):
         )
     assert result.returncode != 0 and "is in use by process" in result.stderr
     assert not (tmp_path / "config.json").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_run(tmp_path):
-    """Two processes of two devices each learn what one process of four does, and save it once."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import jax\n"
-        "jax.distributed.initialize(sys.argv[4], 2, int(sys.argv[5])); import test_train\n"
-        "test_train.loop.train(test_train.make_config(), sys.argv[3])"
-    )
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, HERE, os.path.dirname(HERE), tmp_path, address, str(i)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
-        for i in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    one = loop.train(make_config(), tmp_path / "one")
-    run = runs.load(tmp_path, weights="raw", allow_code=True)
-    assert run.step == 6
-    np.testing.assert_allclose(run.params["level"], one.params["level"], atol=1e-6)
-    assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):

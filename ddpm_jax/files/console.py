@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any
 
+from ddpm_jax import processes
+
 NOTEBOOK_WIDTH = 110  # characters; a notebook has no terminal that could be asked
 
 _bar = ""  # the progress bar in the last line of the terminal; empty if there is none
@@ -75,8 +77,11 @@ def json_lines(stream: Any) -> None:
 
 
 def emit(event: str, **values: Any) -> None:
-    """Prints {"event": …, …} as a line of JSON if JSON lines are on; numbers that are not finite become null."""
-    if _json_lines is not None:
+    """Prints {"event": …, …} as a line of JSON if JSON lines are on; numbers that are not finite become null.
+
+    Of several processes the first one does.
+    """
+    if _json_lines is not None and processes.is_first():
         _json_lines.write(json.dumps(_tree({"event": event, **values}), ensure_ascii=False) + "\n")
         _json_lines.flush()
 

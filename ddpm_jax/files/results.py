@@ -290,7 +290,8 @@ class GrowingFile:
 
     def rows(self) -> np.ndarray:
         """All rows, [count, …]."""
-        processes.barrier(f"all rows of {self._path}")
+        processes.barrier(f"{self._path} is written")
         stored = np.fromfile(self._path, np.uint8).reshape(-1, self._size + CRC_SIZE)
+        processes.barrier(f"{self._path} is read")
         rows = np.ascontiguousarray(stored[:, : self._size])
         return rows.view(self._dtype).reshape(-1, *self._shape)

@@ -199,8 +199,6 @@ class Mapped:
 
     def compile(self, tree, batch) -> Callable:
         """The program for these arguments, which is compiled unless it exists."""
-        if jax.process_count() > 1:  # there a Compiled takes global arrays
-            return self.mapped
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
         if shapes not in self.programs:
             self.programs[shapes] = compiled(self.mapped, tree, batch)
