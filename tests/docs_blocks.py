@@ -78,6 +78,9 @@ class Block(NamedTuple):
     def commands(self) -> list[list[str]]:
         """The commands of a bash block, as words."""
         joined = self.text.replace("\\\n", " ")
+        if self.not_run:  # in a script for another program, such as gcloud or kubectl
+            lines = re.findall(r"\bpython3?( -m ddpm_jax[^\n\"]*)", joined)
+            joined = re.sub(r"\$\w+", "1", "\n".join(f"python{line}" for line in lines))
         words = [shlex.split(line, comments=True) for line in joined.splitlines()]
         found = []
         for line in filter(None, words):
