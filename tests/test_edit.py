@@ -365,3 +365,55 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(work
     monkeypatch.setattr(sampling, "sample", None)
     with pytest.raises(RunError, match="there is no folder /not/there"):
         call("nearest", workdir, num_samples=2, out="/not/there/x.npz")
+
+
+@pytest.mark.parametrize(
+    "mode, values",
+    [
+        ("encode", {"steps": 5}),
+        ("reconstruct", {"steps": "2,5"}),
+        ("interpolate", {"images": "data", "steps": 4}),
+        ("denoise", {"from_t": "10,20", "steps": 10}),
+        ("inpaint", {"steps": 4, "resample": 2, "jump": 2}),
+        ("progressive", {"steps": 4}),
+    ],
+)
+def test_an_interrupted_command_computes_only_what_is_missing(
+    workdir, tmp_path, monkeypatch, mode, values
+):
+    """Killed after each of its batches, also while a row is written, it ends with the same arrays."""
+    count = {"num_samples" if mode == "progressive" else "num_images": 10}
+    whole = call(mode, workdir, out=str(tmp_path / "whole.npz"), batch_size=4, **count, **values)
+    out, appended = str(tmp_path / "killed.npz"), []
+    append = results.GrowingFile.append
+
+    def killed(self, rows):
+        append(self, rows)
+        appended.append(len(rows))
+        with open(self._path, "ab") as file:
+            file.write(b"half a row")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.GrowingFile, "append", killed)
+    for _ in range(100):
+        try:
+            call(mode, workdir, out=out, batch_size=4, **count, **values)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert (
+        len(appended) >= 3
+        and sum(appended)
+        == {
+            "encode": 10,
+            "reconstruct": 20,
+            "interpolate": 10 + 5 * 9,
+            "denoise": 20,
+            "inpaint": 10,
+            "progressive": 10,
+        }[mode]
+    )
+    (expected, recipe), (found, again) = read(str(tmp_path / "whole.npz")), read(out)
+    assert whole and recipe == again and expected.keys() == found.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)

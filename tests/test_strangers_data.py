@@ -500,7 +500,7 @@ def test_time_left_does_not_count_compiling(workdir, monkeypatch, capsys):
 
     monkeypatch.setattr(parallel, "map_examples", FakeExamples)
     run = runs.load(workdir, allow_code=True)
-    shared.map_images(run, None, None, np.arange(40), batch_size=4, settings={})
+    shared.map_images(run, lambda params, key, x: x, None, np.arange(40), batch_size=4, settings={})
     first, *lines = (line for line in capsys.readouterr().out.splitlines() if "EMA" not in line)
     assert first == "compiling"
     assert lines[0] == "image 4/40  10 %  2 images/s  18 s left"

@@ -11,6 +11,8 @@ Each command writes an .npz with its results, its input images and the recipe, a
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from typing import Annotated
 
 import numpy as np
@@ -57,7 +59,7 @@ def encode(
     images = dataclasses.replace(images, num_images=len(loaded.images))
     chosen = options.describe(model.resolve(chain))
 
-    def make():
+    def make(folder):
         latents = shared.map_images(
             run,
             lambda params, key, image, label: encoder(params, label, from_uint8(image)),
@@ -65,6 +67,7 @@ def encode(
             *(loaded.images, loaded.labels),
             batch_size=output.batch_size,
             settings=chosen,
+            kept=os.path.join(folder, "latents"),
         )
         shared.check_finite(np.isfinite(latents).all(axis=(1, 2, 3)), chosen)
         return {"latents": latents, "images": loaded.images, **loaded.origin()}
@@ -147,9 +150,9 @@ def reconstruct(
 
         return function
 
-    def make():
+    def make(folder):
         arrays = {"images": loaded.images, **loaded.origin()}
-        for S in counts:
+        for n, S in enumerate(counts):
             print(f"S = {S}", flush=True)
             arrays[f"images_{S}"], arrays[f"error_{S}"] = shared.map_images(
                 run,
@@ -158,6 +161,7 @@ def reconstruct(
                 *(index, loaded.labels, loaded.images),
                 batch_size=output.batch_size,
                 settings=chosen,
+                kept=os.path.join(folder, f"steps_{n}"),
             )
         return arrays
 
@@ -225,7 +229,7 @@ def interpolate(
         settings |= work.images.named()
     name = run.name("interpolate", f"seed{seed}", settings=settings)
     out, arrays = shared.write(
-        run, "interpolate", recipe, lambda: work.make(output.batch_size), output, name
+        run, "interpolate", recipe, functools.partial(work.make, output.batch_size), output, name
     )
     rows = []
     for n, t in enumerate(work.times):
@@ -300,7 +304,7 @@ class _Interpolation:
             images = dataclasses.replace(images, num_images=2 * pairs)
         return cls(run, sampling, images, times, loaded, key, random_latents)
 
-    def ends(self, t, batch_size):
+    def ends(self, t, batch_size, kept):
         """The images with noise up to time t, or for t = None the latents: [N, H, W, C]."""
         model, encoder = self.run.method, None
         if t is None and not self.random_latents:
@@ -319,9 +323,9 @@ class _Interpolation:
             return diffusion.q_sample(model.schedule, x_0, t, eps)
 
         examples = (np.arange(self.count), self.loaded.labels, self.loaded.images)
-        return self._map(function, examples, batch_size)
+        return self._map(function, examples, batch_size, kept)
 
-    def _map(self, function, examples, batch_size):
+    def _map(self, function, examples, batch_size, kept):
         return shared.map_images(
             self.run,
             function,
@@ -329,16 +333,17 @@ class _Interpolation:
             *examples,
             batch_size=batch_size,
             settings=options.describe(self.sampling),
+            kept=kept,
         )
 
-    def make(self, batch_size) -> dict:
-        """The arrays of the .npz."""
+    def make(self, batch_size, folder) -> dict:
+        """The arrays of the .npz; unfinished work is kept in a folder."""
         pair = np.repeat(np.arange(self.count // 2), FRACTIONS)
         fraction = np.tile(np.linspace(0, 1, FRACTIONS, dtype=np.float32), self.count // 2)
         nearer = np.where(fraction < 0.5, 2 * pair, 2 * pair + 1)  # labels cannot be mixed
         model, rows = self.run.method, []
         sampling = model.resolve(self.sampling)
-        for t in self.times:
+        for n, t in enumerate(self.times):
 
             def function(params, key, index, label, x, y, fraction, t=t):
                 if t is None:
@@ -348,10 +353,10 @@ class _Interpolation:
                 x_0 = model.sample(params, key, index, label, sampling, x_T=mixed, from_t=t)
                 return shared.as_saved(x_0)
 
-            x = self.ends(t, batch_size)
+            x = self.ends(t, batch_size, os.path.join(folder, f"ends_{n}"))
             labels = self.loaded.labels[nearer]
             examples = (2 * pair, labels, x[2 * pair], x[2 * pair + 1], fraction)
-            made = self._map(function, examples, batch_size)
+            made = self._map(function, examples, batch_size, os.path.join(folder, f"mixed_{n}"))
             rows.append(made.reshape(self.count // 2, FRACTIONS, *model.image_shape))
         images = np.stack(rows, axis=1)
         return {"images": images, "ends": self.loaded.images, **self.loaded.origin()}

@@ -83,7 +83,8 @@ def nearest(
     num_samples, changes = len(queries), augmentation.of(run.config.data)
     unseen = _test_images(run, data_dir, len(queries))
 
-    def make():
+    def make(folder):
+        del folder  # quickly done again
         index, distance = nearest_of(queries, train, neighbours, **changes)
         result = {"images": queries, "index": index, "distance": distance}
         result["neighbours"] = train.fetch(index.ravel()).reshape(*index.shape, *queries.shape[1:])

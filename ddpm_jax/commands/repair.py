@@ -62,7 +62,7 @@ def denoise(
     images = dataclasses.replace(images, num_images=len(loaded.images))
     examples = (np.arange(len(loaded.images)), loaded.labels, loaded.images)
 
-    def from_time(t):
+    def from_time(t, kept):
         def function(params, key, index, label, image):
             x_0 = from_uint8(image)
             eps = diffusion.noise(fold_in_each(key, index), diffusion.PRIOR_STREAM, x_0.shape[1:])
@@ -77,10 +77,12 @@ def denoise(
             *examples,
             batch_size=output.batch_size,
             settings=options.describe(chosen),
+            kept=kept,
         )
 
-    def make():
-        noisy, made = zip(*map(from_time, times), strict=True)
+    def make(folder):
+        paths = (os.path.join(folder, f"time_{n}") for n in range(len(times)))
+        noisy, made = zip(*map(from_time, times, paths), strict=True)
         arrays = {"images": np.stack(made, axis=1), "x_t": np.stack(noisy, axis=1)}
         return arrays | {"originals": loaded.images, **loaded.origin()}
 
@@ -151,7 +153,7 @@ def inpaint(
 
     walk = {"resample": resample, "jump": jump, "variance": variance or model.variance}
 
-    def make():
+    def make(folder):
         examples = (np.arange(len(loaded.images)), loaded.labels, loaded.images, known)
         made = shared.map_images(
             run,
@@ -160,6 +162,7 @@ def inpaint(
             *examples,
             batch_size=output.batch_size,
             settings=options.describe(chosen),
+            kept=os.path.join(folder, "images"),
         )
         mask = 255 * hole.astype(np.uint8)
         return {"images": made, "originals": loaded.images, **loaded.origin(), "mask": mask}

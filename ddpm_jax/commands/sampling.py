@@ -310,12 +310,18 @@ def progressive(
     animations.check(animation)
     plan = prepare(run, sampling, seed, labels, output, "progressive", f"{num_samples}images")
     plan.recipe.update(num_samples=num_samples, frames=FRAMES)
-    with results.in_progress(plan.out, plan.recipe, named=plan.named):
+    with results.in_progress(plan.out, plan.recipe, named=plan.named) as (folder, _):
         index = np.arange(num_samples)
         examples = (index, labels_of(run.method, index, plan.labels, key=plan.key))
         draw = functools.partial(plan.chains, FRAMES)
         x, frames = shared.map_images(
-            run, draw, plan.key, *examples, batch_size=output.batch_size, settings=plan.recipe
+            run,
+            draw,
+            plan.key,
+            *examples,
+            batch_size=output.batch_size,
+            settings=plan.recipe,
+            kept=os.path.join(folder, "frames"),
         )
         shared.check_finite(np.isfinite(x).all(axis=(1, 2, 3)), plan.recipe)
         images, x_0 = (np.asarray(to_uint8(values)) for values in (x, frames.x_0))

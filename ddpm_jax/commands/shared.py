@@ -227,7 +227,13 @@ def check_finite(finite: np.ndarray, settings: dict) -> None:
 
 
 def map_images(
-    run: Run, function: Callable, key, *examples, batch_size: int | None, settings: dict
+    run: Run,
+    function: Callable,
+    key,
+    *examples,
+    batch_size: int | None,
+    settings: dict,
+    kept: str | None = None,
 ):
     """Maps function(params, key, *examples) over all examples in batches, and prints the progress.
 
@@ -236,17 +242,26 @@ def map_images(
       examples: arrays [N, …].
       batch_size: number of examples at a time; None for the default of the device.
       settings: the settings of the images, for the error message of `check_finite`.
+      kept: path of a `GrowingFile` of the results so far, from which an interrupted call continues.
 
     Returns:
       the results as NumPy arrays [N, …]; each `Drawn` is replaced by its images.
     """
-    progress, parts = Progress("image", len(examples[0]), 0, unit="images"), []
 
     def chosen(rows):
         return tuple(np.asarray(values)[rows] for values in examples)
 
-    for _, part in jobs.in_batches(function, run.params, key, chosen, progress, batch_size):
-        parts.append(part)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(function, run.params, key, *chosen([0])))
+    fields = [(f"{n}", leaf.dtype, leaf.shape[1:]) for n, leaf in enumerate(shapes)]
+    growing = results.GrowingFile(kept, (), fields) if kept else results.Rows(fields)
+    if growing.count:
+        print(f"{growing.count} images with this recipe exist already", flush=True)
+    progress = Progress("image", len(examples[0]), growing.count, unit="images")
+    for at, part in jobs.in_batches(function, run.params, key, chosen, progress, batch_size):
+        rows = np.empty(len(at), fields)
+        for n, leaf in enumerate(jax.tree.leaves(part)):
+            rows[f"{n}"] = leaf
+        growing.append(rows)
         progress.show()
 
     def images(node):
@@ -255,7 +270,8 @@ def map_images(
             return node.images
         return node
 
-    whole = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    rows = growing.rows()
+    whole = tree.unflatten([np.ascontiguousarray(rows[name]) for name, *_ in fields])
     return jax.tree.map(images, whole, is_leaf=lambda node: isinstance(node, Drawn))
 
 
@@ -265,7 +281,7 @@ def write(
     """Computes and writes the .npz of a command, unless it exists with the same recipe.
 
     Args:
-      make: () -> the arrays.
+      make: function from a folder, where unfinished work can be kept, to the arrays.
       name: name of the file in samples/ if output.out is None.
 
     Returns:
@@ -274,9 +290,9 @@ def write(
     out = output.out or os.path.join(run.workdir, "samples", f"{name}.npz")
     out = results.out_path(out, ".npz", run.workdir)
     recipe = run.recipe(recipe) | {"mode": mode} | recipe
-    with results.in_progress(out, recipe, named=output.out is not None) as (_, finished):
+    with results.in_progress(out, recipe, named=output.out is not None) as (folder, finished):
         if finished:
             print("nothing new to compute: the result exists with the same recipe", flush=True)
-        arrays = finished or make()
+        arrays = finished or make(folder)
         writers.save_npz(out, arrays, recipe)
     return out, arrays

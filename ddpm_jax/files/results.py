@@ -295,3 +295,17 @@ class GrowingFile:
         processes.barrier(f"{self._path} is read")
         rows = np.ascontiguousarray(stored[:, : self._size])
         return rows.view(self._dtype).reshape(-1, *self._shape)
+
+
+class Rows:
+    """Rows in memory, used like a `GrowingFile`."""
+
+    def __init__(self, dtype):
+        self.count, self._rows = 0, [np.empty(0, dtype)]
+
+    def append(self, rows: np.ndarray) -> None:
+        self.count += len(rows)
+        self._rows.append(rows)
+
+    def rows(self) -> np.ndarray:
+        return np.concatenate(self._rows)
