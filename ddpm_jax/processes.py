@@ -139,10 +139,13 @@ class Processes:
         self._initialize(coordinator, num_processes, process_id)
 
     def _initialize(self, *where) -> None:
+        alarm = threading.Timer(CONNECT_SECONDS, _give_up)  # before jax, which would abort
+        alarm.daemon = True
+        alarm.start()
         try:
             jax.distributed.initialize(
                 *where,
-                initialization_timeout=CONNECT_SECONDS,
+                initialization_timeout=2 * CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except (ValueError, RuntimeError) as error:
@@ -151,6 +154,8 @@ class Processes:
             raise ConfigError(
                 f"{what} ({line}); start all processes within {CONNECT_SECONDS} s, and see --help for --coordinator"
             ) from error
+        finally:
+            alarm.cancel()
         count.cache_clear()
         if threading.current_thread() is threading.main_thread():
             signal.signal(
@@ -160,6 +165,12 @@ class Processes:
         watch.begin(jax.process_index(), count(), from_first)
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the lines of the first process are enough
+
+
+def _give_up() -> None:
+    line = f"error: the other processes did not come; start all of them within {CONNECT_SECONDS} s"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _connect_devices() -> None:

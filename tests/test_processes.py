@@ -50,6 +50,19 @@ def test_a_first_process_that_does_not_answer(monkeypatch):
     assert time.monotonic() - begin < 10
 
 
+def test_other_processes_that_do_not_come():
+    code = f"""if True:
+        from ddpm_jax import processes
+        processes.CONNECT_SECONDS = 1
+        processes.Processes(
+            coordinator="localhost:{free_port()}", num_processes=2, process_id=0
+        ).join()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: the other processes did not come")
+
+
 def test_numbers_below_zero_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main(["--config=configs/digits.py:smoke", "--process_id=-1", f"--workdir={tmp_path}"])
