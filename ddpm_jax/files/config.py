@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from ddpm_jax import options
+from ddpm_jax.files import writers
 from ddpm_jax.method import SHARED_SECTIONS
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
@@ -267,12 +268,8 @@ def to_json(config) -> str:
 
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
-    temporary, tree = f"{path}.tmp", json.loads(to_json(config))
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    tree = json.loads(to_json(config))
+    writers.save_text(path, json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
 
 
 def _digest(tree: dict) -> str:

@@ -165,7 +165,7 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
         aside = free_name(f"{folder}.replaced")
         print(f"{line}: it is now {aside}", flush=True)
         os.rename(folder, aside)
-    os.makedirs(folder, exist_ok=True)
+    writers.make_folder_of(path)
     writers.save_text(path, json.dumps(recipe))
     writers.written[folder] = writers.written.pop(path)  # instead of thousands of files
     names = set(os.listdir(folder))
@@ -191,7 +191,7 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
 
 def _save_png(path: str, image: np.ndarray) -> None:
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    writers.replace(path, picture.save, listed=False)
+    writers.replace(path, picture.save, listed=False, synced=False)  # thousands of them
 
 
 def _has_recipe(path: str, recipe: dict) -> bool:
@@ -234,7 +234,7 @@ class GrowingFile:
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype):
         self._path, self._shape, self._dtype = path, tuple(row_shape), np.dtype(dtype)
         self._size = math.prod(row_shape) * self._dtype.itemsize
-        with open(path, "a+b") as file:
+        with writers.named(path), open(path, "a+b") as file:
             whole = file.tell() // (self._size + CRC_SIZE)
             file.seek(0)
             checks = (
@@ -259,7 +259,7 @@ class GrowingFile:
 
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
-        with open(self._path, "ab") as file:
+        with writers.named(self._path), open(self._path, "ab") as file:
             for number, row in enumerate(rows, self.count):
                 content = row.tobytes()
                 file.write(content + self._crc(number, content))

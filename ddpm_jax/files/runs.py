@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from ddpm_jax.names import check_choice, full_name
 from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the EMA weights from which on a warning is printed
+Checkpoint = Literal["newest", "best"] | int
 NAME_LIMIT = 180  # maximum length of a file name before its suffixes; file systems allow 255 bytes
 
 
@@ -103,13 +104,15 @@ def load(
     workdir: str,
     *,
     weights: str = "ema",
+    checkpoint: Checkpoint = "newest",
     allow_code: bool = False,
     method: method_lib.Method | None = None,
 ) -> Run:
-    """Loads the last checkpoint of a run directory with its own config. Needs no optimiser.
+    """Loads a checkpoint of a run directory with its own config. Needs no optimiser.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
+      checkpoint: "newest"; "best", by config.training.keep_best; or the step of one that is there.
       allow_code: import modules outside ddpm_jax and experiments that the config names.
       method: the Method itself; None for that of the config.
 
@@ -129,7 +132,9 @@ def load(
     method = method or method_lib.from_config(config)
     part = {"ema": "ema_params", "raw": "params"}[weights]
     template = {part: jax.eval_shape(method.init, jax.random.key(0))}
-    restored = checkpoints.restore(os.path.join(workdir, "checkpoints"), template, partial=True)
+    directory = os.path.join(workdir, "checkpoints")
+    number = _step_of(checkpoint, config, directory)
+    restored = checkpoints.restore(directory, template, step=number, partial=True)
     if restored is None:
         raise RunError(f"{workdir} has no checkpoint yet; train first, or wait for one")
     state, step = restored
@@ -139,6 +144,34 @@ def load(
     return Run(
         workdir=workdir, config=config, method=method, params=params, step=step, weights=weights
     )
+
+
+def _step_of(checkpoint: Checkpoint, config, directory: str) -> int | None:
+    """The step of a checkpoint; None for the newest.
+
+    Raises:
+      RunError: there is no best one.
+    """
+    if checkpoint == "newest":
+        return None
+    if checkpoint != "best":
+        if not isinstance(checkpoint, int) or isinstance(checkpoint, bool):
+            raise options.ConfigError(
+                f"checkpoint must be newest, best or the number of a step, got {checkpoint!r}"
+            )
+        return checkpoint
+    name = config.training.get("keep_best")
+    if name is None:
+        raise RunError(
+            f"{directory}: nothing says which checkpoint is the best; train with config.training.keep_best, such as"
+            " =loss, or give the step of one"
+        )
+    best = checkpoints.best_of(directory, name)
+    if best is None:
+        raise RunError(
+            f"{directory}: no checkpoint has a value of {name} (config.training.keep_best)"
+        )
+    return best[0]
 
 
 def foreign_modules(config, *, to_train: bool = False) -> list[str]:

@@ -1,7 +1,6 @@
 """Training: one visible loop, from a config to a run directory.
 
-    from ddpm_jax.training.loop import train
-    train(config, "runs/digits")
+    ddpm_jax.training.loop.train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt, metrics.jsonl, loss.png,
 data_preview.png, forward.png (the forward process, of a diffusion), checkpoints/, previews such as
@@ -129,8 +128,7 @@ def train(
                 undo()
                 if isinstance(error, SystemExit):
                     say(leave("stopped by SIGTERM"))
-                    # Ends the process at once: an orderly exit would wait for the running step.
-                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)  # at once, without the running step
             raise
 
 
@@ -236,7 +234,8 @@ class Trainer:
                 self.say(
                     "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
                 )
-        self.state = parallel.place(state)
+        guards.check_saving(state, self.directory, self.length, self.say)
+        self.state, self.rows = parallel.place(state), []
 
     def begin(self) -> None:
         """Writes the first files of the run, after all checks."""
@@ -289,9 +288,7 @@ class Trainer:
             contextlib.closing(self.loggers),
             contextlib.closing(self.profiler),
             contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
-            guards.save_on_error(
-                lambda: self.state, self.directory, length.keep, self.signals, self.say
-            ),
+            guards.save_on_error(self.save, self.directory, self.signals, self.say),
         ):
             for batch in batches:
                 with self.profiler.step(self.step + 1):
@@ -345,7 +342,10 @@ class Trainer:
 
     def save(self) -> None:
         guards.check_finite(self.state, self.directory)
-        checkpoints.save(self.directory, self.state, step=self.step, keep=self.length.keep)
+        values, self.rows = step_lib.means_of_rows(self.rows), []
+        keep = {"keep": self.length.keep, "keep_best": self.length.keep_best, "values": values}
+        if best := checkpoints.save(self.directory, self.state, step=int(self.state.step), **keep):
+            self.say(f"the best checkpoint so far: {best}")
         if self.leader and self.data_may_change:
             run_data.save_data(self.workdir, self.dataset)  # now the state has seen them
         self.saved = time.perf_counter()
@@ -363,6 +363,7 @@ class Trainer:
             row |= {"images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
                 writers.append_line(self.path("metrics.jsonl"), row)
+            self.rows.append(row)
             self.loggers.row(row)
             console.emit("row", **row)
         cleared = parallel.place(step_lib.clear(self.state.metrics))

@@ -56,6 +56,7 @@ FREE_TO_CHANGE = (
     "config.training.checkpoint_every",
     "config.training.checkpoint_minutes",
     "config.training.keep",
+    "config.training.keep_best",
     "config.training.mirror",
     "config.training.logger",
     "config.training.histograms",
