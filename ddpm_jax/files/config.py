@@ -23,6 +23,7 @@ from ddpm_jax.options import ConfigError, errors_at
 
 CHOICES = ("model.name", "preview.sampler")  # fields that decide which others their section has
 DIGEST = "sha256"  # name of the digest in a config.json
+FORMAT = 2  # of run directories: 1, without a number, is that of 0.1.0
 MISSING = "(no such field)"  # what `differences` shows where a config has none
 
 
@@ -268,7 +269,7 @@ def to_json(config) -> str:
 
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
-    tree = json.loads(to_json(config))
+    tree = {"format": FORMAT, **json.loads(to_json(config))}
     writers.save_text(path, json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
 
 
@@ -285,6 +286,11 @@ def load(path: str):
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
+        if isinstance(found := tree.get("format", 1), int) and found > FORMAT:
+            raise ConfigError(
+                f"{path} was made by a newer ddpm_jax (format {found}, and this one knows {FORMAT}): update it, by"
+                " pip install -U ddpm_jax or git pull"
+            )
         digest = tree.pop(DIGEST, None)  # older versions wrote none
     except FileNotFoundError:
         raise ConfigError(
@@ -302,6 +308,7 @@ def load(path: str):
         raise ConfigError(
             f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
         )
+    tree.pop("format", None)
 
     def tuples(node):
         if isinstance(node, dict):

@@ -19,6 +19,12 @@ from ddpm_jax.names import find, nearest
 from ddpm_jax.options import ConfigError
 
 NO_DATA = "none"  # config.data.name of pretrained weights that came without data
+OF_THE_USER = (
+    "training.mirror",
+    "training.logger",
+    "data.data_dir",
+    "init_from",
+)  # never taken from a run
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 
@@ -176,7 +182,7 @@ def as_saved_where_open(config, saved):
             del config.plan
         known = config_lib.fields(saved)
         for field, value in config_lib.fields(config).items():
-            if value is None and field in known:
+            if value is None and field in known and not field.startswith(OF_THE_USER):
                 config_lib.set_field(config, field, known[field])
     return config
 

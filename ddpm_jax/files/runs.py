@@ -20,10 +20,11 @@ from ddpm_jax import method as method_lib
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError, saved_data
-from ddpm_jax.names import check_choice, full_name
+from ddpm_jax.names import check_choice, full_name, installed
 from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the EMA weights from which on a warning is printed
+PARTS = "ddpm|networks|process|experiments|configs"  # what is_part may be of
 Checkpoint = Literal["newest", "best"] | int
 NAME_LIMIT = 180  # maximum length of a file name before its suffixes; file systems allow 255 bytes
 
@@ -120,6 +121,7 @@ def load(
       ConfigError, CheckpointError, RunError: no run, no checkpoint yet, or none that can be read.
     """
     workdir = os.path.abspath(config_lib.path(workdir))
+    refuse_links(workdir)
     config = config_lib.load(os.path.join(workdir, "config.json"))
     with options.errors_at("weights"):
         check_choice("weights", weights, ("ema", "raw"))
@@ -190,9 +192,48 @@ def foreign_modules(config, *, to_train: bool = False) -> list[str]:
             is_path |= field == "data.name" and module in data.WITH_PATH
             if field != "method" and (not isinstance(value, str) or not colon or is_path):
                 continue
-            if not f"{full_name(module)}.".startswith("ddpm_jax."):
+            if not is_part(module):
                 found.append(value)
     return found
+
+
+def is_part(module: str) -> bool:
+    """Whether a module of this installation makes parts of models, and neither reads nor writes files, nor is a program."""
+    name = full_name(module)
+    if (
+        not re.match(rf"ddpm_jax\.({PARTS})(\.|$)", name)
+        or not name.replace(".", "").isidentifier()
+    ):
+        return False
+    file = installed(name.removeprefix("ddpm_jax.").replace(".", os.sep))
+    if file is None or os.path.basename(file) == "__main__.py":
+        return False
+    return "\nif __name__ ==" not in pathlib.Path(file).read_text(encoding="utf-8")
+
+
+def refuse_links(workdir: str) -> None:
+    """Checks that a run directory holds files and folders only: a link of a stranger could lead to files of yours.
+
+    The run directory itself may be a link, and links in it may lead to its own files. What Weights & Biases wrote is
+    not read, and not checked.
+
+    Raises:
+      RunError: a link that leads out of it, or a device; one line.
+    """
+    root, folders = os.path.realpath(workdir), [os.path.realpath(workdir)]
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+            if target and target != root and not target.startswith(f"{root}{os.sep}"):
+                raise RunError(
+                    f"{entry.path} leads out of the run directory, to {target}; put what it leads to in its place, or"
+                    " make a link of the whole run directory"
+                )
+            if entry.is_dir(follow_symlinks=False):
+                folders += [entry.path] if entry.path != os.path.join(root, "wandb") else []
+            elif not target and not entry.is_file(follow_symlinks=False):
+                raise RunError(f"{entry.path} is neither a file nor a folder; remove it")
 
 
 def code_of(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import NO_DATA, RunError
 from ddpm_jax.files.writers import save_bytes, save_json
 from ddpm_jax.method import from_config
+from ddpm_jax.names import installed
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.pytorch_files import read_state_dict
 from ddpm_jax.options import ConfigError
@@ -297,7 +298,8 @@ def _variables(path: str) -> dict[str, np.ndarray]:
 
 def _with_sections(config: Any, source: str, model: Mapping, image_shape) -> Any:
     """A copy of a config, or of CIFAR-10's without its data, with another network."""
-    base = config_lib.from_file("cifar10") if config is None else config
+    own = installed("configs/cifar10.py")  # not that of the current folder
+    base = config_lib.from_file(own) if config is None else config
     result = base.copy_and_resolve_references().unlock()
     result.model, result.init_from = dict(model), source
     if image_shape is not None:

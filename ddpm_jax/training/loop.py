@@ -27,7 +27,7 @@ from ddpm_jax import augmentation, data, options
 from ddpm_jax.files import checkpoints, console, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
-from ddpm_jax.files.runs import ema_warning
+from ddpm_jax.files.runs import ema_warning, refuse_links
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.process import terminal
 from ddpm_jax.training import guards, mirror, parallel, preview, resume
@@ -96,6 +96,7 @@ def train(
     2
     """
     workdir, leader = os.path.abspath(config_lib.path(workdir)), jax.process_index() == 0
+    refuse_links(workdir)
     mirror.restore(config.training.get("mirror"), workdir)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
@@ -221,10 +222,8 @@ class Trainer:
 
     def prepare_state(self, continues: bool) -> None:
         """A new state, or that of the last checkpoint."""
-        state, self.step = None, 0
-        if continues:
-            found = resume.restore(self.workdir, self.config, self.method, self.keys.init)
-            state, self.step = found or (None, 0)
+        place = self.workdir, self.config, self.method, self.keys.init
+        state, self.step = (resume.restore(*place) if continues else None) or (None, 0)
         if state is None:
             state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
@@ -336,7 +335,7 @@ class Trainer:
                 self.looked = True
             self.loggers.send(self.step)
             if saves and self.leader:
-                mirror.save(length.mirror, self.workdir, self.say)
+                mirror.save(length.mirror, self.workdir, length.keep_best, self.say)
         if stop:
             self.signals.end(self.step, self.workdir)
 
@@ -358,9 +357,8 @@ class Trainer:
         self.say.progress(self.progress, text)
         self.progress.begin()
         if self.leader:
-            learning_rate = float(self.learning_rate(self.step - 1))
-            row = {"step": self.step, **values, "learning_rate": learning_rate}
-            row |= {"images_per_second": rate}
+            last = float(self.learning_rate(self.step - 1))
+            row = {"step": self.step, **values, "learning_rate": last, "images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
                 writers.append_line(self.path("metrics.jsonl"), row)
             self.rows.append(row)

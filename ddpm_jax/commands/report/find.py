@@ -69,6 +69,7 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             f"{workdir} is not a run directory: it has no config.json; train with this --workdir first, or"
             " check its spelling"
         )
+    runs.refuse_links(workdir)
     config = config_lib.load(path)
     rows = writers.read_metrics(os.path.join(workdir, "metrics.jsonl"))
     if not rows:
