@@ -286,11 +286,6 @@ def load(path: str):
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
-        if isinstance(found := tree.get("format", 1), int) and found > FORMAT:
-            raise ConfigError(
-                f"{path} was made by a newer ddpm_jax (format {found}, and this one knows {FORMAT}): update it, by"
-                " pip install -U ddpm_jax or git pull"
-            )
         digest = tree.pop(DIGEST, None)  # older versions wrote none
     except FileNotFoundError:
         raise ConfigError(
@@ -304,6 +299,11 @@ def load(path: str):
         RecursionError,
     ) as error:  # not JSON, or not text
         raise ConfigError(f"cannot read the config {path}: {error}") from None
+    number = tree.get("format", 1)
+    if type(number) is not int or number > FORMAT:  # before the digest, which may be another one
+        raise ConfigError(
+            f"{path} was made by a newer ddpm_jax (format {number}; this one reads up to {FORMAT}): update ddpm_jax"
+        )
     if digest not in (None, _digest(tree)):
         raise ConfigError(
             f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
