@@ -344,7 +344,7 @@ class Trainer:
         values, self.rows = step_lib.means_of_rows(self.rows), []
         keep = {"keep": self.length.keep, "keep_best": self.length.keep_best, "values": values}
         if best := checkpoints.save(self.directory, self.state, step=int(self.state.step), **keep):
-            self.say(f"the best checkpoint so far: {best}")
+            self.say(f"step {self.step:,} is the best checkpoint so far: {best}")
         if self.leader and self.data_may_change:
             run_data.save_data(self.workdir, self.dataset)  # now the state has seen them
         self.saved = time.perf_counter()
