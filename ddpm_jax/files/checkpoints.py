@@ -12,6 +12,7 @@ writes.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -202,8 +203,9 @@ def best_of(directory: str | os.PathLike, name: str | None) -> tuple[int, float]
     sign, found = -1 if name.startswith("-") else 1, []
     for step in complete_steps(directory):
         meta = _read_meta(Path(directory).absolute() / str(step))
-        value = meta.get("values", {}).get(name.removeprefix("-"))
-        if value is not None:  # older checkpoints have none
+        values = meta.get("values")  # older checkpoints have none
+        value = values.get(name.removeprefix("-")) if isinstance(values, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
             found.append((sign * value, step))
     if not found:
         return None

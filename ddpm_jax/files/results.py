@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +58,13 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
       RunError: the file is missing or cannot be read.
     """
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
+        with data.open_npz(path) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         raise RunError(f"there is no file {path}") from None
     except (PermissionError, IsADirectoryError) as error:
         raise RunError(f"{path} cannot be opened: {error.strerror}") from None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+    except Exception:  # zipfile, zlib and NumPy each raise their own
         line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
         raise RunError(line) from None
 
@@ -116,14 +115,15 @@ def in_progress(
             finished = None
             if os.path.exists(out):
                 finished = read_npz(out)
-                saved = json.loads(str(finished.pop("recipe", "null")))
+                saved = None
+                with contextlib.suppress(ValueError):
+                    saved = writers.parse_object(str(finished.pop("recipe", "")))
                 if not matches(saved) or (check and not check(finished)):
                     set_aside(out)
                     finished = None
             if os.path.exists(recipe_path):
                 try:
-                    with open(recipe_path, encoding="utf-8") as file:
-                        saved = json.load(file)
+                    saved = writers.read_json(recipe_path)
                 except ValueError:
                     line = f"{recipe_path} cannot be read; delete {folder} and run again"
                     raise RunError(line) from None
@@ -195,9 +195,8 @@ def _save_png(path: str, image: np.ndarray) -> None:
 
 
 def _has_recipe(path: str, recipe: dict) -> bool:
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-        return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
+    with contextlib.suppress(OSError, ValueError):
+        return _without_paths(writers.read_json(path)) == _without_paths(recipe)
     return False
 
 

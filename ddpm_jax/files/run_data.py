@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 from typing import Any
 
@@ -195,8 +194,10 @@ def save_data(workdir: str, dataset: data.Dataset) -> None:
 def saved_data(workdir: str) -> dict | None:
     """What `save_data` wrote; None for older runs."""
     try:
-        with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
-            found = json.load(file)
+        found = writers.read_json(os.path.join(workdir, "data.json"))
+        names = found.get("class_names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be a list of texts")
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -220,10 +220,12 @@ def refuse_links(workdir: str) -> None:
     Raises:
       RunError: a link that leads out of it, or a device; one line.
     """
-    root, folders = os.path.realpath(workdir), [os.path.realpath(workdir)]
+    root = os.path.realpath(workdir)
+    folders = [root] if os.path.isdir(root) else []
     while folders:
-        folder = folders.pop()
-        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        with os.scandir(folders.pop()) as found:
+            entries = list(found)
+        for entry in entries:
             target = os.path.realpath(entry.path) if entry.is_symlink() else ""
             if target and target != root and not target.startswith(f"{root}{os.sep}"):
                 raise RunError(

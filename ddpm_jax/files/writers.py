@@ -219,6 +219,28 @@ def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = 
     replace(path, lambda temporary: np.savez(temporary, **arrays))
 
 
+def read_json(path: str) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not JSON, or not an object.
+    """
+    with open(path, encoding="utf-8") as file:
+        return parse_object(file.read())
+
+
+def parse_object(text: str) -> dict:
+    """The object that a JSON text holds; raises ValueError for any other text."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold fields, not a {type(found).__name__}")
+    return found
+
+
 # ---- pictures --------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import extras
-from ddpm_jax.data import DataError
+from ddpm_jax.data import DataError, open_npz
 from ddpm_jax.ddpm import DDPM
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import NO_DATA, RunError
@@ -144,7 +144,9 @@ def _named(what: str):
     """A context in which values of a wrong type in a file end as one line."""
     try:
         yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{what} has a field of the wrong type ({error})") from error
 
 
@@ -281,8 +283,8 @@ def read_file(path: str, config: Any) -> Pretrained:
 def _variables(path: str) -> dict[str, np.ndarray]:
     """Ho et al.'s variables without prefix: the moving averages, if the file has them."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open_npz(path) as file:
+            arrays = dict(file)
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise DataError(f"{path} cannot be read as an .npz: {error}") from None
     average, result = "/ExponentialMovingAverage", {}

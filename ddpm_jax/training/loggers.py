@@ -252,8 +252,7 @@ class Loggers:
 
     def _read_sent(self) -> dict[str, int]:
         try:
-            with open(self._path(FILE), encoding="utf-8") as file:
-                return json.load(file)
+            return writers.read_json(self._path(FILE))
         except FileNotFoundError:
             return {}
         except ValueError as error:
