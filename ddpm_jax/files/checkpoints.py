@@ -207,10 +207,8 @@ def best_of(directory: str | os.PathLike, name: str | None) -> tuple[int, float]
         value = values.get(name.removeprefix("-")) if isinstance(values, dict) else None
         if isinstance(value, (int, float)) and math.isfinite(value):
             found.append((sign * value, step))
-    if not found:
-        return None
-    value, step = min(found)
-    return step, sign * value
+    value, step = min(found, default=(0.0, None))
+    return None if step is None else (step, sign * value)
 
 
 def size_of(state: Any) -> int:
