@@ -60,7 +60,7 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Run(runs.Run):
-    """A loaded run directory; `params` are those of its last checkpoint."""
+    """A loaded run directory; `params` are those of its checkpoint."""
 
     def sample(self, num_samples: int = 16, **settings) -> Images:
         """`sample` of this run."""
@@ -72,12 +72,18 @@ class Run(runs.Run):
 
 
 def load(
-    workdir: str, *, weights: str = "ema", model: Method | None = None, allow_code: bool = False
+    workdir: str,
+    *,
+    weights: str = "ema",
+    checkpoint: runs.Checkpoint = "newest",
+    model: Method | None = None,
+    allow_code: bool = False,
 ) -> Run:
-    """Loads the last checkpoint of a run directory, made by the command line or by `fit`.
+    """Loads a checkpoint of a run directory, made by the command line or by `fit`.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
+      checkpoint: "newest"; "best", by config.training.keep_best; or the step of one that is there.
       model: the model itself, if its parts cannot be imported by name, such as classes of a notebook.
       allow_code: import modules outside ddpm_jax and experiments that the run names; only for runs that you trust.
 
@@ -88,7 +94,8 @@ def load(
     >>> run.step, run.sample(3).shape
     (2, (3, 8, 8, 1))
     """
-    run = runs.load(workdir, weights=weights, allow_code=allow_code, method=model)
+    more = {"checkpoint": checkpoint, "allow_code": allow_code, "method": model}
+    run = runs.load(workdir, weights=weights, **more)
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(run)})
 
 

@@ -22,6 +22,7 @@ from ddpm_jax.commands import (
 from ddpm_jax.commands import benchmark as benchmark_lib
 from ddpm_jax.commands.report import report
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import runs
 from ddpm_jax.options import Option
 from ddpm_jax.processes import Processes
 from ddpm_jax.settings import Sampling
@@ -105,6 +106,10 @@ def run_flags(
         Literal["ema", "raw"],
         "The parameters to use: ema, their moving average, or raw, the last ones.",
     ] = "ema",
+    checkpoint: Annotated[
+        runs.Checkpoint,
+        "The checkpoint to use: newest; best, by config.training.keep_best; or the step of one that is there.",
+    ] = "newest",
     allow_code: Annotated[
         bool, "Imports modules outside ddpm_jax and experiments that the run names."
     ] = False,

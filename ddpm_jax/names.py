@@ -56,7 +56,13 @@ def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
         raise ValueError(
             f"{kind} {spec!r}: {module.__file__} has no {name!r}{nearest(name, words)}"
         )
-    return getattr(module, name)
+    found = getattr(module, name)
+    home = str(getattr(found, "__module__", module.__name__))
+    if module.__name__.startswith("ddpm_jax.") and not f"{home}.".startswith(f"{module.__name__}."):
+        raise ValueError(
+            f"{kind} {spec!r} is of {home}; name it there"
+        )  # what ours import is not theirs
+    return found
 
 
 def full_name(module: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.files import animations
+from ddpm_jax.files import animations, runs
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import AtLeast
@@ -45,6 +45,7 @@ def animate(
     """
     animations.check(animation)
     workdir = os.path.abspath(config_lib.path(workdir))
+    runs.refuse_links(workdir)
     found = list(animations.previews(workdir).values())
     if not found or not animation:
         what = (

@@ -6,6 +6,7 @@ iterator state.
 """
 
 from ddpm_jax.data.archives import damage, download
+from ddpm_jax.data.arrays import open_npz
 from ddpm_jax.data.batching import batch_indices, batches, choose
 from ddpm_jax.data.dataset import NO_LABEL, DataError, Dataset, image_digests, renumbered
 from ddpm_jax.data.loading import BUILT_IN, WITH_PATH, Loader, load, survey
@@ -26,6 +27,7 @@ __all__ = [
     "download",
     "image_digests",
     "load",
+    "open_npz",
     "picture",
     "picture_endings",
     "renumbered",

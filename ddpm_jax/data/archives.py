@@ -110,7 +110,7 @@ def _cifar10(path, split):
     found = {}
     with tarfile.open(path) as tar:
         for member in tar:  # in the order of the archive, since gzip cannot seek back
-            if os.path.basename(member.name).startswith(wanted):
+            if member.isfile() and os.path.basename(member.name).startswith(wanted):
                 found[member.name] = tar.extractfile(member).read()
     records = np.frombuffer(b"".join(found[file] for file in sorted(found)), np.uint8)
     records = records.reshape(-1, 3073)
@@ -169,7 +169,10 @@ def download(urls: Sequence[str], path: Path, size: int, sha256: str) -> Path:
 
 def _copy(url, path, size):
     progress = Progress(f"downloading {url}", size / 1e6, "MB")
-    with urllib.request.urlopen(url, timeout=20) as response, open(path, "wb") as out:
+    with urllib.request.urlopen(url, timeout=20) as response, open(path, "wb", buffering=0) as out:
         while out.tell() <= size and (chunk := response.read(1 << 16)):
-            out.write(chunk)
+            try:
+                out.write(chunk)
+            except OSError as error:  # another address does not help
+                raise DataError(f"{path} could not be written: {error.strerror}") from error
             progress.update(out.tell() / 1e6)

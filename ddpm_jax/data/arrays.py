@@ -1,5 +1,9 @@
 """Data sets of arrays: the digits of scikit-learn, drawn images, and .npz files."""
 
+import contextlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +50,31 @@ def synthetic(split: str, image_shape: tuple[int, int, int]) -> Dataset:
     return Dataset.from_arrays(images, np.array(indices) % 10, name="synthetic", split=split)
 
 
+@contextlib.contextmanager
+def open_npz(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an .npz, read on use; never objects, which could run code.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or its arrays take more than this machine's memory.
+    """
+    with open(path, "rb") as raw:
+        with zipfile.ZipFile(raw) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+            "SC_PAGE_SIZE"
+        ):
+            raise ValueError(
+                f"its arrays take {size / 1e9:.0f} GB, more than this machine's memory"
+            )
+        raw.seek(0)
+        with np.load(raw, allow_pickle=False) as arrays:
+            yield arrays
+
+
 def npz(path: Path, name: str, split: str) -> Dataset:
     """The arrays of an .npz file; see `load` for their names."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open_npz(path) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}") from error

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -315,8 +316,12 @@ def _picture_files(folder, flatten):
         {sub-folder, or "" for the folder itself and if `flatten`: sorted paths};
         and lines about the files that are not pictures.
     """
-    files, others = collections.defaultdict(list), collections.Counter()
+    files, others, seen = collections.defaultdict(list), collections.Counter(), set()
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (place := os.path.realpath(parent)) in seen:  # a link to a folder above would never end
+            folders[:] = []
+            continue
+        seen.add(place)
         folders[:] = [name for name in folders if not _is_hidden(name)]
         relative = Path(parent).relative_to(folder).parts
         for name in names:
@@ -347,9 +352,12 @@ def _is_hidden(name: str) -> bool:
 def _size(path) -> int:
     """The size of a file in bytes; −1 for a broken link, which is an error when it is decoded."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
         return -1
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise DataError(f"{path} is not a file; remove it")
+    return found.st_size
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

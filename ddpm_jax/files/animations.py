@@ -41,7 +41,7 @@ def save(
       the paths of the files.
     """
     each = max(0.02, seconds / len(pictures))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    writers.make_folder_of(path)
     write = {"gif": _write_gif, "mp4": _write_mp4}
     files = [f"{path}.{kind}" for kind in dict.fromkeys(kinds)]
     for file in files:
@@ -88,7 +88,7 @@ def _write_mp4(path: str, pictures: Sequence[np.ndarray], each: float) -> None:
         _, errors = process.communicate()
     if process.returncode:
         line = (errors.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"])[-1]
-        raise OSError(f"{path} could not be written: {line}")
+        raise OSError(f"ffmpeg says {line}")
 
 
 def previews(workdir: str) -> dict[int, str]:

@@ -12,12 +12,13 @@ writes.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ddpm_jax import processes
+from ddpm_jax.files.writers import free_space, named, sync
 
 # orbax writes to absl's logger: dozens of INFO lines per checkpoint, warnings that synchronous saving is slow
 # (0.11.25), and a traceback for a full disk, which it also raises.
@@ -45,12 +47,27 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; one line that names it and what to do."""
 
 
-def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) -> None:
-    """Saves `state`, a pytree of arrays, as `directory/<step>`; returns once it is complete.
+def save(
+    directory: str | os.PathLike,
+    state: Any,
+    *,
+    step: int,
+    keep: int = 3,
+    values: Mapping[str, float] | None = None,
+    keep_best: str | None = None,
+) -> str:
+    """Saves `state`, a pytree of arrays, as `directory/<step>`; returns once it is complete and on the disk.
 
     A directory of that name is left alone if it holds exactly this state; otherwise it is
     renamed to `<step>.damaged` or `<step>.replaced`. Of the checkpoints up to `step`, the newest
-    `keep` stay; while saving, the disk holds one more.
+    `keep` stay, and the best; while saving, the disk holds one more.
+
+    Args:
+      values: numbers on which checkpoints are compared, saved in `meta.json`.
+      keep_best: the name of a value; the best checkpoint has its lowest, of "-NAME" its highest.
+
+    Returns:
+      the value by which this checkpoint is now the best, in words; empty if it is not.
 
     Raises:
       CheckpointError: a value is not finite, or the checkpoint cannot be written (disk full, no
@@ -73,18 +90,22 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
         _remove(directory.glob("[0-9]*.tmp"))  # left by killed saves and deletions
         fault = _fault(path, leaves) if path.exists() else None
         if path.exists() and fault is None:
-            return
-        _check_space(directory, sum(array.nbytes for array in arrays.values()))
+            return ""
+        if (needed := size_of(arrays)) > (free := free_space(directory)):
+            raise OSError(f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         with _checkpointer() as checkpointer:
             args = ocp.args.StandardSave(_without_empty(arrays))
             checkpointer.save(temporary / "state", args=args)
         if processes.is_first():
-            meta = {"leaves": leaves, "files": _sha256_files(temporary)}
+            meta = {"leaves": leaves, "files": _sha256_files(temporary), "values": values or {}}
             meta["sha256"] = _sha256_json(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            for written in (*temporary.rglob("*"), temporary):
+                sync(written)
             if fault is not None:  # only now, so that a failed save leaves the old directory alone
                 _set_aside(path, *fault)
             temporary.rename(path)
+            sync(directory)
     except BaseException as error:  # OSError, or the error that orbax raises for it
         _remove([temporary])
         if not isinstance(error, Exception):  # Ctrl-C
@@ -94,8 +115,13 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             "free space or correct the permissions, then run the same command again"
         ) from error
     processes.barrier(f"saved {path}")
-    complete = [s for s in _steps(directory) if s <= step and _is_complete(directory / str(s))]
-    _remove(directory / str(s) for s in _steps(directory) if s < complete[-keep:][0])
+    if not processes.is_first():
+        return ""
+    best, value = best_of(directory, keep_best) or (None, 0.0)
+    newest = [s for s in complete_steps(directory) if s <= step][-keep:]
+    old = (s for s in _steps(directory) if s < newest[0] and s != best)
+    _remove(directory / str(s) for s in old)
+    return f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
 
 
 def restore(
@@ -165,6 +191,35 @@ def latest_step(directory: str | os.PathLike) -> int | None:
     return next(complete, None)
 
 
+def complete_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps that were saved completely (their arrays are not verified), in ascending order."""
+    directory = Path(directory).absolute()
+    return [s for s in _steps(directory) if _is_complete(directory / str(s))]
+
+
+def best_of(directory: str | os.PathLike, name: str | None) -> tuple[int, float] | None:
+    """The step and the value of the checkpoint with the lowest value of this name, of "-NAME" the highest.
+
+    Of equal ones it is the first. None if the name is None, or no complete checkpoint has such a value.
+    """
+    if name is None:
+        return None
+    sign, found = -1 if name.startswith("-") else 1, []
+    for step in complete_steps(directory):
+        meta = _read_meta(Path(directory).absolute() / str(step))
+        values = meta.get("values")  # older checkpoints have none
+        value = values.get(name.removeprefix("-")) if isinstance(values, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append((sign * value, step))
+    value, step = min(found, default=(0.0, None))
+    return None if step is None else (step, sign * value)
+
+
+def size_of(state: Any) -> int:
+    """The bytes that a checkpoint of a pytree of arrays takes; zstd saves 8 % at most once the moments are not zero."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
 @contextlib.contextmanager
 def lock(directory: str | os.PathLike) -> Iterator[None]:
     """Locks `directory` for this process; the system releases it when the process ends or dies.
@@ -175,8 +230,10 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
       CheckpointError: another process holds it.
     """
     directory = Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "a+") as file:
+    with named(directory / LOCK):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = open(directory / LOCK, "a+")  # noqa: SIM115
+    with opened as file:
         try:
             import fcntl  # not on Windows
 
@@ -189,10 +246,11 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
             ) from error
         except (ImportError, OSError) as error:
             logging.warning("%s cannot be locked (%s): use it from one process", directory, error)
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without the line
+            os.truncate(file.fileno(), 0)
+            line = f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n"
+            os.write(file.fileno(), line.encode())
         yield
 
 
@@ -245,13 +303,6 @@ def _checkpointer() -> ocp.Checkpointer:
 def _without_empty(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """orbax refuses arrays of size 0; `meta.json` describes them completely."""
     return {name: array for name, array in arrays.items() if array.size}
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    """Raises OSError before a disk is full; zstd saves 8 % at most once the moments are not zero."""
-    disk = shutil.disk_usage(directory)
-    if disk.free < needed and disk.total:  # some network mounts report 0 of 0
-        raise OSError(f"it takes {needed / 1e6:.0f} MB and {disk.free / 1e6:.0f} MB are free")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from ddpm_jax import options
+from ddpm_jax.files import writers
 from ddpm_jax.method import SHARED_SECTIONS
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
 
 CHOICES = ("model.name", "preview.sampler")  # fields that decide which others their section has
 DIGEST = "sha256"  # name of the digest in a config.json
+FORMAT = 2  # of run directories: 1, without a number, is that of 0.1.0
 MISSING = "(no such field)"  # what `differences` shows where a config has none
 
 
@@ -267,12 +269,8 @@ def to_json(config) -> str:
 
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
-    temporary, tree = f"{path}.tmp", json.loads(to_json(config))
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    tree = {"format": FORMAT, **json.loads(to_json(config))}
+    writers.save_text(path, json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
 
 
 def _digest(tree: dict) -> str:
@@ -301,10 +299,16 @@ def load(path: str):
         RecursionError,
     ) as error:  # not JSON, or not text
         raise ConfigError(f"cannot read the config {path}: {error}") from None
+    number = tree.get("format", 1)
+    if type(number) is not int or number > FORMAT:  # before the digest, which may be another one
+        raise ConfigError(
+            f"{path} was made by a newer ddpm_jax (format {number}; this one reads up to {FORMAT}): update ddpm_jax"
+        )
     if digest not in (None, _digest(tree)):
         raise ConfigError(
             f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
         )
+    tree.pop("format", None)
 
     def tuples(node):
         if isinstance(node, dict):

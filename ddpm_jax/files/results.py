@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +58,13 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
       RunError: the file is missing or cannot be read.
     """
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
+        with data.open_npz(path) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         raise RunError(f"there is no file {path}") from None
     except (PermissionError, IsADirectoryError) as error:
         raise RunError(f"{path} cannot be opened: {error.strerror}") from None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+    except Exception:  # zipfile, zlib and NumPy each raise their own
         line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
         raise RunError(line) from None
 
@@ -132,14 +131,15 @@ def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable |
     recipe_path, is_finished = os.path.join(folder, "recipe.json"), os.path.exists(out)
     if is_finished:
         arrays = read_npz(out)
-        saved = json.loads(str(arrays.pop("recipe", "null")))
+        saved = None
+        with contextlib.suppress(ValueError):
+            saved = writers.parse_object(str(arrays.pop("recipe", "")))
         if not matches(saved) or (check and not check(arrays)):
             set_aside(out)
             is_finished = False
     if os.path.exists(recipe_path):
         try:
-            with open(recipe_path, encoding="utf-8") as file:
-                saved = json.load(file)
+            saved = writers.read_json(recipe_path)
         except ValueError:
             line = f"{recipe_path} cannot be read; delete {folder} and run again"
             raise RunError(line) from None
@@ -181,7 +181,7 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
         aside = free_name(f"{folder}.replaced")
         print(f"{line}: it is now {aside}", flush=True)
         os.rename(folder, aside)
-    os.makedirs(folder, exist_ok=True)
+    writers.make_folder_of(path)
     writers.save_text(path, json.dumps(recipe))
     writers.written[folder] = writers.written.pop(path)  # instead of thousands of files
     names = set(os.listdir(folder))
@@ -207,13 +207,12 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
 
 def _save_png(path: str, image: np.ndarray) -> None:
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    writers.replace(path, picture.save, listed=False)
+    writers.replace(path, picture.save, listed=False, synced=False)  # thousands of them
 
 
 def _has_recipe(path: str, recipe: dict) -> bool:
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-        return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
+    with contextlib.suppress(OSError, ValueError):
+        return _without_paths(writers.read_json(path)) == _without_paths(recipe)
     return False
 
 
@@ -255,7 +254,7 @@ class GrowingFile:
     def _valid_rows(self) -> int:
         """Keeps the rows before the first damaged one, and returns their number."""
         path = self._path
-        with open(path, "a+b") as file:
+        with writers.named(path), open(path, "a+b") as file:
             whole = file.tell() // (self._size + CRC_SIZE)
             file.seek(0)
             checks = (
@@ -282,7 +281,7 @@ class GrowingFile:
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
         if processes.is_first():
-            with open(self._path, "ab") as file:
+            with writers.named(self._path), open(self._path, "ab") as file:
                 for number, row in enumerate(rows, self.count):
                     content = row.tobytes()
                     file.write(content + self._crc(number, content))

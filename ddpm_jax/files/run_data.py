@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 from typing import Any
 
@@ -19,6 +18,12 @@ from ddpm_jax.names import find, nearest
 from ddpm_jax.options import ConfigError
 
 NO_DATA = "none"  # config.data.name of pretrained weights that came without data
+OF_THE_USER = (
+    "training.mirror",
+    "training.logger",
+    "data.data_dir",
+    "init_from",
+)  # never taken from a run
 CLASSES_OF_DATA = -1  # config.model.num_classes: as many as the data have
 
 
@@ -176,7 +181,7 @@ def as_saved_where_open(config, saved):
             del config.plan
         known = config_lib.fields(saved)
         for field, value in config_lib.fields(config).items():
-            if value is None and field in known:
+            if value is None and field in known and not field.startswith(OF_THE_USER):
                 config_lib.set_field(config, field, known[field])
     return config
 
@@ -189,8 +194,10 @@ def save_data(workdir: str, dataset: data.Dataset) -> None:
 def saved_data(workdir: str) -> dict | None:
     """What `save_data` wrote; None for older runs."""
     try:
-        with open(os.path.join(workdir, "data.json"), encoding="utf-8") as file:
-            found = json.load(file)
+        found = writers.read_json(os.path.join(workdir, "data.json"))
+        names = found.get("class_names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be a list of texts")
     except FileNotFoundError:
         return None
     except ValueError as error:

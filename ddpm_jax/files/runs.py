@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,10 +20,12 @@ from ddpm_jax import method as method_lib
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError, saved_data
-from ddpm_jax.names import check_choice, full_name
+from ddpm_jax.names import check_choice, full_name, installed
 from ddpm_jax.process.timesteps import as_text
 
 EMA_SHARE = 0.02  # share of the random initial weights in the EMA weights from which on a warning is printed
+PARTS = "ddpm|networks|process|experiments|configs"  # what is_part may be of
+Checkpoint = Literal["newest", "best"] | int
 NAME_LIMIT = 180  # maximum length of a file name before its suffixes; file systems allow 255 bytes
 
 
@@ -103,13 +105,15 @@ def load(
     workdir: str,
     *,
     weights: str = "ema",
+    checkpoint: Checkpoint = "newest",
     allow_code: bool = False,
     method: method_lib.Method | None = None,
 ) -> Run:
-    """Loads the last checkpoint of a run directory with its own config. Needs no optimiser.
+    """Loads a checkpoint of a run directory with its own config. Needs no optimiser.
 
     Args:
       weights: "ema", the moving average of the parameters, or "raw", the last ones.
+      checkpoint: "newest"; "best", by config.training.keep_best; or the step of one that is there.
       allow_code: import modules outside ddpm_jax and experiments that the config names.
       method: the Method itself; None for that of the config.
 
@@ -117,6 +121,7 @@ def load(
       ConfigError, CheckpointError, RunError: no run, no checkpoint yet, or none that can be read.
     """
     workdir = os.path.abspath(config_lib.path(workdir))
+    refuse_links(workdir)
     config = config_lib.load(os.path.join(workdir, "config.json"))
     with options.errors_at("weights"):
         check_choice("weights", weights, ("ema", "raw"))
@@ -129,7 +134,9 @@ def load(
     method = method or method_lib.from_config(config)
     part = {"ema": "ema_params", "raw": "params"}[weights]
     template = {part: jax.eval_shape(method.init, jax.random.key(0))}
-    restored = checkpoints.restore(os.path.join(workdir, "checkpoints"), template, partial=True)
+    directory = os.path.join(workdir, "checkpoints")
+    number = _step_of(checkpoint, config, directory)
+    restored = checkpoints.restore(directory, template, step=number, partial=True)
     if restored is None:
         raise RunError(f"{workdir} has no checkpoint yet; train first, or wait for one")
     state, step = restored
@@ -139,6 +146,34 @@ def load(
     return Run(
         workdir=workdir, config=config, method=method, params=params, step=step, weights=weights
     )
+
+
+def _step_of(checkpoint: Checkpoint, config, directory: str) -> int | None:
+    """The step of a checkpoint; None for the newest.
+
+    Raises:
+      RunError: there is no best one.
+    """
+    if checkpoint == "newest":
+        return None
+    if checkpoint != "best":
+        if not isinstance(checkpoint, int) or isinstance(checkpoint, bool):
+            raise options.ConfigError(
+                f"checkpoint must be newest, best or the number of a step, got {checkpoint!r}"
+            )
+        return checkpoint
+    name = config.training.get("keep_best")
+    if name is None:
+        raise RunError(
+            f"{directory}: nothing says which checkpoint is the best; train with config.training.keep_best, such as"
+            " =loss, or give the step of one"
+        )
+    best = checkpoints.best_of(directory, name)
+    if best is None:
+        raise RunError(
+            f"{directory}: no checkpoint has a value of {name} (config.training.keep_best)"
+        )
+    return best[0]
 
 
 def foreign_modules(config, *, to_train: bool = False) -> list[str]:
@@ -157,9 +192,50 @@ def foreign_modules(config, *, to_train: bool = False) -> list[str]:
             is_path |= field == "data.name" and module in data.WITH_PATH
             if field != "method" and (not isinstance(value, str) or not colon or is_path):
                 continue
-            if not f"{full_name(module)}.".startswith("ddpm_jax."):
+            if not is_part(module):
                 found.append(value)
     return found
+
+
+def is_part(module: str) -> bool:
+    """Whether a module of this installation makes parts of models, and neither reads nor writes files, nor is a program."""
+    name = full_name(module)
+    if (
+        not re.match(rf"ddpm_jax\.({PARTS})(\.|$)", name)
+        or not name.replace(".", "").isidentifier()
+    ):
+        return False
+    file = installed(name.removeprefix("ddpm_jax.").replace(".", os.sep))
+    if file is None or os.path.basename(file) == "__main__.py":
+        return False
+    return "\nif __name__ ==" not in pathlib.Path(file).read_text(encoding="utf-8")
+
+
+def refuse_links(workdir: str) -> None:
+    """Checks that a run directory holds files and folders only: a link of a stranger could lead to files of yours.
+
+    The run directory itself may be a link, and links in it may lead to its own files. What Weights & Biases wrote is
+    not read, and not checked.
+
+    Raises:
+      RunError: a link that leads out of it, or a device; one line.
+    """
+    root = os.path.realpath(workdir)
+    folders = [root] if os.path.isdir(root) else []
+    while folders:
+        with os.scandir(folders.pop()) as found:
+            entries = list(found)
+        for entry in entries:
+            target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+            if target and target != root and not target.startswith(f"{root}{os.sep}"):
+                raise RunError(
+                    f"{entry.path} leads out of the run directory, to {target}; put what it leads to in its place, or"
+                    " make a link of the whole run directory"
+                )
+            if entry.is_dir(follow_symlinks=False):
+                folders += [entry.path] if entry.path != os.path.join(root, "wandb") else []
+            elif not target and not entry.is_file(follow_symlinks=False):
+                raise RunError(f"{entry.path} is neither a file nor a folder; remove it")
 
 
 def code_of(settings: Mapping[str, Any]) -> dict[str, str]:

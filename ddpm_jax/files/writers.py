@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -18,23 +21,91 @@ from ddpm_jax import processes
 
 CRC = "crc32"  # name of the check of a line
 written: dict[str, None] = {}  # the files that this process has written, in their order
+ADVICE = {  # by the reason why a file could not be written
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "; free some space, then run the same command again"
+    ),
+    errno.EFBIG: "; it is larger than the system allows (ulimit -f)",
+}
 
 
-def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> None:
+class WriteError(OSError):
+    """A file that could not be written: one line with its path, the reason and what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} could not be written: {self.strerror}{ADVICE.get(self.errno, '')}"
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError into a `WriteError` of this file: that of a full disk names no file."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file or folder is on the disk, where the system can say so: it then survives a power failure."""
+    if os.name != "posix":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # a folder that can be written but not read, some network file systems
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def free_space(folder: str | os.PathLike) -> float:
+    """Free bytes of the disk of a folder, which need not exist yet; inf if unknown, as on some network mounts."""
+    path = os.path.abspath(folder)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    disk = shutil.disk_usage(path)
+    return disk.free if disk.total else math.inf
+
+
+def make_folder_of(path: str) -> None:
+    """Makes the folder of a file, if needed; the error names the file."""
+    with named(path):
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def replace(
+    path: str, write: Callable[[str], None], *, listed: bool = True, synced: bool = True
+) -> None:
     """Calls write(temporary path) and renames the file: a reader never sees half of it. Only the first process writes.
 
     Args:
       listed: adds the path to `written`.
+      synced: the file is on the disk when this returns.
+
+    Raises:
+      WriteError: it could not be written; an earlier file of this name is as it was.
     """
     if not processes.is_first():
         return
     root, extension = os.path.splitext(path)
     temporary = f"{root}.tmp{extension}"
     try:
+        if os.path.lexists(temporary):  # left by a kill, or a link of a stranger
+            os.remove(temporary)
         write(temporary)
+        if synced:
+            sync(temporary)
         os.replace(temporary, path)
+        if synced:
+            sync(os.path.dirname(os.path.abspath(path)))
         if listed:
             written[os.path.abspath(path)] = None
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), path) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -97,10 +168,10 @@ def append_line(path: str, row: Mapping) -> None:
     """Appends a JSON object as one line; on a full disk nothing is appended, not half a line.
 
     Raises:
-      OSError: it could not be written.
+      WriteError: it could not be written.
     """
     line = to_line(row).encode()
-    with open(path, "ab", buffering=0) as file:
+    with named(path), open(path, "ab", buffering=0) as file:
         size, written = file.tell(), 0
         try:
             while written < len(line):
@@ -141,15 +212,37 @@ def save_json(path: str, tree) -> None:
             return [finite(value) for value in node]
         return None if isinstance(node, float) and not math.isfinite(node) else node
 
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder_of(path)
     save_text(path, json.dumps(finite(tree), indent=1, ensure_ascii=False) + "\n")
 
 
 def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = None) -> None:
     """Writes an uncompressed .npz atomically; its recipe is the array "recipe", as JSON."""
     arrays = arrays | ({} if recipe is None else {"recipe": json.dumps(recipe)})
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder_of(path)
     replace(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not JSON, or not an object.
+    """
+    with open(path, encoding="utf-8") as file:
+        return parse_object(file.read())
+
+
+def parse_object(text: str) -> dict:
+    """The object that a JSON text holds; raises ValueError for any other text."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold fields, not a {type(found).__name__}")
+    return found
 
 
 # ---- pictures --------------------------------------------------------------------------------------
@@ -185,7 +278,7 @@ def grid(images: np.ndarray, *, columns: int | None = None, pad: int = 2) -> np.
 
 def save_png(path: str, image: np.ndarray) -> None:
     """uint8 [H, W, 3] to a PNG file."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder_of(path)
     replace(path, Image.fromarray(image).save)
 
 
@@ -289,5 +382,5 @@ def save_panels(path: str, title: str, panels: Sequence[Panel]) -> None:
         axis.grid(alpha=0.3)
         if len(panel.curves) > 1:
             axis.legend(fontsize=8)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    make_folder_of(path)
     replace(path, lambda temporary: figure.savefig(temporary, dpi=100))

@@ -20,12 +20,13 @@ import jax
 import numpy as np
 
 from ddpm_jax import extras
-from ddpm_jax.data import DataError
+from ddpm_jax.data import DataError, open_npz
 from ddpm_jax.ddpm import DDPM
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import NO_DATA, RunError
 from ddpm_jax.files.writers import save_bytes, save_json
 from ddpm_jax.method import from_config
+from ddpm_jax.names import installed
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.pytorch_files import read_state_dict
 from ddpm_jax.options import ConfigError
@@ -143,7 +144,9 @@ def _named(what: str):
     """A context in which values of a wrong type in a file end as one line."""
     try:
         yield
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{what} has a field of the wrong type ({error})") from error
 
 
@@ -280,8 +283,8 @@ def read_file(path: str, config: Any) -> Pretrained:
 def _variables(path: str) -> dict[str, np.ndarray]:
     """Ho et al.'s variables without prefix: the moving averages, if the file has them."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with open_npz(path) as file:
+            arrays = dict(file)
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise DataError(f"{path} cannot be read as an .npz: {error}") from None
     average, result = "/ExponentialMovingAverage", {}
@@ -297,7 +300,8 @@ def _variables(path: str) -> dict[str, np.ndarray]:
 
 def _with_sections(config: Any, source: str, model: Mapping, image_shape) -> Any:
     """A copy of a config, or of CIFAR-10's without its data, with another network."""
-    base = config_lib.from_file("cifar10") if config is None else config
+    own = installed("configs/cifar10.py")  # not that of the current folder
+    base = config_lib.from_file(own) if config is None else config
     result = base.copy_and_resolve_references().unlock()
     result.model, result.init_from = dict(model), source
     if image_shape is not None:

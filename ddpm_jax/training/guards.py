@@ -11,10 +11,12 @@ from collections.abc import Callable
 import jax
 
 from ddpm_jax import augmentation, data, options, processes
-from ddpm_jax.files import checkpoints
+from ddpm_jax.files import checkpoints, writers
 from ddpm_jax.files.progress import memory
+from ddpm_jax.names import check_choice
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import parallel
+from ddpm_jax.training.length import Length
 from ddpm_jax.training.signals import Signals
 from ddpm_jax.training.step import NEVER, TrainState, make_update
 
@@ -119,6 +121,32 @@ def check_memory(config, needed: float, state: TrainState) -> None:
         )
 
 
+def check_saving(state: TrainState, directory: str, length: Length, say: Callable) -> None:
+    """Checks that checkpoints can be saved, and says how much disk space they take.
+
+    Raises:
+      ConfigError: config.training.keep_best is not the name of a number of metrics.jsonl.
+      TrainingError: the disk has no room for a checkpoint.
+    """
+    if length.keep_best is not None:
+        known = [*state.metrics.sums, "learning_rate", "images_per_second"]
+        with options.errors_at("config.training.keep_best"):
+            check_choice("number of metrics.jsonl", length.keep_best.removeprefix("-"), known)
+    if int(state.step) >= length.num_steps:
+        return
+    size, saved = checkpoints.size_of(state), len(checkpoints.complete_steps(directory))
+    kept, free = length.keep + bool(length.keep_best), writers.free_space(directory)
+    if free < size:
+        raise TrainingError(
+            f"a checkpoint takes {memory(size)}, and {directory} has {memory(free)} of free disk space; free some,"
+            " or choose another --workdir"
+        )
+    line = f"a checkpoint takes {memory(size)}; {kept} are kept, with one more while it is written:"
+    line += f" {memory((kept + 1) * size)}; {memory(free)} of the disk are free"
+    missing = (kept + 1 - saved) * size - free
+    say(f"WARNING: {line}, {memory(missing)} too little" if missing > 0 else line)
+
+
 @contextlib.contextmanager
 def run_directory(workdir: str):
     """Creates and locks a run directory.
@@ -151,7 +179,13 @@ def run_directory(workdir: str):
 
 def sweep(workdir: str) -> None:
     """Removes the unfinished files that a killed training left in its run directory."""
-    leftovers = ("*.tmp", "*.tmp.png", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
+    leftovers = (
+        "*.tmp",
+        "*.tmp.png",
+        "*.tmp.json*",
+        "samples/step_*.tmp.png",
+        "checkpoints/[0-9]*.tmp",
+    )
     for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -166,8 +200,8 @@ def what_is_saved(directory: str) -> str:
 
 
 @contextlib.contextmanager
-def save_on_error(current: Callable, directory: str, keep: int, signals: Signals, say: Callable):
-    """Saves the state that `current` returns if an error not caused by the state ends the loop.
+def save_on_error(save: Callable, directory: str, signals: Signals, say: Callable):
+    """Calls `save` if an error not caused by the state ends the loop.
 
     A state is not saved if it is not finite, was donated to a step that failed, or could not be saved before; nor in a
     job of several processes, which can only save together.
@@ -179,9 +213,7 @@ def save_on_error(current: Callable, directory: str, keep: int, signals: Signals
     except Exception:
         if signals.begun and processes.count() == 1:
             with contextlib.suppress(Exception):  # the error being handled is the one to report
-                state = current()
-                check_finite(state, directory)
-                checkpoints.save(directory, state, step=int(state.step), keep=keep)
+                save()
             say(f"stopped by an error; {what_is_saved(directory)}")
         raise
 

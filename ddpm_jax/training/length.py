@@ -12,6 +12,9 @@ class Length:
     """The fields of config.training.
 
     Attributes:
+      keep: the number of newest checkpoints that stay.
+      keep_best: a number of metrics.jsonl, such as "loss": the checkpoint with its lowest mean since the checkpoint before
+        stays too; of "-NAME", the highest.
       mirror: a .zip that gets a copy of the run after each checkpoint, and from which a run continues whose directory is gone.
     """
 
@@ -21,6 +24,7 @@ class Length:
     checkpoint_every: int = 5000
     checkpoint_minutes: float = 10.0
     keep: int = 3
+    keep_best: str | None = None
     mirror: str | None = None
     logging: Logging = Logging()
 

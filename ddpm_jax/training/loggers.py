@@ -101,12 +101,13 @@ class TensorBoard:
         folder = os.path.join(start.workdir, "tensorboard")
         os.makedirs(folder, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._records = RecordWriter(open(os.path.join(folder, name), "wb"))  # noqa: SIM115
-        self._write(file_version="brain.Event:2")
+        self._path = os.path.join(folder, name)
+        with writers.named(self._path):
+            self._records = RecordWriter(open(self._path, "wb"))  # noqa: SIM115
         self.step = min(start.step, start.sent)
         # TensorBoard drops the events of this and later steps that stand before this one.
-        self._write(step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._records.flush()
+        start_here = {"session_log": SessionLog(status=SessionLog.START)}
+        self._write({"file_version": "brain.Event:2"}, {"step": self.step + 1, **start_here})
 
     def log(self, step, scalars, pictures, histograms):
         Value, values = self._summary.Value, []
@@ -119,8 +120,7 @@ class TensorBoard:
             values.append(Value(tag=name, image=image))
         for name, array in histograms.items():
             values.append(Value(tag=name, histo=self._counted(array)))
-        self._write(step=step, summary=self._summary(value=values))
-        self._records.flush()
+        self._write({"step": step, "summary": self._summary(value=values)})
 
     def _counted(self, array):
         array = np.asarray(array, np.float64)
@@ -129,8 +129,17 @@ class TensorBoard:
         limits = {"bucket_limit": edges[1:].tolist(), "bucket": counts.tolist()}
         return self._histogram(min=array.min(), max=array.max(), **moments, **limits)
 
-    def _write(self, **fields):
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+    def _write(self, *events):
+        with writers.named(self._path):
+            try:
+                for fields in events:
+                    event = self._event(wall_time=time.time(), **fields)
+                    self._records.write(event.SerializeToString())
+                self._records.flush()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self.close()
+                raise
 
     def close(self):
         self._records.close()
@@ -243,8 +252,7 @@ class Loggers:
 
     def _read_sent(self) -> dict[str, int]:
         try:
-            with open(self._path(FILE), encoding="utf-8") as file:
-                return json.load(file)
+            return writers.read_json(self._path(FILE))
         except FileNotFoundError:
             return {}
         except ValueError as error:

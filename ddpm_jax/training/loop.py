@@ -1,7 +1,6 @@
 """Training: one visible loop, from a config to a run directory.
 
-    from ddpm_jax.training.loop import train
-    train(config, "runs/digits")
+    ddpm_jax.training.loop.train(config, "runs/digits")
 
 The same call again resumes at the last checkpoint. The directory holds config.json, log.txt, metrics.jsonl, loss.png,
 data_preview.png, forward.png (the forward process, of a diffusion), checkpoints/, previews such as
@@ -28,7 +27,7 @@ from ddpm_jax import augmentation, data, options, processes
 from ddpm_jax.files import checkpoints, console, run_data, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.progress import Progress, duration, memory
-from ddpm_jax.files.runs import ema_warning
+from ddpm_jax.files.runs import ema_warning, refuse_links
 from ddpm_jax.method import Method, from_config, is_diffusion
 from ddpm_jax.process import terminal
 from ddpm_jax.training import guards, mirror, parallel, preview, resume
@@ -97,6 +96,7 @@ def train(
     2
     """
     workdir, leader = os.path.abspath(config_lib.path(workdir)), processes.is_first()
+    refuse_links(workdir)
     mirror.restore(config.training.get("mirror"), workdir)
     config, plan = run_data.planned(config, workdir)  # a copy: the caller's config is not changed
     guards.check_types(config)
@@ -129,8 +129,7 @@ def train(
                 undo()
                 if isinstance(error, SystemExit):
                     say(leave("stopped by SIGTERM"))
-                    # Ends the process at once: an orderly exit would wait for the running step.
-                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)  # at once, without the running step
             raise
 
 
@@ -223,10 +222,8 @@ class Trainer:
 
     def prepare_state(self, continues: bool) -> None:
         """A new state, or that of the last checkpoint."""
-        state, self.step = None, 0
-        if continues:
-            found = resume.restore(self.workdir, self.config, self.method, self.keys.init)
-            state, self.step = found or (None, 0)
+        place = self.workdir, self.config, self.method, self.keys.init
+        state, self.step = (resume.restore(*place) if continues else None) or (None, 0)
         if state is None:
             state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
@@ -236,7 +233,8 @@ class Trainer:
                 self.say(
                     "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
                 )
-        self.state = parallel.place(state)
+        guards.check_saving(state, self.directory, self.length, self.say)
+        self.state, self.rows = parallel.place(state), []
 
     def begin(self) -> None:
         """Writes the first files of the run, after all checks."""
@@ -289,9 +287,7 @@ class Trainer:
             contextlib.closing(self.loggers),
             contextlib.closing(self.profiler),
             contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
-            guards.save_on_error(
-                lambda: self.state, self.directory, length.keep, self.signals, self.say
-            ),
+            guards.save_on_error(self.save, self.directory, self.signals, self.say),
         ):
             for batch in batches:
                 with self.profiler.step(self.step + 1):
@@ -339,13 +335,16 @@ class Trainer:
                 self.looked = True
             self.loggers.send(self.step)
             if saves and self.leader:
-                mirror.save(length.mirror, self.workdir, self.say)
+                mirror.save(length.mirror, self.workdir, length.keep_best, self.say)
         if stop:
             self.signals.end(self.step, self.workdir)
 
     def save(self) -> None:
         guards.check_finite(self.state, self.directory)
-        checkpoints.save(self.directory, self.state, step=self.step, keep=self.length.keep)
+        values, self.rows = step_lib.means_of_rows(self.rows), []
+        keep = {"keep": self.length.keep, "keep_best": self.length.keep_best, "values": values}
+        if best := checkpoints.save(self.directory, self.state, step=int(self.state.step), **keep):
+            self.say(f"step {self.step:,} is the best checkpoint so far: {best}")
         if self.leader and self.data_may_change:
             run_data.save_data(self.workdir, self.dataset)  # now the state has seen them
         self.saved = time.perf_counter()
@@ -358,11 +357,11 @@ class Trainer:
         self.say.progress(self.progress, text)
         self.progress.begin()
         if self.leader:
-            learning_rate = float(self.learning_rate(self.step - 1))
-            row = {"step": self.step, **values, "learning_rate": learning_rate}
-            row |= {"images_per_second": rate}
+            last = float(self.learning_rate(self.step - 1))
+            row = {"step": self.step, **values, "learning_rate": last, "images_per_second": rate}
             with guards.os_errors_as_warnings(self.say):
                 writers.append_line(self.path("metrics.jsonl"), row)
+            self.rows.append(row)
             self.loggers.row(row)
             console.emit("row", **row)
         cleared = parallel.place(step_lib.clear(self.state.metrics))

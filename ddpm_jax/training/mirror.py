@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,23 +20,26 @@ from ddpm_jax.training import guards
 FOLDERS = ("samples", *guards.FIRST_FOLDERS)  # written in training, beside files and checkpoints
 
 
-def save(path: str | None, workdir: str, say: Callable[[str], None]) -> None:
-    """Writes the last checkpoint of a run, its files, previews and logs to one .zip, which replaces the earlier one at once.
+def save(path: str | None, workdir: str, keep_best: str | None, say: Callable[[str], None]) -> None:
+    """Writes the last checkpoint of a run and the best, its files, previews and logs to one .zip, which replaces the earlier one at once.
 
     If it cannot be written, as on a full drive, the earlier file stays, and a warning is printed.
     """
     if path is None:
         return
     workdir = Path(workdir)
-    step = checkpoints.latest_step(workdir / "checkpoints")
+    best = checkpoints.best_of(workdir / "checkpoints", keep_best) or ()
+    steps = {checkpoints.latest_step(workdir / "checkpoints"), *best[:1]}
     files = [file for file in workdir.iterdir() if file.name != checkpoints.LOCK]
-    for folder in (*FOLDERS, f"checkpoints/{step}"):
+    for folder in (*FOLDERS, *(f"checkpoints/{step}" for step in steps)):
         files += (workdir / folder).rglob("*")
 
     def write(temporary):
         with zipfile.ZipFile(temporary, "w") as archive:  # weights do not become smaller
             for file in filter(Path.is_file, files):
-                if file.suffix not in (".npz", ".zip"):  # drawn by --mode=sample; itself
+                if (
+                    file.suffix not in (".npz", ".zip") and not file.is_symlink()
+                ):  # drawn by --mode=sample; itself
                     archive.write(file, file.relative_to(workdir))
 
     with guards.os_errors_as_warnings(say):
@@ -64,17 +68,27 @@ def restore(path: str | None, workdir: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".mirror") as folder:
         try:
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(file) as archive, writers.named(folder):
+                members = (
+                    archive.infolist()
+                )  # `save` does not compress: no more comes out than went in
+                if sum(member.file_size for member in members) > file.stat().st_size:
+                    raise ValueError("its files are larger than it is")
                 archive.extractall(folder)
-            (step,) = os.listdir(os.path.join(folder, "checkpoints"))
-        except (zipfile.BadZipFile, ValueError, FileNotFoundError) as error:
+            if not (steps := checkpoints.complete_steps(os.path.join(folder, "checkpoints"))):
+                raise ValueError("it holds no checkpoint")
+        except (zipfile.BadZipFile, ValueError, RuntimeError, zlib.error) as error:
             raise checkpoints.CheckpointError(
                 f"{file} is not a mirrored run or is damaged ({error}); move it away to begin anew"
             ) from error
-        target.mkdir(exist_ok=True)
         for name in sorted(set(os.listdir(folder)) - {"checkpoints"}):
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
             os.replace(os.path.join(folder, name), directory / name)
-        os.replace(os.path.join(folder, "checkpoints", step), target / step)  # the last: complete
-    console.say(f"the run of {file} is unpacked, at step {int(step):,}")
+        unpacked = Path(folder, "checkpoints")
+        for left in target.iterdir() if target.exists() else ():  # damaged, or left by a kill
+            if not (unpacked / left.name).exists():
+                os.replace(left, unpacked / left.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unpacked, target)  # at once, and the last: complete
+    console.say(f"the run of {file} is unpacked, at step {steps[-1]:,}")

@@ -56,6 +56,7 @@ FREE_TO_CHANGE = (
     "config.training.checkpoint_every",
     "config.training.checkpoint_minutes",
     "config.training.keep",
+    "config.training.keep_best",
     "config.training.mirror",
     "config.training.logger",
     "config.training.histograms",
@@ -156,8 +157,19 @@ class Changed(NamedTuple):
 
 
 def history(workdir: str) -> list[dict]:
-    """The changes that were made to a run, the oldest first."""
-    return [row for _, row in writers.read_lines(os.path.join(workdir, HISTORY))]
+    """The changes that were made to a run, the oldest first.
+
+    Raises:
+      ConfigError: one that this program does not make, such as of the code that is imported.
+    """
+    path = os.path.join(workdir, HISTORY)
+    for number, row in (rows := list(writers.read_lines(path))):
+        known = {"step", *Changed._fields} <= row.keys()
+        if not known or not f"config.{row['field']}".startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{path}, line {number} is not a change that --change makes; restore a copy of it"
+            )
+    return [row for _, row in rows]
 
 
 def as_changed(config, workdir: str):

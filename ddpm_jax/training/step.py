@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -301,6 +301,16 @@ def clear(metrics: Metrics) -> Metrics:
 def merge(a: Metrics, b: Metrics) -> Metrics:
     """The Metrics of both together."""
     return Metrics(jax.tree.map(jnp.add, a.sums, b.sums), jnp.minimum(a.bad_step, b.bad_step))
+
+
+def means_of_rows(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each number of several lines of metrics.jsonl, over the lines that have it."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def means(metrics: Metrics) -> dict[str, float | None]:

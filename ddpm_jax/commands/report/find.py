@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpm_jax import data
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import run_data, runs, writers
 from ddpm_jax.files.run_data import RunError
@@ -69,6 +68,7 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             f"{workdir} is not a run directory: it has no config.json; train with this --workdir first, or"
             " check its spelling"
         )
+    runs.refuse_links(workdir)
     config = config_lib.load(path)
     rows = writers.read_metrics(os.path.join(workdir, "metrics.jsonl"))
     if not rows:
@@ -85,11 +85,9 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             pictures.append(_picture(path))
     for path in _files(workdir, "eval", ".json"):
         try:
-            result = json.loads(_text(path))
+            results[os.path.basename(path)[:-5]] = writers.read_json(path)
         except ValueError:  # not written by this program
             continue
-        if isinstance(result, dict):
-            results[os.path.basename(path)[:-5]] = result
     for path in _files(workdir, "eval", ".png"):
         drawn = results.get(os.path.basename(path)[:-4], {})
         if not {"curves", "rmse"} & drawn.keys():  # those are redrawn as charts
@@ -131,11 +129,11 @@ def _picture(path: str) -> Picture:
     """A picture of samples/, with the recipe and the small arrays of its .npz file."""
     root = path[:-4].removesuffix("_trajectory")
     try:
-        with open(f"{root}.npz", "rb") as file, np.load(file) as arrays:  # reads members on use
-            recipe = json.loads(str(arrays["recipe"]))
+        with data.open_npz(f"{root}.npz") as arrays:  # reads members on use
+            recipe = writers.parse_object(str(arrays["recipe"]))
             kind = recipe.get("mode") or ("progressive" if "x_0" in arrays else "sample")
             small = [k for k in arrays if k == "t" or k.startswith(("error_", "distance"))]
             numbers = {name: arrays[name] for name in small}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
+    except Exception:  # zipfile, zlib and NumPy each raise their own
         return Picture(path, "other", {}, {})
     return Picture(path, kind if root == path[:-4] else "trajectory", recipe, numbers)
