@@ -269,13 +269,14 @@ def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
     temporary, tree = f"{path}.tmp", json.loads(to_json(config))
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
+        file.write(json.dumps({**tree, DIGEST: digest(tree)}, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _digest(tree: dict) -> str:
+def digest(tree: dict) -> str:
+    """The SHA-256 of a JSON object, which does not depend on the order of its names."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -288,7 +289,7 @@ def load(path: str):
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
-        digest = tree.pop(DIGEST, None)  # older versions wrote none
+        saved = tree.pop(DIGEST, None)  # older versions wrote none
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}: train with this --workdir first, or check its spelling"
@@ -301,7 +302,7 @@ def load(path: str):
         RecursionError,
     ) as error:  # not JSON, or not text
         raise ConfigError(f"cannot read the config {path}: {error}") from None
-    if digest not in (None, _digest(tree)):
+    if saved not in (None, digest(tree)):
         raise ConfigError(
             f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
         )
@@ -311,7 +312,13 @@ def load(path: str):
             return {key: tuples(value) for key, value in node.items()}
         return tuple(map(tuples, node)) if isinstance(node, list) else node
 
-    return ml_collections.ConfigDict(tuples(tree))
+    sections = [name for name in SHARED_SECTIONS if name not in ("method", "seed")]
+    if any(not isinstance(tree.get(name), dict) for name in sections):
+        raise ConfigError(f"{path} is not the config of a run: it lacks {', '.join(sections)}")
+    try:
+        return ml_collections.ConfigDict(tuples(tree))
+    except (ValueError, AttributeError) as error:  # a name that no field can have
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
 
 
 def differences(old, new) -> dict[str, tuple]:

@@ -124,7 +124,7 @@ def in_progress(
                 try:
                     with open(recipe_path, encoding="utf-8") as file:
                         saved = json.load(file)
-                except ValueError:
+                except (ValueError, RecursionError):
                     line = f"{recipe_path} cannot be read; delete {folder} and run again"
                     raise RunError(line) from None
                 tally = os.path.join(folder, "tally.npz")
@@ -195,7 +195,10 @@ def _save_png(path: str, image: np.ndarray) -> None:
 
 
 def _has_recipe(path: str, recipe: dict) -> bool:
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(path, encoding="utf-8") as file,
+    ):
         saved = json.load(file)
         return isinstance(saved, dict) and _without_paths(saved) == _without_paths(recipe)
     return False

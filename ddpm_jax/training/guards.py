@@ -22,6 +22,7 @@ FIRST_FILES = (  # written by a start before its first step
     *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
     *("loggers.json", "wandb_id", checkpoints.LOCK),
 )
+UNPACKED = ".mirror"  # begins the names of folders in which a mirror is unpacked
 FIRST_FOLDERS = ("tensorboard", "wandb")
 
 
@@ -151,7 +152,13 @@ def run_directory(workdir: str):
 
 def sweep(workdir: str) -> None:
     """Removes the unfinished files that a killed training left in its run directory."""
-    leftovers = ("*.tmp", "*.tmp.png", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
+    leftovers = (
+        "*.tmp",
+        f"{UNPACKED}*",
+        "*.tmp.png",
+        "samples/step_*.tmp.png",
+        "checkpoints/[0-9]*.tmp",
+    )
     for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import guards
 
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 FOLDERS = ("samples", *guards.FIRST_FOLDERS)  # written in training, beside files and checkpoints
 
 
@@ -62,19 +64,36 @@ def restore(path: str | None, workdir: str) -> None:
     if not file.exists() or checkpoints.latest_step(target) is not None:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".mirror") as folder:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                archive.extractall(folder)
-            (step,) = os.listdir(os.path.join(folder, "checkpoints"))
-        except (zipfile.BadZipFile, ValueError, FileNotFoundError) as error:
-            raise checkpoints.CheckpointError(
-                f"{file} is not a mirrored run or is damaged ({error}); move it away to begin anew"
-            ) from error
+    with tempfile.TemporaryDirectory(dir=directory, prefix=guards.UNPACKED) as folder:
+        step = _unpack(file, folder)
         target.mkdir(exist_ok=True)
-        for name in sorted(set(os.listdir(folder)) - {"checkpoints"}):
+        for name in sorted(set(os.listdir(folder)) - {"checkpoints", checkpoints.LOCK}):
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
             os.replace(os.path.join(folder, name), directory / name)
-        os.replace(os.path.join(folder, "checkpoints", step), target / step)  # the last: complete
-    console.say(f"the run of {file} is unpacked, at step {int(step):,}")
+        # The last, so that it is complete.
+        os.replace(os.path.join(folder, "checkpoints", f"{step}"), target / f"{step}")
+    console.say(f"the run of {file} is unpacked, at step {step:,}")
+
+
+def _unpack(file: Path, folder: str) -> int:
+    """Unpacks a file of `save`, and returns the step of its checkpoint.
+
+    Raises:
+      CheckpointError: the file is damaged, or is another one.
+      OSError: the folder cannot be written.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+        step = checkpoints.latest_step(os.path.join(folder, "checkpoints"))
+        if step is None:
+            raise ValueError("it has no complete checkpoint")
+        return step
+    except Exception as error:  # zipfile, zlib and struct each raise their own
+        if isinstance(error, OSError) and error.errno in WRITING:
+            raise
+        line = " ".join(str(error).split())
+        raise checkpoints.CheckpointError(
+            f"{file} is not a mirrored run or is damaged ({line}); move it away to begin anew"
+        ) from error

@@ -156,8 +156,31 @@ class Changed(NamedTuple):
 
 
 def history(workdir: str) -> list[dict]:
-    """The changes that were made to a run, the oldest first."""
-    return [row for _, row in writers.read_lines(os.path.join(workdir, HISTORY))]
+    """The changes that were made to a run, the oldest first.
+
+    Raises:
+      ConfigError: a line is damaged, or is not a change; without it the run would continue with other settings.
+    """
+    path = os.path.join(workdir, HISTORY)
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        count = sum(1 for _ in file)
+    rows = dict(writers.read_lines(path))
+    for number in range(1, count + 1):
+        row = rows.get(number, {})
+        field = f"config.{row.get('field')}"
+        if not (
+            row.keys() >= {"step", "old", "new", "time"}
+            and isinstance(row["step"], int)
+            and field.startswith(CHANGEABLE)
+            and field.count(".") == 2
+        ):
+            raise ConfigError(
+                f"{path}, line {number} is damaged; restore a copy, or move the file away and give --change for what"
+                " differs from the beginning of the run"
+            )
+    return list(rows.values())
 
 
 def as_changed(config, workdir: str):

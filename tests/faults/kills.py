@@ -31,11 +31,11 @@ def undisturbed(name: str, scratch) -> tuple[dict, int]:
     if not count.exists():
         if name != "train":
             tiny.copy(base(scratch), workdir)
-        process.operations(_command(name), workdir, scratch)
+        process.operations(command_of(name), workdir, scratch)
     return tiny.contents(workdir), int(count.read_text())
 
 
-def _command(name: str) -> list[str]:
+def command_of(name: str) -> list[str]:
     return FIRST.get(name) or tiny.COMMANDS[name]
 
 
@@ -59,7 +59,7 @@ def kill(name: str, number: int, scratch, sent: int = signal.SIGKILL) -> Case:
     hurt = 0
     for _ in range(draw.randint(1, ATTEMPTS) if name in FIRST else 1):
         moment = moments(draw, total)
-        ended = process.run(_command(name), workdir, scratch, {**moment, "signal": int(sent)})
+        ended = process.run(command_of(name), workdir, scratch, {**moment, "signal": int(sent)})
         about = f"{what}, case {number}, {moment}"
         if ended.status == 0:
             break
@@ -68,7 +68,7 @@ def kill(name: str, number: int, scratch, sent: int = signal.SIGKILL) -> Case:
             return Case(what, "hang", about)
         if sent == signal.SIGTERM and (wrong := _wrong_end(name, ended)):
             return Case(what, "wrong", f"{about}: {wrong}")
-    ended = process.run(_command(name), workdir, scratch)
+    ended = process.run(command_of(name), workdir, scratch)
     if fault := ended.fault():
         return Case(what, fault, f"{about}, then again: {ended.err[-2000:]}")
     if ended.status:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tests.faults.tiny import ROOT, environment, filled
 
-LIMIT = 120.0  # seconds until a start counts as hanging
+LIMIT = 240.0  # seconds until a start counts as hanging
 
 
 class Ended(NamedTuple):

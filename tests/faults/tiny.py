@@ -92,7 +92,7 @@ def contents(workdir: str | os.PathLike, *, pictures: bool = True) -> dict[str, 
             found[name] = _arrays(path)
         elif path.suffix == ".json" and path.parent.name == "eval":
             found[name] = json.dumps(_without_places(json.loads(path.read_text())), sort_keys=True)
-        elif path.suffix == ".png" and path.name in ("loss.png",) or path.suffix == ".gif":
+        elif (path.suffix == ".png" and path.name in ("loss.png",)) or path.suffix == ".gif":
             found[name] = "a picture"
         elif path.suffix != ".png" or pictures:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -136,5 +136,3 @@ def leftovers(workdir) -> list[str]:
 def copy(source, target) -> str:
     shutil.copytree(source, target, symlinks=True)
     return str(target)
-
-
