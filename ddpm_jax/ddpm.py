@@ -380,9 +380,9 @@ class DDPM(Method):
         """
         if config.data.get("image_shape") is None:
             raise ConfigError("config.data.image_shape is missing; set it, such as (32, 32, 3)")
-        image_shape = tuple(config.data.image_shape)
+        changes, image_shape = augmentation.of(config.data), tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):
-            schedule = schedules.make(**config.schedule)
+            schedule = schedules.make(**{"name": None, **config.schedule})
         network = make_network(config.model, image_shape)
         return options.build(
             cls,
@@ -391,7 +391,7 @@ class DDPM(Method):
             schedule=schedule,
             network=network,
             image_shape=image_shape,
-            **augmentation.of(config.data),
+            **changes,
         )
 
 

@@ -219,7 +219,9 @@ def _processes() -> int:
 def explain(error: Exception) -> str | None:
     """An error in one line; None for a mistake of this program."""
     if isinstance(error, USER_ERRORS):
-        return str(error)
+        return " ".join(str(error).splitlines())  # what a user has written may have several
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}"
     if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
         line = str(error).partition(" (set ")[0].replace("\n", " ")
         return f"{line}; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}: unset it, or name what is there"

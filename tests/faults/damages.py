@@ -161,18 +161,11 @@ def all_cases(scratch, many: bool):
 
 
 class Damager:
-    """Runs cases in one worker, as a context."""
+    """Runs cases with a worker, in a folder of this number."""
 
-    def __init__(self, scratch, number: int):
-        self.scratch, self.number = scratch, number
+    def __init__(self, scratch, number: int, worker: Worker):
+        self.scratch, self.number, self.worker = scratch, number, worker
         self.expected: dict[str, tuple[dict, str | None]] = {}
-
-    def __enter__(self):
-        self.worker = Worker(self.scratch).__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.worker.__exit__(*error)
 
     def undamaged(self, command: str) -> tuple[dict, str | None]:
         """The files after a command on the undamaged directory, and the report it writes."""

@@ -10,6 +10,7 @@ import atexit
 import errno
 import json
 import os
+import pathlib
 import runpy
 import signal
 import sys
@@ -33,7 +34,7 @@ class Hurt:
         self.folder, self.at, self.delay, self.signal = folder, at, delay, signal
         self.left, self.number = times, 0
         if count:
-            atexit.register(lambda: open(count, "w").write(str(self.number)))
+            atexit.register(lambda: pathlib.Path(count).write_text(str(self.number)))
 
     def __call__(self, event: str, args: tuple) -> None:
         if event not in OPERATIONS or not isinstance(args[0], (str, bytes, os.PathLike)):

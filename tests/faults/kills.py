@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import signal
+import threading
 
 from tests.faults import process, tiny
 from tests.faults.report import Case
@@ -24,8 +25,16 @@ def base(scratch) -> str:
     return workdir
 
 
+_once = threading.Lock()
+
+
 def undisturbed(name: str, scratch) -> tuple[dict, int]:
     """The files after a command, and the number of its operations on files; made once."""
+    with _once:
+        return _undisturbed(name, scratch)
+
+
+def _undisturbed(name: str, scratch) -> tuple[dict, int]:
     workdir = os.path.join(scratch, f"undisturbed-{name}")
     count = pathlib.Path(scratch, f"count-undisturbed-{name}")
     if not count.exists():

@@ -83,7 +83,7 @@ class Worker:
 def _captured():
     """Standard output and error as texts in a list, those of libraries in C too."""
     texts, saved = [], [os.dup(1), os.dup(2)]
-    files = [tempfile.TemporaryFile("w+", errors="replace") for _ in saved]
+    files = [tempfile.TemporaryFile("w+", errors="replace") for _ in saved]  # noqa: SIM115
     for number, file in enumerate(files, 1):
         os.dup2(file.fileno(), number)
     out, err = sys.stdout, sys.stderr
