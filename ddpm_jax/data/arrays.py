@@ -49,7 +49,11 @@ def synthetic(split: str, image_shape: tuple[int, int, int]) -> Dataset:
 def npz(path: Path, name: str, split: str) -> Dataset:
     """The arrays of an .npz file; see `load` for their names."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with (
+            np.errstate(over="ignore"),  # a header may name any shape
+            open(path, "rb") as raw,
+            np.load(raw, allow_pickle=False) as file,
+        ):
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}") from error

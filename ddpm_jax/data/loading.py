@@ -91,9 +91,12 @@ def load(
         DataError: one line: what is wrong with the data or the arguments.
     """
     kind, _, path = name.partition(":")
-    root, shape = _user_path(data_dir), image_shape
-    if shape is not None:
-        shape = check_image_shape(shape)
+    root, shape = _user_path(data_dir), None
+    if image_shape is not None:
+        try:
+            shape = check_image_shape(image_shape)
+        except ValueError as error:
+            raise DataError(str(error)) from None
     colour, found = _checked_colour(background), None
     try:
         if kind == "image_folder":
@@ -263,11 +266,11 @@ def check_image_shape(shape) -> tuple[int, int, int]:
     """An image_shape (height, width, channels), after a check.
 
     Raises:
-        DataError: it is another one.
+        ValueError: it is something else.
     """
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if len(sizes) != 3 or any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise DataError(f"image_shape is {shape!r:.80}, expected (height, width, channels)")
+        raise ValueError(f"image_shape is {shape!r:.80}, expected (height, width, channels)")
     return sizes
 
 

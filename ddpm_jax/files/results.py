@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +58,13 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
       RunError: the file is missing or cannot be read.
     """
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:
+        with np.errstate(over="ignore"), open(path, "rb") as file, np.load(file) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         raise RunError(f"there is no file {path}") from None
     except (PermissionError, IsADirectoryError) as error:
         raise RunError(f"{path} cannot be opened: {error.strerror}") from None
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile):
+    except Exception:  # zipfile, zlib and NumPy each raise their own
         line = f"{path} cannot be read as an .npz; move it away, or choose another --out"
         raise RunError(line) from None
 
@@ -116,7 +115,12 @@ def in_progress(
             finished = None
             if os.path.exists(out):
                 finished = read_npz(out)
-                saved = json.loads(str(finished.pop("recipe", "null")))
+                try:
+                    saved = json.loads(str(finished.pop("recipe", "null")))
+                except (ValueError, RecursionError):
+                    raise RunError(
+                        f"{out} was made by another program; choose another --out"
+                    ) from None
                 if not matches(saved) or (check and not check(finished)):
                     set_aside(out)
                     finished = None

@@ -49,6 +49,8 @@ def read_metrics(path: str) -> list[dict]:
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             logging.warning("%s, line %d has no step and is left out", path, number)
+        elif not all(isinstance(value, int | float | None) for value in row.values()):
+            logging.warning("%s, line %d holds more than numbers and is left out", path, number)
         elif rows and step <= rows[-1]["step"]:
             logging.warning("%s, line %d repeats step %d and is left out", path, number, step)
         else:

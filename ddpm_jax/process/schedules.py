@@ -393,7 +393,7 @@ def make(
         raise ValueError(f"{line}{nearest(key, takes)}")
     keywords = options.bind(function, keywords, f"schedule {name!r}")
     if not 1 <= keywords.get("num_timesteps", 1) <= 10**6:
-        raise ValueError(f"num_timesteps must lie in 1 … 1,000,000, got {num_timesteps}")
+        raise ValueError(f"num_timesteps must be at least 1, at most 1e6, got {num_timesteps}")
     schedule = function(**keywords)
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule {name!r} must return a Schedule, got {type(schedule).__name__}")

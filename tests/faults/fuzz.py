@@ -332,7 +332,7 @@ def lines_of_runs(room: Room, name, rows, row, command):
 
     path = pathlib.Path(room.copy(), name)
     with open(path, "a") as file:
-        for each in [*rows, row]:
+        for each in [*rows, row, {"step": 9, "loss": 1.0} | row]:
             file.write(writers.to_line(each) if isinstance(each, dict) else json.dumps(each) + "\n")
     room.passes([*tiny.filled(COMMANDS[command], path.parent), *SMALLER.get(command, [])])
 
