@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_collections
 
 from ddpm_jax import options
+from ddpm_jax.files import writers
 from ddpm_jax.method import SHARED_SECTIONS
 from ddpm_jax.names import installed, nearest
 from ddpm_jax.options import ConfigError, errors_at
@@ -31,6 +32,8 @@ def path(text: str | os.PathLike) -> str:
     Every path from a command line or a caller goes through here once: shells do not expand ~ after the = of
     --workdir=~/runs.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise ConfigError(f"a path must be text, got {text!r:.80}")
     return os.path.expanduser(os.fspath(text))
 
 
@@ -267,12 +270,16 @@ def to_json(config) -> str:
 
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
-    temporary, tree = f"{path}.tmp", json.loads(to_json(config))
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps({**tree, DIGEST: digest(tree)}, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    tree = json.loads(to_json(config))
+    text = json.dumps({**tree, DIGEST: digest(tree)}, indent=2) + "\n"
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    writers.replace(path, write, listed=False)
 
 
 def digest(tree: dict) -> str:

@@ -266,7 +266,7 @@ class GrowingFile:
 
     def append(self, rows: np.ndarray) -> None:
         rows = np.ascontiguousarray(rows, self._dtype).reshape(-1, *self._shape)
-        with open(self._path, "ab") as file:
+        with writers.naming(self._path), open(self._path, "ab") as file:
             for number, row in enumerate(rows, self.count):
                 content = row.tobytes()
                 file.write(content + self._crc(number, content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -18,6 +19,17 @@ CRC = "crc32"  # name of the check of a line
 written: dict[str, None] = {}  # the files that this process has written, in their order
 
 
+@contextlib.contextmanager
+def naming(path: str):
+    """Names the file in an error of writing to it, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
 def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> None:
     """Calls write(temporary path) and renames the file: a reader never sees half of it.
 
@@ -27,7 +39,8 @@ def replace(path: str, write: Callable[[str], None], *, listed: bool = True) -> 
     root, extension = os.path.splitext(path)
     temporary = f"{root}.tmp{extension}"
     try:
-        write(temporary)
+        with naming(path):
+            write(temporary)
         os.replace(temporary, path)
         if listed:
             written[os.path.abspath(path)] = None
@@ -98,7 +111,7 @@ def append_line(path: str, row: Mapping) -> None:
       OSError: it could not be written.
     """
     line = to_line(row).encode()
-    with open(path, "ab", buffering=0) as file:
+    with naming(path), open(path, "ab", buffering=0) as file:
         size, written = file.tell(), 0
         try:
             while written < len(line):

@@ -152,13 +152,8 @@ def run_directory(workdir: str):
 
 def sweep(workdir: str) -> None:
     """Removes the unfinished files that a killed training left in its run directory."""
-    leftovers = (
-        "*.tmp",
-        f"{UNPACKED}*",
-        "*.tmp.png",
-        "samples/step_*.tmp.png",
-        "checkpoints/[0-9]*.tmp",
-    )
+    leftovers = ("*.tmp", f"{UNPACKED}*", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
+    leftovers += ("*.tmp.png", "*.tmp.json", "*.tmp.jsonl")
     for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
