@@ -136,6 +136,42 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, name, content, error,
     assert not list((tmp_path / "run").glob("*"))
 
 
+def archive_of(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"checkpoints": b"a file"},
+        {"checkpoints/x/meta.json": b"{}"},
+        {"checkpoints/3/meta.json": b"{}"},
+        {"a": b"a file", "a/b": b"a file in it"},
+        {"x" * 300: b""},
+        {"../outside": b"", "/tmp/../outside": b""},
+    ],
+)
+def test_other_archives_are_refused_and_write_nothing_outside(tmp_path, members):
+    archive_of(tmp_path / "run.zip", members)
+    with pytest.raises(checkpoints.CheckpointError, match="run.zip is not a mirrored run"):
+        loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
+    assert {p.name for p in tmp_path.iterdir()} <= {"run.zip", "run"}
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_lock_in_an_archive_is_not_unpacked(tmp_path):
+    """It would take the place of the file that a running process has locked."""
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(checkpoints.LOCK, "of another process")
+    loop.train(mirrored(file, 3), tmp_path / "again")
+    assert "of another process" not in (tmp_path / "again" / checkpoints.LOCK).read_text()
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"config\.training\.mirror is for a run of one process"):
