@@ -43,9 +43,8 @@ def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
     """
     if not isinstance(spec, str):
         if not callable(spec) and not dataclasses.is_dataclass(spec):
-            raise ValueError(
-                f"{kind} must be a name, or in Python the thing itself, got {spec!r:.80}"
-            )
+            shown = " ".join(repr(spec).split())[:80]
+            raise ValueError(f"{kind} must be a name, or in Python the thing itself, got {shown}")
         return spec
     if spec in built_in:
         return built_in[spec]

@@ -156,7 +156,7 @@ def archive_of(path, members):
 )
 def test_other_archives_are_refused_and_write_nothing_outside(tmp_path, members):
     archive_of(tmp_path / "run.zip", members)
-    with pytest.raises(checkpoints.CheckpointError, match="run.zip is not a mirrored run"):
+    with pytest.raises(checkpoints.CheckpointError, match="is not a mirrored run"):
         loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
     assert {p.name for p in tmp_path.iterdir()} <= {"run.zip", "run"}
     assert not list((tmp_path / "run").glob("*"))

@@ -59,7 +59,10 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if answer:
-            return Ended(**json.loads(answer))
+            answer = json.loads(answer)
+            if answer.pop("held") > MEMORY / 2:  # compiled programs stay in memory
+                self.__exit__()
+            return Ended(**answer)
         self._process.kill()
         self._process.wait()
         status, self._process = self._process.returncode, None
@@ -112,7 +115,7 @@ def _end(request: dict) -> dict:
     from ddpm_jax import main
     from ddpm_jax.files import console
 
-    status, hook = 0, HURT
+    status, hook, before = 0, HURT, _held()
     with _captured() as texts:
         logging.get_absl_handler().python_handler.stream = sys.stderr
         hook.set(request["hurt"])
@@ -136,11 +139,17 @@ def _end(request: dict) -> dict:
         finally:
             hook.set(None)
             console.json_lines(None)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if used > MEMORY:
         texts[1] += f"\nMEMORY: {used / 2**30:.1f} GiB"
         status = 1
-    return {"status": status, "out": texts[0], "err": texts[1], "seconds": 0.0}
+    return {"status": status, "out": texts[0], "err": texts[1], "seconds": 0.0, "held": _held()}
+
+
+def _held() -> int:
+    """The memory that this process holds, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 class _Hook:
