@@ -32,6 +32,7 @@ READ_BY = {  # pattern of files: the commands that read them
     "eval/*nll*": ("nll", "report"),
 }
 BESIDE = ("longer", "report")  # of the rest, which nothing reads: pictures, log.txt
+OLDER = ("checkpoints/3/", "checkpoints/6/")  # than the one from which commands begin
 ASIDE = ("*.damaged*", "*.replaced*")  # what was put aside with a message
 
 # ---- kinds of damage -------------------------------------------------------------------------------
@@ -148,15 +149,10 @@ def all_cases(scratch, many: bool):
         if kind != "double a line" or name.endswith((".json", ".jsonl", ".txt"))
         for command in commands_for(name)
     ]
-    draw = random.Random(0)
-    if many:
-        draw.shuffle(cases)
-        return cases
-    rows = sorted({kind_of(name) for name in names})
-    chosen = []
-    for row in rows:
+    draw, chosen = random.Random(0), []
+    for row in sorted({kind_of(name) for name in names}):
         fitting = [case for case in cases if kind_of(case[0]) == row]
-        chosen += draw.sample(fitting, min(4, len(fitting)))
+        chosen += draw.sample(fitting, min(120 if many else 4, len(fitting)))
     return chosen
 
 
@@ -212,6 +208,8 @@ class Damager:
             return Case(what, "repaired", about)
         mine = {name, *(str(p.relative_to(workdir)) for p in others if kind == "swap")}
         unread = commands_for(name) is BESIDE or command not in commands_for(name)
+        if name.startswith(OLDER):  # more of them stay, so that three are complete
+            unread, wrong = True, [one for one in wrong if not one.startswith(OLDER)]
         outcome = "unread" if unread and set(wrong) <= mine else "refused" if named else "wrong"
         return Case(what, outcome, f"{about}: {wrong} {ended.err} {ended.out}")
 

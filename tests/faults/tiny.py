@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ def contents(workdir: str | os.PathLike, *, pictures: bool = True) -> dict[str, 
             continue
         if name.startswith("checkpoints/"):
             if path.name == "meta.json":
-                found[name] = json.loads(path.read_text())["leaves"]
+                found[name] = _leaves(path)
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             changing = ("images_per_second", "crc32", "time")
@@ -97,6 +98,13 @@ def contents(workdir: str | os.PathLike, *, pictures: bool = True) -> dict[str, 
         elif path.suffix != ".png" or pictures:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def _leaves(path):
+    try:
+        return json.loads(path.read_text())["leaves"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return "damaged"
 
 
 def _arrays(path) -> dict[str, str]:
@@ -125,7 +133,7 @@ def differences(workdir, expected: dict, *, also=()) -> list[str]:
     """
     found = contents(workdir)
     wrong = [n for n in expected | found if found.get(n, "nothing") != expected.get(n, "nothing")]
-    return [n for n in wrong if not any(pathlib.PurePath(n).match(p) for p in also)]
+    return [n for n in wrong if not any(fnmatch.fnmatch(n, p) for p in also)]
 
 
 def leftovers(workdir) -> list[str]:
