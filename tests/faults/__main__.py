@@ -12,6 +12,7 @@ import time
 
 from tests.faults import damages, disks, fuzz, kills
 from tests.faults.report import Case, table
+from tests.faults.room import Room
 from tests.faults.worker import Worker
 
 AT_ONCE = 2  # programs
@@ -62,7 +63,7 @@ def fuzzed(scratch: str, examples: int) -> list[Case]:
     found, shares = [], sum(fuzz.PROPERTIES.values())
     subject = damages.subject(scratch)
     with Worker(scratch) as worker:
-        room = fuzz.Room(scratch, worker, subject)
+        room = Room(scratch, worker, subject)
         for one, share in fuzz.PROPERTIES.items():
             count, what = max(1, examples * share // shares), f"input: {one.__name__}"
             try:
