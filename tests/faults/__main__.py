@@ -47,6 +47,8 @@ def cases(scratch: str, many: bool, parts) -> list[Case]:
                     case = Case("the harness", "wrong", f"{type(error).__name__}: {error}")
                 if case.weight:
                     found.append(case)
+                if len(found) % 50 == 0:
+                    print(f"{len(found)} cases", file=sys.stderr, flush=True)
                 if not case.is_good:
                     print(f"{case.outcome}: {case.about}", file=sys.stderr, flush=True)
 

@@ -91,9 +91,7 @@ def too_large(size: int, name: str, scratch) -> Case:
         tiny.copy(kills.base(scratch), workdir)
     command = kills.command_of(name)
     limit = ("prlimit", f"--fsize={size * 1024}")
-    if wrong := _outcome(
-        what, about, process.run(command, workdir, scratch, prefix=limit), workdir
-    ):
+    if wrong := _outcome(what, about, process.start(command, workdir, scratch, limit), workdir):
         return wrong
 
     def run(argv):

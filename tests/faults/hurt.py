@@ -1,4 +1,7 @@
-"""The real program, which is hurt at a moment: python -m tests.faults.hurt '{"at": 40, …}' ARGUMENTS.
+"""The real program in a process of its own, which is hurt at a moment.
+
+`python -m tests.faults.hurt` imports the program, which takes longer than the run itself, and for each line of its standard
+input forks a process that runs a command line as `python -m ddpm_jax.main` does.
 
 The moment is the number of an operation on files (open for writing, rename, remove, mkdir, rmdir) below a folder, which
 Python's audit hooks count, plus a delay. So moments fall while files are written, and a seed names them.
@@ -25,9 +28,10 @@ class Hurt:
 
     Args:
       folder: operations on files below it are counted.
-      at: the number of the operation, from 1 on; 0 only counts, and writes the number to `count`.
+      at: the number of the operation, from 1 on; 0 only counts.
       delay: seconds from then on.
       signal: the signal that the process gets, or the name of an error that this operation and `times` − 1 after it raise.
+      count: a file that gets the number of operations at the end.
     """
 
     def __init__(self, folder, at=0, delay=0.0, signal=9, times=1, count=None):
@@ -60,8 +64,29 @@ class Hurt:
         os.kill(os.getpid(), self.signal)
 
 
+def child(channel) -> dict:
+    """Reads requests and forks; returns one of them, in the process that is to fulfil it."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            return request
+        print(pid, file=channel, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), file=channel, flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
+    import ddpm_jax.main  # noqa: F401 – in the first process, once
+
+    said = os.fdopen(os.dup(1), "w")
+    asked = child(said)
+    for fd, name in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), fd)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.addaudithook(Hurt(**json.loads(sys.argv.pop(1))))
-    sys.argv[0] = "ddpm_jax.main"
+    if asked["hurt"] is not None:
+        sys.addaudithook(Hurt(**asked["hurt"]))
+    sys.argv = ["ddpm_jax.main", *asked["argv"]]
+    del sys.modules["ddpm_jax.main"]
     runpy.run_module("ddpm_jax.main", run_name="__main__", alter_sys=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import pathlib
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from typing import NamedTuple
 
@@ -40,35 +46,66 @@ class Ended(NamedTuple):
         return None
 
 
-def run(command, workdir, scratch, hurt: dict | None = None, prefix=()) -> Ended:
-    """Runs a command line on a run directory until it ends.
+class Forks:
+    """A process of `hurt`, which has imported the program and forks for each run; one for each thread."""
+
+    def __init__(self, scratch):
+        self._folder = tempfile.mkdtemp(dir=scratch, prefix="output-")
+        self._mother = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.hurt"],
+            cwd=ROOT,
+            env=environment(scratch),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        atexit.register(self._mother.kill)
+
+    def run(self, argv: list[str], hurt: dict | None) -> Ended:
+        files = {name: os.path.join(self._folder, name) for name in ("out", "err")}
+        for path in files.values():
+            pathlib.Path(path).write_text("")
+        begin = time.perf_counter()
+        self._mother.stdin.write(json.dumps({"argv": argv, "hurt": hurt, **files}) + "\n")
+        self._mother.stdin.flush()
+        pid = int(self._mother.stdout.readline())
+        hangs = not select.select([self._mother.stdout], [], [], LIMIT)[0]
+        if hangs:
+            os.kill(pid, signal.SIGKILL)
+        status = int(self._mother.stdout.readline())
+        texts = [pathlib.Path(path).read_text(errors="replace") for path in files.values()]
+        return Ended(None if hangs else status, *texts, time.perf_counter() - begin)
+
+
+_of_thread = threading.local()
+
+
+def run(command, workdir, scratch, hurt: dict | None = None) -> Ended:
+    """Runs a command line on a run directory, in a new process, until it ends.
 
     Args:
       hurt: arguments of `hurt.Hurt`; None for the program as it is.
-      prefix: words before the command, such as those of prlimit.
     """
-    words = ["-m", "ddpm_jax.main"]
-    if hurt is not None:
-        words = ["-m", "tests.faults.hurt", json.dumps({"folder": str(workdir), **hurt})]
+    if getattr(_of_thread, "scratch", None) != scratch:
+        _of_thread.forks, _of_thread.scratch = Forks(scratch), scratch
+    hurt = hurt and {"folder": str(workdir), **hurt}
+    return _of_thread.forks.run(filled(command, workdir), hurt)
+
+
+def start(command, workdir, scratch, prefix=()) -> Ended:
+    """As `run`, but by `python -m ddpm_jax.main`, after words such as those of prlimit."""
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [*prefix, sys.executable, *words, *filled(command, workdir)],
+    ended = subprocess.run(
+        [*prefix, sys.executable, "-m", "ddpm_jax.main", *filled(command, workdir)],
         cwd=ROOT,
         env=environment(scratch),
         text=True,
         errors="replace",
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
+        timeout=LIMIT,
     )
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        status = None
-    return Ended(status, out, err, time.perf_counter() - begin)
+    return Ended(ended.returncode, ended.stdout, ended.stderr, time.perf_counter() - begin)
 
 
 def operations(command, workdir, scratch) -> int:

@@ -71,7 +71,7 @@ def filled(command, workdir) -> list[str]:
 # ---- comparing -------------------------------------------------------------------------------------
 
 
-def contents(workdir: str | os.PathLike, *, pictures: bool = True) -> dict[str, object]:
+def contents(workdir: str | os.PathLike) -> dict[str, object]:
     """{file: what must be equal in it} of a run directory.
 
     A checkpoint is its leaves, an .npz its arrays without the path of the run, a metrics.jsonl its rows without the speed.
@@ -82,29 +82,29 @@ def contents(workdir: str | os.PathLike, *, pictures: bool = True) -> dict[str, 
         name = str(path.relative_to(workdir))
         if path.name in (".lock", "log.txt") or path.suffix == ".html":
             continue
-        if name.startswith("checkpoints/"):
-            if path.name == "meta.json":
-                found[name] = _leaves(path)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            changing = ("images_per_second", "crc32", "time")
-            found[name] = [{k: v for k, v in row.items() if k not in changing} for row in rows]
-        elif path.suffix == ".npz":
-            found[name] = _arrays(path)
-        elif path.suffix == ".json" and path.parent.name == "eval":
-            found[name] = json.dumps(_without_places(json.loads(path.read_text())), sort_keys=True)
-        elif (path.suffix == ".png" and path.name in ("loss.png",)) or path.suffix == ".gif":
-            found[name] = "a picture"
-        elif path.suffix != ".png" or pictures:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if name.startswith("checkpoints/") and path.name != "meta.json":
+            continue
+        try:
+            found[name] = _content(path)
+        except Exception:  # a damaged file, where it does no harm
+            found[name] = f"damaged {hashlib.sha256(path.read_bytes()).hexdigest()}"
     return found
 
 
-def _leaves(path):
-    try:
+def _content(path: pathlib.Path):
+    if path.name == "meta.json":
         return json.loads(path.read_text())["leaves"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return "damaged"
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        changing = ("images_per_second", "crc32", "time")
+        return [{k: v for k, v in row.items() if k not in changing} for row in rows]
+    if path.suffix == ".npz":
+        return _arrays(path)
+    if path.suffix == ".json" and path.parent.name == "eval":
+        return json.dumps(_without_places(json.loads(path.read_text())), sort_keys=True)
+    if path.name == "loss.png":
+        return "a picture"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _arrays(path) -> dict[str, str]:
