@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.faults import damages, fuzz, kills
+from tests.faults import damages, fuzz, kills, process
 from tests.faults.report import Case, table
 from tests.faults.room import Room
 from tests.faults.worker import Worker
@@ -15,7 +15,8 @@ CASES = int(os.environ.get("FUZZ", "220"))
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("faults"))
+    yield str(tmp_path_factory.mktemp("faults"))
+    process.close()
 
 
 @pytest.fixture(scope="module")

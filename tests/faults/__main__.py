@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import queue
+import random
 import sys
 import tempfile
 import threading
@@ -18,25 +20,28 @@ from tests.faults.worker import Worker
 AT_ONCE = 2  # programs
 
 
-def cases(scratch: str, many: bool, parts) -> list[Case]:
-    """Runs all cases, two at a time, and prints those that fail."""
+def cases(scratch: str, many: bool, parts, minutes: float) -> list[Case]:
+    """Runs all cases, two at a time, and prints those that fail; begins none after `minutes`."""
     kills.base(scratch)
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    chosen = []
     if "kills" in parts:
-        for one in kills.all_cases(scratch, many):
-            waiting.put(lambda worker, damager, one=one: one())
+        chosen += [lambda _, __, one=one: one() for one in kills.all_cases(scratch, many)]
     if "disks" in parts:
-        for one in disks.all_cases(scratch, many):
-            waiting.put(lambda worker, damager, one=one: one(worker))
+        chosen += [lambda worker, _, one=one: one(worker) for one in disks.all_cases(scratch, many)]
     if "damages" in parts:
-        for one in damages.all_cases(scratch, many):
-            waiting.put(lambda worker, damager, one=one: damager.run(*one))
+        for case in damages.all_cases(scratch, many):
+            chosen.append(lambda _, damager, case=case: damager.run(*case))
+    random.Random(0).shuffle(chosen)  # so that a part of them is of all kinds
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for one in chosen:
+        waiting.put(one)
+    end = time.monotonic() + 60 * minutes
     found: list[Case] = []
 
     def work(number: int) -> None:
         with Worker(scratch) as worker:
             damager = damages.Damager(scratch, number, worker)
-            while True:
+            while time.monotonic() < end:
                 try:
                     one = waiting.get_nowait()
                 except queue.Empty:
@@ -82,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every case, not only those of CI")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="N cases of nonsense")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after them")
     parser.add_argument("--parts", default="kills,disks,damages", help="with commas")
     parser.add_argument("--scratch", help="a folder for the runs; default: a temporary one")
     flags = parser.parse_args()
@@ -92,7 +98,7 @@ def main() -> None:
         if flags.fuzz:
             found = fuzzed(scratch, flags.fuzz)
         else:
-            found = cases(scratch, flags.all, flags.parts.split(","))
+            found = cases(scratch, flags.all, flags.parts.split(","), flags.minutes)
     print(table(found))
     print(f"\n{time.perf_counter() - begin:.0f} s")
     sys.exit(not all(case.is_good for case in found))

@@ -59,7 +59,13 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        atexit.register(self._mother.kill)
+        _open.append(self)
+
+    def close(self) -> None:
+        self._mother.kill()
+        self._mother.wait()
+        self._mother.stdin.close()
+        self._mother.stdout.close()
 
     def run(self, argv: list[str], hurt: dict | None) -> Ended:
         files = {name: os.path.join(self._folder, name) for name in ("out", "err")}
@@ -78,6 +84,17 @@ class Forks:
 
 
 _of_thread = threading.local()
+_open: list[Forks] = []
+
+
+def close() -> None:
+    """Ends the processes that `run` forks from."""
+    while _open:
+        _open.pop().close()
+    _of_thread.scratch = None
+
+
+atexit.register(close)
 
 
 def run(command, workdir, scratch, hurt: dict | None = None) -> Ended:

@@ -15,6 +15,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 
 from tests.faults.process import Ended
@@ -34,12 +35,7 @@ class Worker:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
+        self.close()
 
     def run(self, argv: list[str], *, check: bool = False, hurt: dict | None = None) -> Ended:
         """Runs a command line.
@@ -61,12 +57,23 @@ class Worker:
         if answer:
             answer = json.loads(answer)
             if answer.pop("held") > MEMORY / 2:  # compiled programs stay in memory
-                self.__exit__()
+                self.close()
             return Ended(**answer)
-        self._process.kill()
-        self._process.wait()
-        status, self._process = self._process.returncode, None
-        return Ended(None if answer is None else -abs(status), "", "ended the worker", LIMIT)
+        status = self.close()
+        return Ended(None if answer is None else status, "", "the interpreter ended", LIMIT)
+
+    def close(self) -> int | None:
+        """Ends the process; returns its exit status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        time.sleep(0.1)  # a crash has its own status
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        return process.returncode
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
