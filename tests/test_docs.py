@@ -20,7 +20,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 COMMANDS = [
     (block, words) for block in BLOCKS if block.language == "bash" for words in block.commands()
 ]
-NOT_RUN = 4
+NOT_RUN = 6
 
 
 def where(block):

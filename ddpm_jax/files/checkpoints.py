@@ -93,8 +93,15 @@ def save(directory: str | os.PathLike, state: Any, *, step: int, keep: int = 3) 
             "free space or correct the permissions, then run the same command again"
         ) from error
     multihost_utils.sync_global_devices(f"saved {path}")  # nothing to do with one process
+    prune(directory, step=step, keep=keep)
+
+
+def prune(directory: str | os.PathLike, *, step: int, keep: int) -> None:
+    """Deletes all checkpoints before the newest `keep` of those up to `step`, as a save does."""
+    directory = Path(directory).absolute()
     complete = [s for s in _steps(directory) if s <= step and _is_complete(directory / str(s))]
-    _remove(directory / str(s) for s in _steps(directory) if s < complete[-keep:][0])
+    oldest = complete[-keep:][:1]
+    _remove(directory / str(s) for s in _steps(directory) if oldest and s < oldest[0])
 
 
 def restore(

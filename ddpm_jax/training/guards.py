@@ -150,13 +150,15 @@ def run_directory(workdir: str):
         yield undo
 
 
-def sweep(workdir: str) -> None:
-    """Removes the unfinished files that a killed training left in its run directory."""
+def sweep(workdir: str, step: int = 0, keep: int = 1) -> None:
+    """Removes what a killed training left in its run directory: unfinished files, and more than `keep` checkpoints up to
+    `step`."""
     leftovers = ("*.tmp", f"{UNPACKED}*", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
     leftovers += ("*.tmp.png", "*.tmp.json", "*.tmp.jsonl")
     for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoints.prune(os.path.join(workdir, "checkpoints"), step=step, keep=keep)
 
 
 def what_is_saved(directory: str) -> str:

@@ -243,7 +243,7 @@ class Trainer:
         if not self.leader:
             return
         self.say.begin()
-        guards.sweep(self.workdir)
+        guards.sweep(self.workdir, self.step, self.length.keep)
         resume.record(self.workdir, self.step, self.changes)
         for line in resume.describe(self.workdir):
             self.say(line)
