@@ -10,6 +10,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_jax.files import config as config_lib
@@ -86,10 +87,12 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
     for path in _files(workdir, "eval", ".json"):
         try:
             result = json.loads(_text(path))
-        except ValueError:  # not written by this program
-            continue
+        except (ValueError, RecursionError):
+            result = None
         if isinstance(result, dict):
             results[os.path.basename(path)[:-5]] = result
+        else:
+            logging.warning("%s is damaged, or of another program, and left out", path)
     for path in _files(workdir, "eval", ".png"):
         drawn = results.get(os.path.basename(path)[:-4], {})
         if not {"curves", "rmse"} & drawn.keys():  # those are redrawn as charts
