@@ -273,13 +273,22 @@ def test_rows_without_a_recipe_are_not_used(tmp_path, capsys):
         recipe.write_text(text)
         with pytest.raises(run_data.RunError, match=f"{recipe} cannot be read; delete"):
             results.in_progress(out, {"a": 1}).__enter__()
-    recipe.unlink()
+    recipe.rename(recipe.with_name("recipe.tmp.json"))
     with results.in_progress(out, {"a": 1}, named=False) as (folder, _):
         assert results.GrowingFile(f"{folder}/images", (2,), np.uint8).count == 0
     assert "was made with other settings" in capsys.readouterr().out
 
 
 # ---- training ----------------------------------------------------------------------------------------
+
+
+def test_a_kill_before_the_recipe_is_written_sets_nothing_aside(tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    (tmp_path / "x.npz.partial").mkdir()
+    (tmp_path / "x.npz.partial" / "recipe.tmp.json").write_text("{")
+    with results.in_progress(str(out), {"a": 1}, named=False):
+        pass
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 def test_sweep_removes_what_a_killed_training_left(tmp_path):

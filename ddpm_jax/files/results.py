@@ -135,7 +135,8 @@ def in_progress(
                 valid = not check or not os.path.exists(tally) or check(read_npz(tally))
                 if not matches(saved) or not valid:
                     set_aside(folder)
-            elif set(os.listdir(folder)) - {checkpoints.LOCK}:  # nothing says what these rows are
+            elif set(os.listdir(folder)) - {checkpoints.LOCK, "recipe.tmp.json"}:
+                # Nothing says what these rows are.
                 set_aside(folder)
             writers.save_text(recipe_path, json.dumps(recipe))
         finally:

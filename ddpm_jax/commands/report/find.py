@@ -89,7 +89,7 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             result = json.loads(_text(path))
         except (ValueError, RecursionError):
             result = None
-        if isinstance(result, dict):
+        if isinstance(result, dict) and _has_whole_curves(result):
             results[os.path.basename(path)[:-5]] = result
         else:
             logging.warning("%s is damaged, or of another program, and left out", path)
@@ -102,6 +102,16 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
     class_names = tuple((run_data.saved_data(workdir) or {}).get("class_names", ()))
     chain = _chain(config, allow_code)
     return Run(workdir, name, config, chain, rows, log, previews, pictures, results, class_names)
+
+
+def _has_whole_curves(result: dict) -> bool:
+    """Whether the curves of a result, if it has some, are numbers and equally long."""
+    curves = result.get("curves", result if "rmse" in result else {})
+    if not isinstance(curves, dict):
+        return False
+    lists = [values for values in curves.values() if isinstance(values, list)]
+    numbers = all(isinstance(x, int | float | None) for values in lists for x in values)
+    return numbers and len(set(map(len, lists))) <= 1
 
 
 def _chain(config, allow_code: bool) -> Schedule | None:
