@@ -76,6 +76,16 @@ def test_numbers_that_json_does_not_know_come_back(tmp_path):
     assert writers.read_metrics(path) == [row]
 
 
+def test_a_missing_file_is_noticed_when_a_run_continues(tmp_path, warned):
+    path = str(tmp_path / "metrics.jsonl")
+    writers.rewind_metrics(path, 0)
+    writers.rewind_metrics(path, 3)
+    assert not warned
+    (tmp_path / "metrics.jsonl").unlink()
+    writers.rewind_metrics(path, 3)
+    assert "metrics.jsonl is missing: its lines up to step 3 are lost" in warned[0]
+
+
 def test_a_row_holds_numbers_only(tmp_path, warned):
     path = str(tmp_path / "metrics.jsonl")
     for loss in ("low", [1.0], {"mean": 1.0}, True, None, 2.0):

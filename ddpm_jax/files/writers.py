@@ -124,6 +124,8 @@ def append_line(path: str, row: Mapping) -> None:
 
 def rewind_metrics(path: str, step: int) -> None:
     """Drops the lines after `step`, which a run resumed at `step` writes again."""
+    if step and not os.path.exists(path):
+        logging.warning("%s is missing: its lines up to step %d are lost", path, step)
     save_text(path, "".join(to_line(row) for row in read_metrics(path) if row["step"] <= step))
 
 

@@ -122,11 +122,16 @@ def kind_of(name: str) -> str:
     return f"{parts[0]}/*{end}" if len(parts) > 1 else "pictures" if end == ".png" else name
 
 
+def is_read(name: str) -> bool:
+    """Whether a command reads a file."""
+    pictures = name.endswith((".png", ".html"))
+    return not pictures and any(fnmatch.fnmatch(name, pattern) for pattern in READ_BY)
+
+
 def commands_for(name: str) -> tuple[str, ...]:
-    for pattern, commands in READ_BY.items():
-        if fnmatch.fnmatch(name, pattern) and not name.endswith((".png", ".html")):
-            return commands
-    return BESIDE
+    if not is_read(name):
+        return BESIDE
+    return next(READ_BY[pattern] for pattern in READ_BY if fnmatch.fnmatch(name, pattern))
 
 
 def like(workdir, name: str) -> list[pathlib.Path]:
@@ -206,7 +211,7 @@ class Damager:
             return Case(what, "refused" if named else "wrong", f"{about}: {line}")
         if command == "report":
             # Pictures, the log and the .json of results are shown as they are.
-            shown = commands_for(name) is BESIDE or name.startswith("eval/") or kind == "delete"
+            shown = not is_read(name) or name.startswith("eval/") or kind == "delete"
             same = page(workdir) == report
             outcome = "repaired" if same else "refused" if named else "unread" if shown else "wrong"
             return Case(what, outcome, f"{about}: {ended.err}")
@@ -214,7 +219,7 @@ class Damager:
         if not wrong:
             return Case(what, "repaired", about)
         mine = {name, *(str(p.relative_to(workdir)) for p in others if kind == "swap")}
-        unread = commands_for(name) is BESIDE or command not in commands_for(name)
+        unread = not is_read(name) or command not in commands_for(name)
         if name.startswith(OLDER):  # more of them stay, so that three are complete
             unread, wrong = True, [one for one in wrong if not one.startswith(OLDER)]
         outcome = "unread" if unread and set(wrong) <= mine else "refused" if named else "wrong"

@@ -39,7 +39,7 @@ def table(cases: Iterable[Case]) -> str:
         row[column] += 1
         row["hurt"] += case.weight
     lines = [
-        f"| what was hurt | cases | {' | '.join(COLUMNS.values())} |",
+        f"| what was hurt | times | {' | '.join(COLUMNS.values())} |",
         f"|---|---{'|---' * len(COLUMNS)}|",
     ]
     total = collections.Counter()
