@@ -76,14 +76,22 @@ def test_numbers_that_json_does_not_know_come_back(tmp_path):
     assert writers.read_metrics(path) == [row]
 
 
-def test_a_missing_file_is_noticed_when_a_run_continues(tmp_path, warned):
-    path = str(tmp_path / "metrics.jsonl")
-    writers.rewind_metrics(path, 0)
-    writers.rewind_metrics(path, 3)
-    assert not warned
-    (tmp_path / "metrics.jsonl").unlink()
-    writers.rewind_metrics(path, 3)
-    assert "metrics.jsonl is missing: its lines up to step 3 are lost" in warned[0]
+def test_missing_lines_are_noticed_when_a_run_continues(metrics, warned):
+    for step in (9, 19, 29, 40, 49):
+        content = metrics.read_bytes()
+        writers.rewind_metrics(str(metrics), step, 10)
+        assert not warned and steps(metrics) == [one for one in (10, 20, 30, 40) if one <= step]
+        metrics.write_bytes(content)
+    writers.rewind_metrics(str(metrics), 50, 10)
+    assert "metrics.jsonl has no line from step 41 to step 50" in warned.pop()
+    for content in (b"", b"[]", b"\0" * 9):
+        metrics.write_bytes(content)
+        writers.rewind_metrics(str(metrics), 20, 10)
+        assert "metrics.jsonl has no line from step 1 to step 20" in warned.pop()
+        assert metrics.read_bytes() == b""
+    metrics.unlink()
+    writers.rewind_metrics(str(metrics), 20, 10)
+    assert "has no line from step 1 to step 20" in warned.pop()
 
 
 def test_a_row_holds_numbers_only(tmp_path, warned):

@@ -122,11 +122,13 @@ def append_line(path: str, row: Mapping) -> None:
             raise
 
 
-def rewind_metrics(path: str, step: int) -> None:
-    """Drops the lines after `step`, which a run resumed at `step` writes again."""
-    if step and not os.path.exists(path):
-        logging.warning("%s is missing: its lines up to step %d are lost", path, step)
-    save_text(path, "".join(to_line(row) for row in read_metrics(path) if row["step"] <= step))
+def rewind_metrics(path: str, step: int, log_every: int) -> None:
+    """Drops the lines after `step`, which a run resumed at `step` writes again; warns if earlier ones are missing."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    last = rows[-1]["step"] if rows else 0
+    if step - last >= log_every:
+        logging.warning("%s has no line from step %d to step %d", path, last + 1, step)
+    save_text(path, "".join(map(to_line, rows)))
 
 
 def save_bytes(path: str, content: bytes) -> None:

@@ -252,7 +252,7 @@ class Trainer:
             run_data.save_data(self.workdir, self.dataset)
         more = self.config.seed, self.length.batch_size
         preview.save_first(self.workdir, self.method, self.dataset, self.keys, *more)
-        writers.rewind_metrics(self.path("metrics.jsonl"), self.step)
+        writers.rewind_metrics(self.path("metrics.jsonl"), self.step, self.length.log_every)
         self.loggers.begin(self.step)
         self.profiler.begin(self.step)
 

@@ -31,6 +31,10 @@ READ_BY = {  # pattern of files: the commands that read them
     "eval/*metrics*.json": ("eval", "report"),
     "eval/*nll*": ("nll", "report"),
 }
+HARMLESS = (  # the file stays as it is, and the result is the same
+    ("data.json", "delete"),  # the remedy that its error names
+    ("history.jsonl", "double a line"),  # the same change twice is one change
+)
 BESIDE = ("longer", "report")  # of the rest, which nothing reads: pictures, log.txt
 OLDER = "checkpoints/6/"  # than the one from which commands begin
 ASIDE = ("*.damaged*", "*.replaced*")  # what was put aside with a message
@@ -210,8 +214,9 @@ class Damager:
             named |= workdir in line
             return Case(what, "refused" if named else "wrong", f"{about}: {line}")
         if command == "report":
-            # Pictures, the log and the .json of results are shown as they are.
-            shown = not is_read(name) or name.startswith("eval/") or kind == "delete"
+            lost = kind == "delete" or (kind == "truncate" and name == "metrics.jsonl")
+            # A report has less to show, and a kill cuts a line short, too. Pictures, the log and the .json of results are shown as they are.
+            shown = not is_read(name) or name.startswith("eval/") or lost
             same = page(workdir) == report
             outcome = "repaired" if same else "refused" if named else "unread" if shown else "wrong"
             return Case(what, outcome, f"{about}: {ended.err}")
@@ -220,6 +225,8 @@ class Damager:
             return Case(what, "repaired", about)
         mine = {name, *(str(p.relative_to(workdir)) for p in others if kind == "swap")}
         unread = not is_read(name) or command not in commands_for(name)
+        if wrong == [name] and (name, kind) in HARMLESS:
+            return Case(what, "repaired", about)
         if name.startswith(OLDER):  # more of them stay, so that three are complete
             unread, wrong = True, [one for one in wrong if not one.startswith(OLDER)]
         outcome = "unread" if unread and set(wrong) <= mine else "refused" if named else "wrong"
