@@ -8,7 +8,7 @@ from setuptools import find_namespace_packages, setup
 VERSION = re.search(
     r'__version__ = "(.*)"', Path("ddpm_jax/__init__.py").read_text(encoding="utf-8")
 )[1]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.10"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10"]
 PRETRAINED = ["safetensors>=0.4", "huggingface_hub>=0.24"]
 LOGGERS = ["tensorboard>=2.18", "wandb>=0.18"]
 MP4 = ["imageio-ffmpeg>=0.5"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from ddpm_jax.data import check_image_shape
 from ddpm_jax.options import AtLeast, bind, errors_at
 
 FIELDS = ("flip", "shift")  # the options of `augmented`
@@ -59,9 +60,9 @@ def of(section: Any) -> dict[str, Any]:
     """
     values = {name: section[name] for name in FIELDS if section.get(name) is not None}
     values = bind(augmented, values, "config.data", given=("keys", "images"))
-    if section.image_shape is not None:
+    if section.get("image_shape") is not None:
         with errors_at("config.data"):
-            check(section.image_shape, **values)
+            check(check_image_shape(section.image_shape), **values)
     return values
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from ddpm_jax import augmentation, options
+from ddpm_jax import augmentation, hints, options
 from ddpm_jax.method import Method, check_shape, fold_in_each
 from ddpm_jax.names import check_choice, check_takes, described, find
 from ddpm_jax.networks import check_network, init_params, make_network
@@ -380,18 +380,18 @@ class DDPM(Method):
         """
         if config.data.get("image_shape") is None:
             raise ConfigError("config.data.image_shape is missing; set it, such as (32, 32, 3)")
-        image_shape = tuple(config.data.image_shape)
+        changes, image_shape = augmentation.of(config.data), tuple(config.data.image_shape)
         with options.errors_at("config.schedule"):
-            schedule = schedules.make(**config.schedule)
-        network = make_network(config.model, image_shape)
+            schedule = schedules.make(**{"name": None} | hints.fields(config.get("schedule")))
+        network = make_network(config.get("model"), image_shape)
         return options.build(
             cls,
-            config.diffusion,
+            config.get("diffusion"),
             "config.diffusion",
             schedule=schedule,
             network=network,
             image_shape=image_shape,
-            **augmentation.of(config.data),
+            **changes,
         )
 
 

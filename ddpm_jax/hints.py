@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 
+def fields(values: Any) -> dict[str, Any]:
+    """The fields of a dict, or of a section of a config; raises ValueError for anything else."""
+    if not hasattr(values, "items"):
+        raise ValueError(f"it must hold fields, got {values!r:.80}")
+    return dict(values)
+
+
 def alternatives(hint: Any) -> tuple:
     """The types of a union, or the type itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

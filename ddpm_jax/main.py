@@ -52,10 +52,7 @@ def execute(request: Request) -> Any:
     parallel.enable_compilation_cache()
     parameters = inspect.signature(command).parameters
     if "config" in parameters:
-        workdir, settings = request.workdir(), request.config()
-        if settings is None and mode != "import":
-            what = "training" if mode == "train" else f"--mode={mode}"
-            raise ConfigError(f"{what} needs --config=configs/NAME.py")
+        workdir, settings = request.workdir(), _config_of(request)
         kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
         return command(settings, *([workdir] if "workdir" in parameters else []), **kwargs)
     workdir, settings = request.workdir(), request.config()
@@ -74,6 +71,15 @@ def execute(request: Request) -> Any:
         return command(run, **arguments(command, run, request.values(command), "--"))
 
 
+def _config_of(request: Request) -> Any:
+    """The config of a command that needs one; None for an import without one."""
+    settings = request.config()
+    if settings is None and request.mode != "import":
+        what = "training" if request.mode == "train" else f"--mode={request.mode}"
+        raise ConfigError(f"{what} needs --config=configs/NAME.py")
+    return settings
+
+
 def check(argv: list[str], method: Method | None = None) -> Method | None:
     """Checks a command line without running it: a training with its model, or a command on a run of `method`.
 
@@ -87,7 +93,7 @@ def check(argv: list[str], method: Method | None = None) -> Method | None:
     command = modes.COMMANDS[request.mode]
     kwargs = options.bind(command, request.values(command), "--", given=modes.POSITIONAL)
     if request.mode == "train":
-        return loop.check(request.config())
+        return loop.check(_config_of(request))
     for name in ("sampling", "bounding") if method is not None else ():
         if name in kwargs and analytic.variance_of(kwargs[name]) != "analytic":  # not measured yet
             preview.check_sampling(method, kwargs[name], name)
@@ -216,7 +222,9 @@ def main(argv: list[str] | None = None, *, mode: str | None = None) -> None:
 def explain(error: Exception) -> str | None:
     """An error in one line; None for a mistake of this program."""
     if isinstance(error, USER_ERRORS):
-        return str(error)
+        return " ".join(str(error).splitlines())  # what a user has written may have several
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}"
     if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
         line = str(error).partition(" (set ")[0].replace("\n", " ")
         return f"{line}; JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}: unset it, or name what is there"

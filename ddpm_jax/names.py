@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -41,6 +42,9 @@ def find(spec: Any, built_in: Mapping[str, Any], kind: str) -> Any:
       ValueError: one line: an unknown name, with the nearest one, an unknown module, or no such NAME in it.
     """
     if not isinstance(spec, str):
+        if not callable(spec) and not dataclasses.is_dataclass(spec):
+            shown = " ".join(repr(spec).split())[:80]
+            raise ValueError(f"{kind} must be a name, or in Python the thing itself, got {shown}")
         return spec
     if spec in built_in:
         return built_in[spec]

@@ -202,8 +202,8 @@ def bind(target: Callable, values: Mapping[str, Any], where: str, *, given=()) -
       ConfigError: a name that the target does not take (with the nearest that it does), one that it needs and is not
         there, or a value of another type.
     """
-    left = dict(values)
     with _at(where):
+        left = hints.fields(values)
         kwargs = _bind(target, left, where, frozenset(given))
     if left:
         raise ConfigError(_unknown(target, next(iter(left)), values, where, given))

@@ -19,7 +19,8 @@ import optax
 import pytest
 
 from ddpm_jax.files import checkpoints
-from ddpm_jax.files.checkpoints import CheckpointError, latest_step, lock, restore, save
+from ddpm_jax.files.checkpoints import CheckpointError, latest_step, prune, restore, save
+from ddpm_jax.files.locks import lock
 
 
 class State(NamedTuple):
@@ -122,6 +123,22 @@ def test_round_trip(saved, warned):
     assert_restores(saved, 3)
     assert_restores(saved, 1, step=1)
     assert not warned
+
+
+def test_a_kill_before_the_old_ones_are_deleted(run):
+    """The next start deletes them; not if the newest are newer than the step from which it continues, or damaged."""
+    prune(run, step=3, keep=3)
+    assert names(run) == ["1", "2", "3"]
+    (run / "2" / "meta.json").unlink()
+    prune(run, step=2, keep=1)
+    assert names(run) == ["1", "2", "3"]
+    prune(run, step=3, keep=2)
+    assert names(run) == ["1", "2", "3"]
+    prune(run, step=3, keep=1)
+    assert names(run) == ["3"]
+    prune(run / "none", step=3, keep=1)
+    prune(run, step=0, keep=1)
+    assert names(run) == ["3"]
 
 
 def test_device_arrays_and_python_numbers(tmp_path):
@@ -353,7 +370,7 @@ def test_two_leaves_of_one_path(tmp_path):
 
 def start(code: str, directory: Path) -> subprocess.Popen:
     """A second process that works on `directory`."""
-    imports = "import sys, time, pathlib, numpy as np\nfrom ddpm_jax.files.checkpoints import *\n"
+    imports = "import sys, time, pathlib, numpy as np\nfrom ddpm_jax.files.checkpoints import *\nfrom ddpm_jax.files.locks import lock\n"
     return subprocess.Popen(
         [
             sys.executable,

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from absl import logging
 
-from ddpm_jax import main
+from ddpm_jax import data, main
 from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import results, writers
+from ddpm_jax.files import results, run_data, writers
+from ddpm_jax.method import from_config
 from ddpm_jax.options import ConfigError
-from ddpm_jax.training import guards
+from ddpm_jax.training import guards, resume
 from ddpm_jax.training.loop import train
 
 
@@ -70,9 +71,56 @@ def test_lines_that_are_doubled_cut_or_empty(metrics, warned):
 
 def test_numbers_that_json_does_not_know_come_back(tmp_path):
     path = str(tmp_path / "m.jsonl")
-    row = {"step": 1, "loss": float("inf"), "tiny": 5e-324, "third": 1 / 3, "name": "ε"}
+    row = {"step": 1, "loss": float("inf"), "tiny": 5e-324, "third": 1 / 3, "ε": 0}
     writers.append_line(path, row)
     assert writers.read_metrics(path) == [row]
+
+
+def test_missing_lines_are_noticed_when_a_run_continues(metrics, warned):
+    for step in (9, 19, 29, 40, 49):
+        content = metrics.read_bytes()
+        writers.rewind_metrics(str(metrics), step, 10)
+        assert not warned and steps(metrics) == [one for one in (10, 20, 30, 40) if one <= step]
+        metrics.write_bytes(content)
+    writers.rewind_metrics(str(metrics), 50, 10)
+    assert "metrics.jsonl has no line from step 41 to step 50" in warned.pop()
+    for content in (b"", b"[]", b"\0" * 9):
+        metrics.write_bytes(content)
+        writers.rewind_metrics(str(metrics), 20, 10)
+        assert "metrics.jsonl has no line from step 1 to step 20" in warned.pop()
+        assert metrics.read_bytes() == b""
+    metrics.unlink()
+    writers.rewind_metrics(str(metrics), 20, 10)
+    assert "has no line from step 1 to step 20" in warned.pop()
+
+
+def test_a_row_holds_numbers_only(tmp_path, warned):
+    path = str(tmp_path / "metrics.jsonl")
+    for loss in ("low", [1.0], {"mean": 1.0}, True, None, 2.0):
+        writers.append_line(path, {"step": 1, "loss": loss})
+        writers.append_line(path, {"step": 2})
+    assert [row["step"] for row in writers.read_metrics(path)] == [2]
+    assert "line 1 holds more than numbers" in warned[0]
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    """A file that is full; the error of an open file has no name."""
+    (tmp_path / "full").symlink_to("/dev/full")
+    path = str(tmp_path / "full")
+    rows = results.GrowingFile(str(tmp_path / "rows"), (2,), np.uint8)
+    rows._path = path
+
+    def write(temporary):
+        with open(path, "w") as file:
+            file.write("x")
+
+    for save in (
+        lambda: writers.append_line(path, {"step": 1}),
+        lambda: rows.append(np.ones((1, 2))),
+        lambda: writers.replace(path, write),
+    ):
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            save()
 
 
 # ---- config.json -------------------------------------------------------------------------------------
@@ -113,6 +161,81 @@ def test_a_config_that_is_changed_on_purpose(tmp_path):
         path.write_text(content)
         with pytest.raises(ConfigError, match="cannot read the config"):
             config_lib.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"data": None}, "is not the config of a run"),
+        ({"optimizer": [1]}, "is not the config of a run"),
+        ({"params/a.b": 1}, "cannot read the config"),
+        ({"__class__": 1}, "cannot read the config"),
+        ({"diffusion": True}, "config.diffusion: it must hold fields, got True"),
+        ({"schedule": [1, 2]}, "config.schedule: it must hold fields"),
+        ({"schedule": {"end": 0.5}}, "config.schedule: schedule must be a name"),
+        ({"schedule": {"name": {"a": 1}}}, "config.schedule: schedule must be a name"),
+        ({"schedule": {"name": "linear", "num_timesteps": "9"}}, "num_timesteps must be a whole"),
+        ({"schedule": {"name": "linear", "num_timesteps": 10**15}}, "at least 1, at most 1e6"),
+        ({"model": None}, "config.model: it must hold fields, got None"),
+        ({"method": 3}, "config.method must be a module"),
+    ],
+)
+def test_a_config_of_the_wrong_structure(change, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(digits.get_config("smoke").to_dict() | change, default=list))
+    with pytest.raises(ConfigError, match=words) as caught:
+        from_config(config_lib.load(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[8, 8], [8, 8, 0], 8, "8,8,1", [8, 8, True, 1], [8.0, 8, 1], []])
+def test_an_image_shape_that_is_none(shape):
+    config = digits.get_config("smoke")
+    with config.data.ignore_type():
+        config.data.image_shape = shape
+    with pytest.raises(ConfigError, match=r"config.data: image_shape is .*, expected"):
+        from_config(config)
+
+
+# ---- data.json and history.jsonl ----------------------------------------------------------------------
+
+
+def test_every_changed_byte_of_data_json_is_refused(tmp_path):
+    path = tmp_path / "data.json"
+    run_data.save_data(str(tmp_path), data.load("digits"))
+    content, before, draw = path.read_bytes(), run_data.saved_data(str(tmp_path)), random.Random(0)
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        if b'"sha256"' not in changed:
+            continue  # an unknown name, as in a newer version
+        path.write_bytes(changed)
+        try:
+            assert run_data.saved_data(str(tmp_path)) == before
+        except run_data.RunError as error:
+            assert str(path) in str(error)
+    for text in ("[]", "3", "null", "", '{"class_names": [1]}', '{"class_names": 3}', "[" * 99_999):
+        path.write_text(text)
+        with pytest.raises(run_data.RunError, match="cannot be read"):
+            run_data.saved_data(str(tmp_path))
+
+
+def test_a_damaged_history_is_refused(tmp_path):
+    """A change that was left out would continue the run with other settings."""
+    path = tmp_path / "history.jsonl"
+    changes = [resume.Changed("optimizer.learning_rate", 1e-3, 1e-4)]
+    resume.record(str(tmp_path), 5, changes[:1])
+    resume.record(str(tmp_path), 6, changes[:1])
+    assert len(resume.history(str(tmp_path))) == 2
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = [writers.to_line(row).encode() for row in ({"step": 1}, {"field": "optimizer.x"})]
+    whole = {"step": 1, "old": 1, "new": 2, "time": ""}
+    for field in ("seed", 3, None, "optimizer.a.b", "data.name"):
+        bad.append(writers.to_line(whole | {"field": field}).encode())
+    for line in (*bad, b"\n", lines[0][:-9], lines[0][:-9] + b"\n", b"[]\n"):
+        path.write_bytes(lines[0] + line)
+        with pytest.raises(ConfigError, match=f"{path}, line 2 is damaged"):
+            resume.history(str(tmp_path))
 
 
 # ---- unfinished results ------------------------------------------------------------------------------
@@ -163,7 +286,12 @@ def test_rows_without_a_recipe_are_not_used(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), results.in_progress(out, {"a": 1}) as (folder, _):
         results.GrowingFile(f"{folder}/images", (2,), np.uint8).append(np.ones((3, 2), np.uint8))
         raise KeyboardInterrupt
-    (tmp_path / "x.npz.partial" / "recipe.json").unlink()
+    recipe = tmp_path / "x.npz.partial" / "recipe.json"
+    for text in ("", "{", "[" * 99_999):
+        recipe.write_text(text)
+        with pytest.raises(run_data.RunError, match=f"{recipe} cannot be read; delete"):
+            results.in_progress(out, {"a": 1}).__enter__()
+    recipe.rename(recipe.with_name("recipe.tmp.json"))
     with results.in_progress(out, {"a": 1}, named=False) as (folder, _):
         assert results.GrowingFile(f"{folder}/images", (2,), np.uint8).count == 0
     assert "was made with other settings" in capsys.readouterr().out
@@ -172,10 +300,25 @@ def test_rows_without_a_recipe_are_not_used(tmp_path, capsys):
 # ---- training ----------------------------------------------------------------------------------------
 
 
+def test_a_kill_before_the_recipe_is_written_sets_nothing_aside(tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    (tmp_path / "x.npz.partial").mkdir()
+    (tmp_path / "x.npz.partial" / "recipe.tmp.json").write_text("{")
+    with results.in_progress(str(out), {"a": 1}, named=False):
+        pass
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
 def test_sweep_removes_what_a_killed_training_left(tmp_path):
     for name in ("samples", "checkpoints/5", "checkpoints/6.tmp/state"):
         (tmp_path / name).mkdir(parents=True)
-    left = ("config.json.tmp", "loss.tmp.png", "samples/step_00000010.tmp.png")
+    left = (
+        "config.json.tmp",
+        "data.tmp.json",
+        "history.tmp.jsonl",
+        "loss.tmp.png",
+        "samples/step_00000010.tmp.png",
+    )
     stay = ("config.json", "samples/mine.tmp.png", "report.tmp.html", "samples/step_00000010.png")
     for name in (*left, *stay):
         (tmp_path / name).touch()

@@ -20,7 +20,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 COMMANDS = [
     (block, words) for block in BLOCKS if block.language == "bash" for words in block.commands()
 ]
-NOT_RUN = 8
+NOT_RUN = 10
 
 
 def where(block):

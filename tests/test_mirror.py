@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 from test_train import make_config, metrics, same
 
-from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.files import checkpoints, locks, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import loop
@@ -71,7 +71,7 @@ def test_the_mirror_holds_one_checkpoint_and_neither_drawn_images_nor_itself(tmp
     names = zipfile.ZipFile(file).namelist()
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"6"}
     assert {"config.json", "data.json", "metrics.jsonl", "log.txt"} <= set(names)
-    assert not {checkpoints.LOCK, "samples/many.npz", "copy.zip"} & set(names)
+    assert not {locks.LOCK, "samples/many.npz", "copy.zip"} & set(names)
     assert not [name for name in names if name.endswith(".zip")]
 
 
@@ -134,6 +134,42 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, name, content, error,
         loop.train(mirrored(tmp_path / name), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").glob("*"))
+
+
+def archive_of(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"checkpoints": b"a file"},
+        {"checkpoints/x/meta.json": b"{}"},
+        {"checkpoints/3/meta.json": b"{}"},
+        {"a": b"a file", "a/b": b"a file in it"},
+        {"x" * 300: b""},
+        {"../outside": b"", "/tmp/../outside": b""},
+    ],
+)
+def test_other_archives_are_refused_and_write_nothing_outside(tmp_path, members):
+    archive_of(tmp_path / "run.zip", members)
+    with pytest.raises(checkpoints.CheckpointError, match="is not a mirrored run"):
+        loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
+    assert {p.name for p in tmp_path.iterdir()} <= {"run.zip", "run"}
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_lock_in_an_archive_is_not_unpacked(tmp_path):
+    """It would take the place of the file that a running process has locked."""
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(locks.LOCK, "of another process")
+    loop.train(mirrored(file, 3), tmp_path / "again")
+    assert "of another process" not in (tmp_path / "again" / locks.LOCK).read_text()
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -11,12 +11,14 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging
 from running import call
 from test_edit import make_config
 
 from ddpm_jax.commands.report import arrange, blocks, charts, render, results, words
 from ddpm_jax.commands.report import report as write_report
 from ddpm_jax.commands.report.find import find
+from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import writers
 from ddpm_jax.files.run_data import RunError
@@ -536,3 +538,27 @@ def test_the_rows_of_table_4():
     assert results.tenths(1000) == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
     assert results.tenths(4) == [4, 3, 2, 1]
     assert results.rmse(np.array([4.0])) == 255.0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 99_999,
+        '{"curves": 3}',
+        '{"curves": {"timesteps": [0, 1], "terms": [1.0]}}',
+        '{"curves": {"timesteps": ["x"]}}',
+        '{"rmse": [1, 2], "rate": [1]}',
+    ],
+)
+def test_a_damaged_result_is_left_out_and_named(content, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    config_lib.save(digits.get_config("smoke"), str(tmp_path / "config.json"))
+    writers.append_line(str(tmp_path / "metrics.jsonl"), {"step": 1, "loss": 1.0})
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "good.json").write_text('{"curves": {"timesteps": [0], "terms": [null]}}')
+    (tmp_path / "eval" / "bad.json").write_text(content)
+    assert list(find(str(tmp_path)).results) == ["good"]
+    assert len(lines) == 1 and "bad.json is damaged" in lines[0]

@@ -15,6 +15,8 @@ from ddpm_jax.configs import digits
 from ddpm_jax.files import writers
 from ddpm_jax.training import loop
 
+pytestmark = pytest.mark.once
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 RELATIVE = (
     4 * 2.0**-23

@@ -195,7 +195,9 @@ def test_parts_of_this_installation_need_no_permission():
 )
 def test_a_history_changes_only_what_can_change(change, run):
     writers.append_line(str(run / "history.jsonl"), {"step": 1, "time": "", **change})
-    with pytest.raises(ConfigError, match=r"history\.jsonl, line 1 is not a change that --change"):
+    with pytest.raises(
+        ConfigError, match=r"history\.jsonl, line 1 is damaged, or is not a change that --change"
+    ):
         loop.train(training(run), run)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.configs import digits
-from ddpm_jax.files import checkpoints, runs, writers
+from ddpm_jax.files import checkpoints, locks, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
@@ -167,7 +167,7 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    with checkpoints.lock(tmp_path):
+    with locks.lock(tmp_path):
         code = (
             "import sys; sys.path[:0] = sys.argv[1:3]; import test_train\n"
             "test_train.loop.train(test_train.make_config(), sys.argv[3])"
@@ -329,7 +329,7 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, there
         (workdir / "notes.txt").write_text("mine")
 
     def files():
-        found = (path for path in tmp_path.rglob("*") if path.name != checkpoints.LOCK)
+        found = (path for path in tmp_path.rglob("*") if path.name != locks.LOCK)
         return {path: path.read_bytes() if path.is_file() else None for path in found}
 
     before = files()

@@ -16,6 +16,7 @@ import json
 import os
 
 import numpy as np
+from absl import logging
 
 from ddpm_jax import options
 from ddpm_jax.commands import analytic
@@ -186,14 +187,18 @@ def _in_context(result: Evaluation) -> str:
     parts, recipe = ["for comparison, uniform noise costs 8 bits/dim"], result.recipe
     own = f"_nll_{recipe['split']}_"
     folder, name = os.path.split(f"{result.path[:-4]}.json")
-    of_train, found = os.path.join(folder, name.replace(own, "_nll_train_")), {}
+    of_train, value = os.path.join(folder, name.replace(own, "_nll_train_")), ""
     if recipe["split"] != "train" and os.path.exists(of_train):
-        with open(of_train, encoding="utf-8") as file:
-            found = json.load(file)
-    same = ("weights_sha256", "chosen")
-    if found and all(found["recipe"].get(name) == recipe[name] for name in same):
-        value = plus_minus(found["total"], found["total_stderr"])
-        parts.append(f"{found['num_images']} training images {value}")
+        try:
+            with open(of_train, encoding="utf-8") as file:
+                found = json.load(file)
+            if all(found["recipe"][name] == recipe[name] for name in ("weights_sha256", "chosen")):
+                value = plus_minus(found["total"], found["total_stderr"])
+                value = f"{found['num_images']} training images {value}"
+        except (ValueError, LookupError, TypeError, RecursionError):
+            logging.warning("%s is damaged and not compared with", of_train)
+    if value:
+        parts.append(value)
     elif recipe["split"] != "train":
         parts.append("for the bound of training images, use --split=train")
     rows = writers.read_metrics(os.path.join(recipe["workdir"], "metrics.jsonl"))

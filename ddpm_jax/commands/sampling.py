@@ -224,9 +224,10 @@ class _Latents:
         model, arrays = shared.diffusion_of(run), results.read_npz(path)
         try:
             latents, recipe = arrays["latents"], json.loads(str(arrays["recipe"]))
-            if not len(latents) == len(arrays["labels"]) > 0:
+            recipe = dict(recipe)
+            if latents.dtype.kind != "f" or not len(latents) == len(arrays["labels"]) > 0:
                 raise ValueError
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise RunError(f"{path} contains no latents; --mode=encode makes such files") from None
         if latents.shape[1:] != run.method.image_shape:
             raise RunError(

@@ -9,7 +9,14 @@ from ddpm_jax.data.archives import damage, download
 from ddpm_jax.data.arrays import open_npz
 from ddpm_jax.data.batching import batch_indices, batches, choose
 from ddpm_jax.data.dataset import NO_LABEL, DataError, Dataset, image_digests, renumbered
-from ddpm_jax.data.loading import BUILT_IN, WITH_PATH, Loader, load, survey
+from ddpm_jax.data.loading import (
+    BUILT_IN,
+    WITH_PATH,
+    Loader,
+    check_image_shape,
+    load,
+    survey,
+)
 from ddpm_jax.data.pictures import CannotDecode, picture, picture_endings
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "Loader",
     "batch_indices",
     "batches",
+    "check_image_shape",
     "choose",
     "damage",
     "download",

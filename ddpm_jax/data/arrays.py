@@ -67,7 +67,8 @@ def open_npz(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
                 f"its arrays take {size / 1e9:.0f} GB, more than this machine's memory"
             )
         raw.seek(0)
-        with np.load(raw, allow_pickle=False) as arrays:
+        # A header may name any shape.
+        with np.errstate(over="ignore"), np.load(raw, allow_pickle=False) as arrays:
             yield arrays
 
 

@@ -91,7 +91,12 @@ def load(
         DataError: one line: what is wrong with the data or the arguments.
     """
     kind, _, path = name.partition(":")
-    root, shape = _user_path(data_dir), _checked_shape(image_shape)
+    root, shape = _user_path(data_dir), None
+    if image_shape is not None:
+        try:
+            shape = check_image_shape(image_shape)
+        except ValueError as error:
+            raise DataError(str(error)) from None
     colour, found = _checked_colour(background), None
     try:
         if kind == "image_folder":
@@ -257,13 +262,16 @@ def _user_path(text) -> Path:
     return Path(os.path.expanduser(text))  # does not fail for ~nobody, unlike Path.expanduser
 
 
-def _checked_shape(shape):
-    if shape is None:
-        return None
-    shape = tuple(shape)
-    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
-        raise DataError(f"image_shape is {shape}, expected (height, width, channels)")
-    return shape
+def check_image_shape(shape) -> tuple[int, int, int]:
+    """An image_shape (height, width, channels), after a check.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    if len(sizes) != 3 or any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise ValueError(f"image_shape is {shape!r:.80}, expected (height, width, channels)")
+    return sizes
 
 
 def _checked_colour(background):

@@ -9,16 +9,13 @@ With several processes, all call `save` and `restore` with the same host values 
 writes.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ddpm_jax import processes
-from ddpm_jax.files.writers import free_space, named, sync
+from ddpm_jax.files.writers import free_space, sync
 
 # orbax writes to absl's logger: dozens of INFO lines per checkpoint, warnings that synchronous saving is slow
 # (0.11.25), and a traceback for a full disk, which it also raises.
@@ -39,7 +36,6 @@ logging.get_absl_logger().addFilter(
 )
 
 
-LOCK = ".lock"  # name of the file that `lock` locks
 RENAMED = {"memory": "loss_state"}  # first parts of leaf names in older checkpoints, and today's
 
 
@@ -117,11 +113,20 @@ def save(
     processes.barrier(f"saved {path}")
     if not processes.is_first():
         return ""
+    best, value = prune(directory, step=step, keep=keep, keep_best=keep_best)
+    return f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
+
+
+def prune(
+    directory: str | os.PathLike, *, step: int, keep: int, keep_best: str | None = None
+) -> tuple[int | None, float]:
+    """Deletes checkpoints as a save does, and returns the step and the value of the best."""
+    directory = Path(directory).absolute()
     best, value = best_of(directory, keep_best) or (None, 0.0)
     newest = [s for s in complete_steps(directory) if s <= step][-keep:]
-    old = (s for s in _steps(directory) if s < newest[0] and s != best)
+    old = (s for s in _steps(directory) if newest and s < newest[0] and s != best)
     _remove(directory / str(s) for s in old)
-    return f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
+    return best, value
 
 
 def restore(
@@ -218,40 +223,6 @@ def best_of(directory: str | os.PathLike, name: str | None) -> tuple[int, float]
 def size_of(state: Any) -> int:
     """The bytes that a checkpoint of a pytree of arrays takes; zstd saves 8 % at most once the moments are not zero."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-
-
-@contextlib.contextmanager
-def lock(directory: str | os.PathLike) -> Iterator[None]:
-    """Locks `directory` for this process; the system releases it when the process ends or dies.
-
-    Without locks on the file system or platform, it warns and continues.
-
-    Raises:
-      CheckpointError: another process holds it.
-    """
-    directory = Path(directory).absolute()
-    with named(directory / LOCK):
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = open(directory / LOCK, "a+")  # noqa: SIM115
-    with opened as file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise CheckpointError(
-                f"{directory} is in use by {file.read().strip() or 'another process'}; "
-                "wait for it, stop it, or choose another directory"
-            ) from error
-        except (ImportError, OSError) as error:
-            logging.warning("%s cannot be locked (%s): use it from one process", directory, error)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):  # a full disk; the lock holds without the line
-            os.truncate(file.fileno(), 0)
-            line = f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n"
-            os.write(file.fileno(), line.encode())
-        yield
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def path(text: str | os.PathLike) -> str:
     Every path from a command line or a caller goes through here once: shells do not expand ~ after the = of
     --workdir=~/runs.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise ConfigError(f"a path must be text, got {text!r:.80}")
     return os.path.expanduser(os.fspath(text))
 
 
@@ -270,10 +272,11 @@ def to_json(config) -> str:
 def save(config, path: str) -> None:
     """Writes config.json atomically: a killed process never leaves half a file."""
     tree = {"format": FORMAT, **json.loads(to_json(config))}
-    writers.save_text(path, json.dumps({**tree, DIGEST: _digest(tree)}, indent=2) + "\n")
+    writers.save_text(path, json.dumps({**tree, DIGEST: digest(tree)}, indent=2) + "\n")
 
 
-def _digest(tree: dict) -> str:
+def digest(tree: dict) -> str:
+    """The SHA-256 of a JSON object, which does not depend on the order of its names."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -286,7 +289,7 @@ def load(path: str):
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
-        digest = tree.pop(DIGEST, None)  # older versions wrote none
+        saved = tree.pop(DIGEST, None)  # older versions wrote none
     except FileNotFoundError:
         raise ConfigError(
             f"no config at {path}: train with this --workdir first, or check its spelling"
@@ -304,7 +307,7 @@ def load(path: str):
         raise ConfigError(
             f"{path} was made by a newer ddpm_jax (format {number}; this one reads up to {FORMAT}): update ddpm_jax"
         )
-    if digest not in (None, _digest(tree)):
+    if saved not in (None, digest(tree)):
         raise ConfigError(
             f'{path} has changed since it was written; restore a copy, or if the change is meant, delete "{DIGEST}" in it'
         )
@@ -315,7 +318,13 @@ def load(path: str):
             return {key: tuples(value) for key, value in node.items()}
         return tuple(map(tuples, node)) if isinstance(node, list) else node
 
-    return ml_collections.ConfigDict(tuples(tree))
+    sections = [name for name in SHARED_SECTIONS if name not in ("method", "seed")]
+    if any(not isinstance(tree.get(name), dict) for name in sections):
+        raise ConfigError(f"{path} is not the config of a run: it lacks {', '.join(sections)}")
+    try:
+        return ml_collections.ConfigDict(tuples(tree))
+    except (ValueError, AttributeError) as error:  # a name that no field can have
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
 
 
 def differences(old, new) -> dict[str, tuple]:

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ddpm_jax import data, processes
-from ddpm_jax.files import checkpoints, writers
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import locks, writers
 from ddpm_jax.files.run_data import RunError
 
 FOLDERS = ("eval", "samples")  # folders in a run directory that commands write to
@@ -95,11 +95,11 @@ def in_progress(
     with contextlib.ExitStack() as stack:
 
         def prepare() -> bool:
-            stack.enter_context(checkpoints.lock(folder))  # another program may be working on it
+            stack.enter_context(locks.lock(folder))  # another program may be working on it
             try:
                 return _prepare(out, folder, recipe, named, check)
             finally:
-                if os.listdir(folder) == [checkpoints.LOCK]:  # refused, and it was empty before
+                if os.listdir(folder) == [locks.LOCK]:  # refused, and it was empty before
                     shutil.rmtree(folder)
 
         finished = read_npz(out) if processes.from_first(prepare) else None
@@ -125,7 +125,7 @@ def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable |
             os.rename(out, aside)
             return
         os.mkdir(aside)  # the folder itself holds the lock
-        for name in set(os.listdir(folder)) - {checkpoints.LOCK}:
+        for name in set(os.listdir(folder)) - {locks.LOCK}:
             os.rename(os.path.join(folder, name), os.path.join(aside, name))
 
     recipe_path, is_finished = os.path.join(folder, "recipe.json"), os.path.exists(out)
@@ -147,7 +147,10 @@ def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable |
         valid = not check or not os.path.exists(tally) or check(read_npz(tally))
         if not matches(saved) or not valid:
             set_aside(folder)
-    elif set(os.listdir(folder)) - {checkpoints.LOCK}:  # nothing says what these rows are
+    elif set(os.listdir(folder)) - {
+        locks.LOCK,
+        "recipe.tmp.json",
+    }:  # nothing says what these rows are
         set_aside(folder)
     writers.save_text(recipe_path, json.dumps(recipe))
     return is_finished

@@ -188,23 +188,34 @@ def as_saved_where_open(config, saved):
 
 def save_data(workdir: str, dataset: data.Dataset) -> None:
     """Writes data.json, which identifies the training data of a run independently of their path."""
-    writers.save_json(os.path.join(workdir, "data.json"), _identity(dataset))
+    identity = _identity(dataset)
+    identity[config_lib.DIGEST] = config_lib.digest(identity)
+    writers.save_json(os.path.join(workdir, "data.json"), identity)
 
 
 def saved_data(workdir: str) -> dict | None:
-    """What `save_data` wrote; None for older runs."""
+    """What `save_data` wrote; None for older runs.
+
+    Raises:
+      RunError: it cannot be read, or has changed since.
+    """
+    path = os.path.join(workdir, "data.json")
     try:
-        found = writers.read_json(os.path.join(workdir, "data.json"))
+        found = writers.read_json(path)
+        digest = found.pop(config_lib.DIGEST, None)  # older versions wrote none
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("class_names must be a list of texts")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        path = os.path.join(workdir, "data.json")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{path} cannot be read ({error}); delete it if the data are the same"
         ) from None
+    if digest not in (None, config_lib.digest(found)):
+        raise RunError(
+            f"{path} has changed since it was written; delete it if the data are the same"
+        )
     return found
 
 

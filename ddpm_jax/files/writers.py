@@ -124,6 +124,8 @@ def read_metrics(path: str) -> list[dict]:
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             logging.warning("%s, line %d has no step and is left out", path, number)
+        elif not all(isinstance(value, int | float | None) for value in row.values()):
+            logging.warning("%s, line %d holds more than numbers and is left out", path, number)
         elif rows and step <= rows[-1]["step"]:
             logging.warning("%s, line %d repeats step %d and is left out", path, number, step)
         else:
@@ -182,9 +184,13 @@ def append_line(path: str, row: Mapping) -> None:
             raise
 
 
-def rewind_metrics(path: str, step: int) -> None:
-    """Drops the lines after `step`, which a run resumed at `step` writes again."""
-    save_text(path, "".join(to_line(row) for row in read_metrics(path) if row["step"] <= step))
+def rewind_metrics(path: str, step: int, log_every: int) -> None:
+    """Drops the lines after `step`, which a run resumed at `step` writes again; warns if earlier ones are missing."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    last = rows[-1]["step"] if rows else 0
+    if step - last >= log_every:
+        logging.warning("%s has no line from step %d to step %d", path, last + 1, step)
+    save_text(path, "".join(map(to_line, rows)))
 
 
 def save_bytes(path: str, content: bytes) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Key, Num
 
 from ddpm_jax import options
+from ddpm_jax.hints import fields
 from ddpm_jax.names import check_takes, described, find
 from ddpm_jax.networks.unet import UNet
 
@@ -88,8 +89,8 @@ def init_params(network: Any, key: Key[Array, ""], image_shape: tuple[int, int, 
 
 def make_network(section: Any, image_shape: tuple[int, int, int]) -> nn.Module:
     """The network of config.model, whose `name` is a key of NETWORKS (by default "unet") or module:NAME."""
-    section = dict(section)
     with options.errors_at("config.model"):
+        section = fields(section)
         network = find(section.pop("name", "unet"), NETWORKS, "network")
         if not (inspect.isclass(network) and issubclass(network, nn.Module)):
             raise ValueError(f"{described(network, 'network')} is not a flax Module")

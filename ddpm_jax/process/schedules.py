@@ -385,16 +385,16 @@ def make(
       ValueError: an unknown name, T < 1, an argument that the schedule does not have, or a β outside (0, 1].
     """
     function = find(name, SCHEDULES, "schedule")
-    if num_timesteps is not None and num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    keywords |= {"num_timesteps": num_timesteps}
+    keywords = {**keywords, "num_timesteps": num_timesteps}
     keywords = {key: value for key, value in keywords.items() if value is not None}
-    takes = [option.name for option in options.options_of(function)]
+    takes = sorted(option.name for option in options.options_of(function))
     for key in keywords.keys() - set(takes):
-        raise ValueError(
-            f"schedule {name!r} takes {', '.join(sorted(takes))}, but not {key!r}{nearest(key, takes)}"
-        )
-    schedule = function(**options.bind(function, keywords, f"schedule {name!r}"))
+        line = f"schedule {name!r} takes {', '.join(takes)}, but not {key!r}"
+        raise ValueError(f"{line}{nearest(key, takes)}")
+    keywords = options.bind(function, keywords, f"schedule {name!r}")
+    if not 1 <= keywords.get("num_timesteps", 1) <= 10**6:
+        raise ValueError(f"num_timesteps must be at least 1, at most 1e6, got {num_timesteps}")
+    schedule = function(**keywords)
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule {name!r} must return a Schedule, got {type(schedule).__name__}")
     return zero_terminal_snr(schedule) if zero_snr else schedule

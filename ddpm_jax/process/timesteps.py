@@ -57,7 +57,9 @@ def subsequence(
     if isinstance(steps, (int, np.integer)):
         steps = str(int(steps))
     if isinstance(steps, str) and steps.startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):  # text that cannot be read is refused below
+        with contextlib.suppress(
+            ValueError, RecursionError
+        ):  # text that cannot be read is refused below
             steps = json.loads(steps)
     if not isinstance(steps, str):
         return _listed(steps, T)

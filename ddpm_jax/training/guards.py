@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 
 from ddpm_jax import augmentation, data, options, processes
-from ddpm_jax.files import checkpoints, writers
+from ddpm_jax.files import checkpoints, locks, writers
 from ddpm_jax.files.progress import memory
 from ddpm_jax.names import check_choice
 from ddpm_jax.options import ConfigError
@@ -22,8 +22,9 @@ from ddpm_jax.training.step import NEVER, TrainState, make_update
 
 FIRST_FILES = (  # written by a start before its first step
     *("config.json", "data.json", "log.txt", "metrics.jsonl", "data_preview.png", "forward.png"),
-    *("loggers.json", "wandb_id", checkpoints.LOCK),
+    *("loggers.json", "wandb_id", locks.LOCK),
 )
+UNPACKED = ".mirror"  # begins the names of folders in which a mirror is unpacked
 FIRST_FOLDERS = ("tensorboard", "wandb")
 
 
@@ -173,22 +174,20 @@ def run_directory(workdir: str):
             for folder in made:
                 os.rmdir(folder)
 
-    with checkpoints.lock(workdir):
+    with locks.lock(workdir):
         yield undo
 
 
-def sweep(workdir: str) -> None:
-    """Removes the unfinished files that a killed training left in its run directory."""
-    leftovers = (
-        "*.tmp",
-        "*.tmp.png",
-        "*.tmp.json*",
-        "samples/step_*.tmp.png",
-        "checkpoints/[0-9]*.tmp",
-    )
+def sweep(workdir: str, step: int = 0, keep: int = 1, keep_best: str | None = None) -> None:
+    """Removes what a killed training left in its run directory: unfinished files, and checkpoints that a save deletes."""
+    leftovers = ("*.tmp", f"{UNPACKED}*", "samples/step_*.tmp.png", "checkpoints/[0-9]*.tmp")
+    leftovers += ("*.tmp.png", "*.tmp.json", "*.tmp.jsonl")
     for path in (found for pattern in leftovers for found in pathlib.Path(workdir).glob(pattern)):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checkpoints.prune(
+        os.path.join(workdir, "checkpoints"), step=step, keep=keep, keep_best=keep_best
+    )
 
 
 def what_is_saved(directory: str) -> str:

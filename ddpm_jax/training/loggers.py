@@ -252,10 +252,13 @@ class Loggers:
 
     def _read_sent(self) -> dict[str, int]:
         try:
-            return writers.read_json(self._path(FILE))
+            found = writers.read_json(self._path(FILE))
+            if not all(isinstance(step, int) for step in found.values()):
+                raise ValueError("it must hold the step that each logger has received")
+            return found
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{self._path(FILE)} cannot be read ({error}); delete it, and loggers get the whole run again"
             ) from error

@@ -241,7 +241,7 @@ class Trainer:
         if not self.leader:
             return
         self.say.begin()
-        guards.sweep(self.workdir)
+        guards.sweep(self.workdir, self.step, self.length.keep, self.length.keep_best)
         resume.record(self.workdir, self.step, self.changes)
         for line in resume.describe(self.workdir):
             self.say(line)
@@ -250,7 +250,7 @@ class Trainer:
             run_data.save_data(self.workdir, self.dataset)
         more = self.config.seed, self.length.batch_size
         preview.save_first(self.workdir, self.method, self.dataset, self.keys, *more)
-        writers.rewind_metrics(self.path("metrics.jsonl"), self.step)
+        writers.rewind_metrics(self.path("metrics.jsonl"), self.step, self.length.log_every)
         self.loggers.begin(self.step)
         self.profiler.begin(self.step)
 

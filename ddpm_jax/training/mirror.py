@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from ddpm_jax.files import checkpoints, console, writers
+from ddpm_jax.files import checkpoints, console, locks, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import guards
 
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 FOLDERS = ("samples", *guards.FIRST_FOLDERS)  # written in training, beside files and checkpoints
 
 
@@ -30,7 +31,7 @@ def save(path: str | None, workdir: str, keep_best: str | None, say: Callable[[s
     workdir = Path(workdir)
     best = checkpoints.best_of(workdir / "checkpoints", keep_best) or ()
     steps = {checkpoints.latest_step(workdir / "checkpoints"), *best[:1]}
-    files = [file for file in workdir.iterdir() if file.name != checkpoints.LOCK]
+    files = [file for file in workdir.iterdir() if file.name != locks.LOCK]
     for folder in (*FOLDERS, *(f"checkpoints/{step}" for step in steps)):
         files += (workdir / folder).rglob("*")
 
@@ -66,22 +67,9 @@ def restore(path: str | None, workdir: str) -> None:
     if not file.exists() or checkpoints.latest_step(target) is not None:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".mirror") as folder:
-        try:
-            with zipfile.ZipFile(file) as archive, writers.named(folder):
-                members = (
-                    archive.infolist()
-                )  # `save` does not compress: no more comes out than went in
-                if sum(member.file_size for member in members) > file.stat().st_size:
-                    raise ValueError("its files are larger than it is")
-                archive.extractall(folder)
-            if not (steps := checkpoints.complete_steps(os.path.join(folder, "checkpoints"))):
-                raise ValueError("it holds no checkpoint")
-        except (zipfile.BadZipFile, ValueError, RuntimeError, zlib.error) as error:
-            raise checkpoints.CheckpointError(
-                f"{file} is not a mirrored run or is damaged ({error}); move it away to begin anew"
-            ) from error
-        for name in sorted(set(os.listdir(folder)) - {"checkpoints"}):
+    with tempfile.TemporaryDirectory(dir=directory, prefix=guards.UNPACKED) as folder:
+        step = _unpack(file, folder)
+        for name in sorted(set(os.listdir(folder)) - {"checkpoints", locks.LOCK}):
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
             os.replace(os.path.join(folder, name), directory / name)
@@ -91,4 +79,29 @@ def restore(path: str | None, workdir: str) -> None:
                 os.replace(left, unpacked / left.name)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unpacked, target)  # at once, and the last: complete
-    console.say(f"the run of {file} is unpacked, at step {steps[-1]:,}")
+    console.say(f"the run of {file} is unpacked, at step {step:,}")
+
+
+def _unpack(file: Path, folder: str) -> int:
+    """Unpacks a file of `save`, and returns the newest step of its checkpoints.
+
+    Raises:
+      CheckpointError: the file is damaged, or is another one.
+      OSError: the folder cannot be written.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, writers.named(folder):
+            size = sum(member.file_size for member in archive.infolist())
+            if size > file.stat().st_size:  # `save` does not compress
+                raise ValueError("its files are larger than it is")
+            archive.extractall(folder)
+        if not (steps := checkpoints.complete_steps(os.path.join(folder, "checkpoints"))):
+            raise ValueError("it holds no complete checkpoint")
+        return steps[-1]
+    except Exception as error:  # zipfile, zlib and struct each raise their own
+        if isinstance(error, OSError) and error.errno in WRITING:
+            raise
+        line = " ".join(str(error).split())
+        raise checkpoints.CheckpointError(
+            f"{file} is not a mirrored run or is damaged ({line}); move it away to begin anew"
+        ) from error

@@ -160,16 +160,28 @@ def history(workdir: str) -> list[dict]:
     """The changes that were made to a run, the oldest first.
 
     Raises:
-      ConfigError: one that this program does not make, such as of the code that is imported.
+      ConfigError: a line is damaged, or is not a change; without it the run would continue with other settings.
     """
     path = os.path.join(workdir, HISTORY)
-    for number, row in (rows := list(writers.read_lines(path))):
-        known = {"step", *Changed._fields} <= row.keys()
-        if not known or not f"config.{row['field']}".startswith(CHANGEABLE):
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        count = sum(1 for _ in file)
+    rows = dict(writers.read_lines(path))
+    for number in range(1, count + 1):
+        row = rows.get(number, {})
+        field = f"config.{row.get('field')}"
+        if not (
+            row.keys() >= {"step", "old", "new", "time"}
+            and isinstance(row["step"], int)
+            and field.startswith(CHANGEABLE)
+            and field.count(".") == 2
+        ):
             raise ConfigError(
-                f"{path}, line {number} is not a change that --change makes; restore a copy of it"
+                f"{path}, line {number} is damaged, or is not a change that --change makes; restore a copy, or move the file away and give --change for what"
+                " differs from the beginning of the run"
             )
-    return [row for _, row in rows]
+    return list(rows.values())
 
 
 def as_changed(config, workdir: str):

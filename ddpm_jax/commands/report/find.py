@@ -8,6 +8,7 @@ import shlex
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from ddpm_jax import data
@@ -85,9 +86,13 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             pictures.append(_picture(path))
     for path in _files(workdir, "eval", ".json"):
         try:
-            results[os.path.basename(path)[:-5]] = writers.read_json(path)
-        except ValueError:  # not written by this program
-            continue
+            result = writers.read_json(path)
+        except ValueError:
+            result = None
+        if result is not None and _has_whole_curves(result):
+            results[os.path.basename(path)[:-5]] = result
+        else:
+            logging.warning("%s is damaged, or of another program, and left out", path)
     for path in _files(workdir, "eval", ".png"):
         drawn = results.get(os.path.basename(path)[:-4], {})
         if not {"curves", "rmse"} & drawn.keys():  # those are redrawn as charts
@@ -97,6 +102,16 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
     class_names = tuple((run_data.saved_data(workdir) or {}).get("class_names", ()))
     chain = _chain(config, allow_code)
     return Run(workdir, name, config, chain, rows, log, previews, pictures, results, class_names)
+
+
+def _has_whole_curves(result: dict) -> bool:
+    """Whether the curves of a result, if it has some, are numbers and equally long."""
+    curves = result.get("curves", result if "rmse" in result else {})
+    if not isinstance(curves, dict):
+        return False
+    lists = [values for values in curves.values() if isinstance(values, list)]
+    numbers = all(isinstance(x, int | float | None) for values in lists for x in values)
+    return numbers and len(set(map(len, lists))) <= 1
 
 
 def _chain(config, allow_code: bool) -> Schedule | None:
