@@ -203,6 +203,7 @@ def test_a_history_changes_only_what_can_change(change, run):
 
 def test_an_optimizer_in_a_history_is_one_of_ours(run):
     change = {"step": 1, "field": "optimizer.name", "old": "adam", "new": "stranger:Net"}
+    change["time"] = "2026-01-01 00:00:00"
     writers.append_line(str(run / "history.jsonl"), change)
     with pytest.raises(ConfigError, match=r"stranger:Net"):
         loop.train(training(run), run)
