@@ -178,8 +178,8 @@ def history(workdir: str) -> list[dict]:
             and field.count(".") == 2
         ):
             raise ConfigError(
-                f"{path}, line {number} is damaged, or is not a change that --change makes; restore a copy, or move the file away and give --change for what"
-                " differs from the beginning of the run"
+                f"{path}, line {number} is damaged, or is not a change that --change makes; restore a copy, or move"
+                " the file away and give --change for what differs from the beginning of the run"
             )
     return list(rows.values())
 
