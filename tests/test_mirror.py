@@ -4,7 +4,6 @@ import os
 import shutil
 import zipfile
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -173,7 +172,7 @@ def test_a_lock_in_an_archive_is_not_unpacked(tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("ddpm_jax.processes.count", lambda: 2)
     with pytest.raises(ConfigError, match=r"config\.training\.mirror is for a run of one process"):
         loop.train(mirrored(tmp_path / "run.zip"), tmp_path / "run")
 

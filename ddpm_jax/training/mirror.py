@@ -10,8 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-
+from ddpm_jax import processes
 from ddpm_jax.files import checkpoints, console, locks, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
@@ -61,7 +60,7 @@ def restore(path: str | None, workdir: str) -> None:
         raise ConfigError(
             f"config.training.mirror must be a .zip in a folder that exists, got {path}; is the drive mounted?"
         )
-    if jax.process_count() > 1:
+    if processes.count() > 1:
         raise ConfigError("config.training.mirror is for a run of one process; leave it out")
     target = directory / "checkpoints"
     if not file.exists() or checkpoints.latest_step(target) is not None:

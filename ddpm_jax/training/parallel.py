@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ddpm_jax
+from ddpm_jax import processes
 
 AXIS = "batch"
 
@@ -66,8 +67,8 @@ def check_batch_size(name: str, batch_size: int, accumulate: int = 1) -> None:
 
 def local_rows(batch_size: int) -> slice:
     """The part of the global batch that this process feeds."""
-    rows = batch_size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    rows = batch_size // processes.count()
+    return slice(processes.index() * rows, (processes.index() + 1) * rows)
 
 
 def compile_step(step: Callable, state, batch):
@@ -79,7 +80,7 @@ def compile_step(step: Callable, state, batch):
       process has only its own part.
     """
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
-    if jax.process_count() > 1:
+    if processes.count() > 1:
         return mapped
     return compiled(mapped, state, batch)
 
@@ -252,7 +253,7 @@ def banner() -> str:
     device = jax.devices()[0]
     line = (
         f"Python {platform.python_version()}, {', '.join(versions)}; {jax.device_count()} ×"
-        f" {device.device_kind} ({device.platform}), {jax.process_count()} process(es)"
+        f" {device.device_kind} ({device.platform}), {processes.count()} process(es)"
     )
     chosen = jax.config.jax_default_matmul_precision
     if (
