@@ -69,6 +69,18 @@ def test_numbers_below_zero_are_refused(tmp_path, capsys):
     assert "--process_id must be at least 0" in capsys.readouterr().err
 
 
+def test_writing_a_file_starts_no_device(tmp_path):
+    """A report is written while a training holds the memory of the devices."""
+    code = f"""if True:
+        from ddpm_jax.files import writers
+        from jax._src import xla_bridge
+        writers.save_text(r"{tmp_path / "x"}", "x")
+        assert not xla_bridge.backends_are_initialized()
+    """
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert (tmp_path / "x").read_text() == "x"
+
+
 def test_slurm_is_detected(tmp_path):
     """Its variables alone connect two processes, which then share a value of the first."""
     code = """if True:
