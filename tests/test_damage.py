@@ -176,6 +176,8 @@ def test_a_config_that_is_changed_on_purpose(tmp_path):
         ({"schedule": {"name": {"a": 1}}}, "config.schedule: schedule must be a name"),
         ({"schedule": {"name": "linear", "num_timesteps": "9"}}, "num_timesteps must be a whole"),
         ({"schedule": {"name": "linear", "num_timesteps": 10**15}}, "at least 1, at most 1e6"),
+        ({"model": {"num_classes": 10**30}}, "num_classes must be at least 0 and below 2"),
+        ({"model": {"num_classes": -2}}, "num_classes must be at least 0 and below 2"),
         ({"model": None}, "config.model: it must hold fields, got None"),
         ({"method": 3}, "config.method must be a module"),
     ],

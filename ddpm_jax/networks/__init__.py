@@ -64,6 +64,8 @@ def check_network(network: Any, image_shape: tuple[int, int, int]) -> None:
     if not isinstance(network, nn.Module):
         raise ValueError(f"{described(network, 'network')} is not a flax Module")
     check_takes(network, ("x", "t", "labels"), "network")
+    if isinstance(count := getattr(network, "num_classes", 0), int) and not 0 <= count < 2**31:
+        raise ValueError(f"num_classes must be at least 0 and below 2^31, got {count}")
     if hasattr(network, "check"):
         network.check(image_shape)
 

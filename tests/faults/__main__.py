@@ -76,7 +76,7 @@ def fuzzed(scratch: str, examples: int) -> list[Case]:
             try:
                 fuzz.run(one, room, count)
                 found.append(Case(what, "repaired", "", count))
-            except AssertionError as error:
+            except (AssertionError, BaseExceptionGroup) as error:
                 about = "\n".join([str(error), *getattr(error, "__notes__", ())])
                 found.append(Case(what, "wrong", about))
                 print(f"{what}: {about}", file=sys.stderr, flush=True)

@@ -103,7 +103,7 @@ def _wrong_end(name: str, ended: process.Ended) -> str | None:
         return f"status {ended.status}: {ended.err[-500:]}"
     if "Traceback" in ended.err + ended.out:
         return ended.err[-2000:]
-    began = "run directory:" in ended.out  # from then on it hears signals
+    began = ended.out.count("run directory:") == 1  # the second is the last line
     if name in FIRST and began and "the same command" not in ended.out:
         return f"no message: {ended.out[-300:]}"
     return None

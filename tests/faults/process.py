@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
@@ -30,8 +31,9 @@ class Ended(NamedTuple):
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines of standard error without warnings."""
-        return [s for s in self.err.splitlines() if s.strip() and not s.startswith("WARNING")]
+        """The lines of standard error without warnings, of this program and, such as on a cut picture, of libraries."""
+        text = re.sub(r"^\S+\.py:\d+: \w*Warning: .*\n(  .*\n)?", "", self.err, flags=re.MULTILINE)
+        return [s for s in text.splitlines() if s.strip() and not s.startswith("WARNING")]
 
     def fault(self) -> str | None:
         """What is wrong with the manner of its end: a hang, a crash, a traceback, an error of many lines; or None."""
