@@ -145,10 +145,13 @@ class Processes:
             )
         except (ValueError, RuntimeError) as error:
             line = " ".join(str(error).split())[:300]
-            what = "the other processes did not come" if where else "no cluster was found"
-            raise ConfigError(
-                f"{what} ({line}); start all processes within {CONNECT_SECONDS} s, and see --help for --coordinator"
-            ) from error
+            if where:
+                what = (
+                    f"the processes did not connect ({line}); start all within {CONNECT_SECONDS} s"
+                )
+            else:
+                what = f"no cluster was found ({line}); give --coordinator, --num_processes and --process_id"
+            raise ConfigError(what) from error
         finally:
             alarm.cancel()
         if threading.current_thread() is threading.main_thread():

@@ -15,7 +15,7 @@ from test_train import make_config
 
 import ddpm_jax
 from ddpm_jax import data, main, modes
-from ddpm_jax.files import checkpoints, results
+from ddpm_jax.files import checkpoints, locks, results
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.method import from_config
@@ -70,7 +70,8 @@ MISTAKES = {
         "--mode=nll",
         "--num_samples=3",
     ): "--num_samples is for --mode=sample, progressive, nearest, eval, not for nll",
-    ("--mode=sample", "--distributed"): "--distributed is for --mode=train, not for sample",
+    ("--mode=report", "--distributed"): "--distributed is for --mode=train, sample, progressive",
+    ("--mode=sample", "--workdir=x", "--distributed"): "give --coordinator, --num_processes and",
     ("--mode=denoise", "--workdir=runs/not_there"): "give --from_t",
     ("--mode=sample", "--sampler=ddim", "--eta=hot"): "--eta must be a number or hat, got 'hot'",
     (
@@ -316,7 +317,7 @@ def test_a_run_that_cannot_be_written(command, monkeypatch, tmp_path):
     def refuse(directory):
         raise PermissionError(13, "Permission denied", str(directory))
 
-    monkeypatch.setattr(checkpoints, "lock", refuse)
+    monkeypatch.setattr(locks, "lock", refuse)
     arguments = (
         f"--workdir={tmp_path / 'run'}",
         "--config=digits",
