@@ -206,7 +206,7 @@ def test_no_pictures_are_one_line(tmp_path, name, said):
         ("plan.minutes=0", "minutes must be positive"),
         ("plan.name=folder_of_nobody:plan", "there is no module 'folder_of_nobody'"),
         ("data.name=digits", "is for a folder of pictures, and config.data.name is digits"),
-        ("data.image_shape=32,32", r"should be three positive integers, \(H, W, C\)"),
+        ("data.image_shape=32,32", r"expected \(height, width, channels\)"),
         ("data.shift=40", "shift must lie in 0 … 31"),
     ],
 )
