@@ -194,7 +194,7 @@ def test_what_ffmpeg_says_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
     script.write_text(f"#!/bin/sh\n{real} -loglevel error -i /nowhere -f null -\n")
     script.chmod(0o755)
     monkeypatch.setattr(module, "get_ffmpeg_exe", lambda: str(script))
-    with pytest.raises(OSError, match=r"x.tmp.mp4 could not be written: .*No such file"):
+    with pytest.raises(OSError, match=r"x.mp4 could not be written: .*No such file"):
         animations.save(str(tmp_path / "x"), pictures, ("mp4",))
     assert sorted(os.listdir(tmp_path)) == ["ffmpeg"]
 
