@@ -27,6 +27,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process; the o
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402 – the variables come first
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 100)  # tracing makes millions of objects that live on
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops the compiled programs of a file of tests; all files together would fill the memory of four processes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
