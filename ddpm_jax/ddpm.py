@@ -111,9 +111,8 @@ class DDPM(Method):
         augmentation.check(self.image_shape, shift=self.shift)
         check_choice("variance", self.variance, VARIANCES)
         check_clip(self.clip_x0)
-        loss = find(self.loss, dict.fromkeys(losses.LOSSES), "loss")
-        if callable(loss):
-            check_takes(loss, ("schedule", "denoise_fn", "x_0", "t", "eps"), "loss")
+        arguments = ("schedule", "denoise_fn", "x_0", "t", "eps")
+        check_takes(losses.named(self.loss), arguments, "loss")
         losses.check(self.loss, self.variance, self.min_snr_gamma)
         predictions.check(self.schedule, self.prediction)
         time_sampling.check(self.t_sampling, self.schedule)
@@ -198,10 +197,10 @@ class DDPM(Method):
         quarters = ("loss_t1", "loss_t2", "loss_t3", "loss_t4")
         return quarters + (("simple", "vlb") if self.loss == "hybrid" else ())
 
-    def init_loss_state(self) -> Any:
+    def init_loss_state(self, params: Any) -> Any:
         return time_sampling.initial(self.t_sampling, self.schedule)
 
-    def update_loss_state(self, loss_state: Any, record: Any) -> Any:
+    def update_loss_state(self, loss_state: Any, record: Any, params: Any) -> Any:
         return time_sampling.updated(self.t_sampling, loss_state, *record) if record else loss_state
 
     def example_keys(self, key, batch) -> tuple:
@@ -216,7 +215,15 @@ class DDPM(Method):
         return augmentation.augmented(keys, x_0, flip=self.flip, shift=self.shift)
 
     def loss_fn(self, params, loss_state, key, batch):
-        """The loss of one step of Ho et al. 2020, Algorithm 1: draws t and ε, and evaluates `compare`."""
+        """The loss of one step of Ho et al. 2020, Algorithm 1: `draw`, `compare` and `report`, any of which can change."""
+        drawn = self.draw(loss_state, key, batch)
+        variance = None if self.loss == "simple" else self.variance
+        more = {"variance": variance, "dropout_keys": drawn.dropout_keys}
+        denoise_fn = self.denoiser(params, drawn.label, **more)(self.schedule)
+        return self.report(drawn, *self.compare(denoise_fn, drawn.x_0, drawn.t, drawn.eps))
+
+    def draw(self, loss_state, key, batch) -> losses.Drawn:
+        """What a loss is computed from: the images as they are shown, t, and ε ~ N(0, I)."""
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -224,9 +231,11 @@ class DDPM(Method):
             label = jnp.where(hidden, np.int32(self.num_classes), label)
         t, weight = self.t_sampling.draw(self.schedule, loss_state, key, t_keys, batch["position"])
         eps = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(eps_keys)
-        variance = None if self.loss == "simple" else self.variance
-        denoiser = self.denoiser(params, label, variance=variance, dropout_keys=dropout_keys)
-        values, parts = self.compare(denoiser(self.schedule), x_0, t, eps)
+        return losses.Drawn(x_0, label, t, weight, eps, dropout_keys)
+
+    def report(self, drawn: losses.Drawn, values, parts):
+        """What `loss_fn` returns, from the loss [B] and its parts {name: [B]}."""
+        t, weight = drawn.t, drawn.weight
         check_shape(values, t.shape, self.compare, "the Method's")
         metrics = {name: (part, weight) for name, part in parts.items()}
         quarter = 4 * t // len(self.schedule)
@@ -236,21 +245,11 @@ class DDPM(Method):
 
     def compare(self, denoise_fn, x_0, t, eps):
         """The loss [B] of the network at x_t, and its parts {name: [B]} for the log."""
+        weights = {"prediction": self.prediction, "min_snr_gamma": self.min_snr_gamma}
         args = (self.schedule, denoise_fn, x_0, t, eps)
-        squared = functools.partial(
-            losses.simple if self.loss == "simple" else losses.hybrid,
-            prediction=self.prediction,
-            min_snr_gamma=self.min_snr_gamma,
-        )
-        if self.loss == "simple":
-            return squared(*args), {}
-        if self.loss == "hybrid":
-            simple, vlb = squared(*args)
-            return simple + losses.HYBRID_WEIGHT * vlb, {"simple": simple, "vlb": vlb}
-        loss = losses.vlb if self.loss == "vlb" else find(self.loss, {}, "loss")
-        values = loss(*args)
-        check_shape(values, x_0.shape[:1], loss, "loss")
-        return values, {}
+        values, parts = losses.evaluate(self.loss, *args, **weights)
+        check_shape(values, x_0.shape[:1], losses.named(self.loss), "loss")
+        return values, parts
 
     # ---- sampling and the bound
 

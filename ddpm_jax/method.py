@@ -82,12 +82,21 @@ class Method(Protocol):
     ) -> Float[Array, "B H W C"]:
         """Images in [−1, 1] or beyond. Raises ValueError for options that it cannot use."""
 
-    def init_loss_state(self) -> Any:
-        """The loss's own state before the first step: a tree of arrays, often ()."""
+    def init_loss_state(self, params: Any) -> Any:
+        """The loss's own state before the first step: a tree of arrays, often ().
+
+        Args:
+          params: the first weights: those of config.init_from, or random ones. A loss that keeps them has a teacher.
+        """
         return ()
 
-    def update_loss_state(self, loss_state: Any, record: Any) -> Any:
-        """The loss's state after a step, from the records of the whole batch over all devices."""
+    def update_loss_state(self, loss_state: Any, record: Any, params: Any) -> Any:
+        """The loss's state after a step.
+
+        Args:
+          record: of `loss_fn`, for the whole batch over all devices.
+          params: the weights after the step, such as for a moving average of its own.
+        """
         return loss_state
 
     def shown(self, key: Key[Array, ""], batch: dict[str, Array]) -> Float[Array, "B H W C"] | None:
@@ -95,11 +104,15 @@ class Method(Protocol):
         return None
 
 
-# {method that every Method has: its arguments}
+# {method: its arguments}
 REQUIRED = {
     "init": ("key",),
     "loss_fn": ("params", "loss_state", "key", "batch"),
     "sample": ("params", "key", "index", "label", "sampling"),
+}
+ARGUMENTS = REQUIRED | {
+    "init_loss_state": ("params",),
+    "update_loss_state": ("loss_state", "record", "params"),
 }
 
 
@@ -207,7 +220,7 @@ def from_config(config: Any) -> Method:
             " dj.Method, and write init, loss_fn, sample and image_shape"
         )
     with errors_at("config.method"):
-        for name, arguments in REQUIRED.items():
+        for name, arguments in ARGUMENTS.items():
             check_takes(getattr(method, name), arguments, "the Method's")
     return method
 

@@ -51,10 +51,10 @@ class Affine(Method):
         level = params["level"][None, None, None, :]
         return level + sampling.spread * (_noise(key, index) + ramp)
 
-    def init_loss_state(self):
+    def init_loss_state(self, params):
         return np.zeros(8, np.float32)  # losses, in the batch's order
 
-    def update_loss_state(self, loss_state, record):
+    def update_loss_state(self, loss_state, record, params):
         return jnp.concatenate([loss_state, record])[-len(loss_state) :]
 
 

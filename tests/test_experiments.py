@@ -122,12 +122,12 @@ def test_the_loss_of_every_row(table, row, capsys):
     b, shape = 2, jax.ShapeDtypeStruct
     batch = {"image": shape((b, *method.image_shape), np.uint8), "label": shape((b,), np.int32)}
     batch |= {"index": shape((b,), np.int32), "position": shape((b,), np.float32)}
-    memory = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, method.init_loss_state()))
+    memory = jax.eval_shape(method.init_loss_state, params)
     loss, metrics, record = jax.eval_shape(
         method.loss_fn, params, memory, jax.eval_shape(lambda: jax.random.key(0)), batch
     )
     assert loss.shape == (b,) and set(metrics) == set(method.metric_names)
-    assert jax.eval_shape(method.update_loss_state, memory, record) == memory
+    assert jax.eval_shape(method.update_loss_state, memory, record, params) == memory
 
 
 def test_the_papers_rows(capsys):

@@ -72,11 +72,11 @@ def step_bytes(config, batch_size: int) -> float:
     state = jax.eval_shape(lambda: step_lib.init_state(method, tx, jax.random.key(0)))
     key = jax.random.key(0)
 
-    def loss(params, batch):
-        return jnp.mean(loss_of(method, params, method.init_loss_state(), key, batch)[0])
+    def loss(params, loss_state, batch):
+        return jnp.mean(loss_of(method, params, loss_state, key, batch)[0])
 
     batch = step_lib.batch_shapes(method, max(1, size))
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(state.params, batch)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(state.params, state.loss_state, batch)
     return _bytes(state) + cost.live_bytes(jaxpr.jaxpr) / FUSED
 
 

@@ -7,21 +7,33 @@ x_0 and eps are [B, H, W, C], and t is a step of the schedule, int [B] or a scal
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float64, Int, Key
 
+from ddpm_jax.names import find
 from ddpm_jax.process import diffusion, likelihood, predictions
 from ddpm_jax.process.diffusion import Denoised, DenoiseFn, Images
 from ddpm_jax.process.schedules import Schedule
 
-LOSSES = ("simple", "vlb", "hybrid")
 HYBRID_WEIGHT = 0.001  # λ of Nichol & Dhariwal §3.1
 
 Times = Int[Array, " B"]
 PerExample = Float[Array, " B"]
+
+
+class Drawn(NamedTuple):
+    """The images of a batch, and what is drawn for each."""
+
+    x_0: Images
+    label: Int[Array, " B"]
+    t: Times  # step of the schedule
+    weight: PerExample  # of the loss
+    eps: Images
+    dropout_keys: Key[Array, " B"]
 
 
 def mean_over_pixels(x: Images) -> PerExample:
@@ -160,6 +172,41 @@ def ddim_gamma(schedule: Schedule, eta: float) -> Float64[np.ndarray, " S"]:
     first = np.exp(0.5 * diffusion.fixed_log_variance(schedule, "fixed_small")[0])
     std = np.append(first, std[1:])
     return 0.5 * ((from_eps - schedule.sigma / schedule.step_alpha) / std) ** 2
+
+
+def evaluate(
+    loss: str | Callable,
+    schedule: Schedule,
+    denoise_fn: DenoiseFn,
+    x_0: Images,
+    t: Times,
+    eps: Images,
+    **weights,
+) -> tuple[PerExample, dict[str, PerExample]]:
+    """A loss by its name, and its parts by theirs.
+
+    Args:
+      loss: a key of `LOSSES`, module:NAME or a function.
+      weights: `prediction` and `min_snr_gamma` of "simple" and "hybrid".
+    """
+    if loss not in ("simple", "hybrid"):
+        return named(loss)(schedule, denoise_fn, x_0, t, eps), {}
+    values = named(loss)(schedule, denoise_fn, x_0, t, eps, **weights)
+    if loss == "simple":
+        return values, {}
+    return values[0] + HYBRID_WEIGHT * values[1], dict(zip(("simple", "vlb"), values, strict=True))
+
+
+LOSSES: dict[str, Callable] = {"simple": simple, "vlb": vlb, "hybrid": hybrid}
+
+
+def named(loss: str | Callable) -> Callable:
+    """The loss by its name, a key of `LOSSES` or module:NAME; a function is returned as it is.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    return find(loss, LOSSES, "loss")
 
 
 def check(loss: str | Callable, variance: str, min_snr_gamma: float | None) -> None:

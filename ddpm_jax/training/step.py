@@ -124,7 +124,8 @@ def state_of(method, tx: optax.GradientTransformation, params) -> TrainState:
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),  # a donated buffer must not be shared
         opt_state=jax.jit(tx.init)(params),
-        loss_state=jax.tree.map(jnp.asarray, method.init_loss_state()),
+        # A donated buffer must not be shared: a teacher is a copy.
+        loss_state=jax.tree.map(jnp.array, method.init_loss_state(params)),
         metrics=no_metrics(method),
     )
 
@@ -138,7 +139,8 @@ def check_shapes(method) -> None:
     key = jax.random.key(0)
     params = jax.eval_shape(method.init, key)
     loss = functools.partial(loss_of, method)
-    jax.eval_shape(loss, params, method.init_loss_state(), key, batch_shapes(method, 1))
+    loss_state = jax.eval_shape(method.init_loss_state, params)
+    jax.eval_shape(loss, params, loss_state, key, batch_shapes(method, 1))
 
 
 def batch_shapes(method, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -232,7 +234,7 @@ def make_update(
         metrics = merge(state.metrics, Metrics(sums, bad_step))
         record = jax.tree.map(lambda *parts: jnp.concatenate(parts), *records)
         record = _of_all_devices(record, axis_name)
-        loss_state = method.update_loss_state(state.loss_state, record)
+        loss_state = method.update_loss_state(state.loss_state, record, params)
         return TrainState(state.step + 1, params, ema_params, opt_state, loss_state, metrics), loss
 
     return update
