@@ -215,15 +215,25 @@ class DDPM(Method):
         return augmentation.augmented(keys, x_0, flip=self.flip, shift=self.shift)
 
     def loss_fn(self, params, loss_state, key, batch):
-        """The loss of one step of Ho et al. 2020, Algorithm 1: `draw`, `compare` and `report`, any of which can change."""
-        drawn = self.draw(loss_state, key, batch)
+        """The loss of one step of Ho et al. 2020, Algorithm 1: evaluates `compare` at what `draw` returns."""
+        drawn = jax.lax.stop_gradient(self.draw(params, loss_state, key, batch))
+        t, weight = drawn.t, drawn.weight
         variance = None if self.loss == "simple" else self.variance
         more = {"variance": variance, "dropout_keys": drawn.dropout_keys}
         denoise_fn = self.denoiser(params, drawn.label, **more)(self.schedule)
-        return self.report(drawn, *self.compare(denoise_fn, drawn.x_0, drawn.t, drawn.eps))
+        values, parts = self.compare(denoise_fn, drawn.x_0, t, drawn.eps)
+        check_shape(values, t.shape, self.compare, "the Method's")
+        metrics = {name: (part, weight) for name, part in parts.items()}
+        quarter = 4 * t // len(self.schedule)
+        for q in range(4):
+            metrics[f"loss_t{q + 1}"] = values, weight * (quarter == q)
+        return values * weight, metrics, (t, values)
 
-    def draw(self, loss_state, key, batch) -> losses.Drawn:
-        """What a loss is computed from: the images as they are shown, t, and ε ~ N(0, I)."""
+    def draw(self, params, loss_state, key, batch) -> losses.Drawn:
+        """The images as they are shown, t, and ε ~ N(0, I).
+
+        A subclass may return another x_0 and ε on the same x_t, such as those of a teacher; no gradient goes through them.
+        """
         t_keys, eps_keys, dropout_keys, _, label_keys = self.example_keys(key, batch)
         x_0, label = self.shown(key, batch), batch["label"]
         if self.label_dropout:
@@ -232,16 +242,6 @@ class DDPM(Method):
         t, weight = self.t_sampling.draw(self.schedule, loss_state, key, t_keys, batch["position"])
         eps = jax.vmap(lambda key: jax.random.normal(key, self.image_shape))(eps_keys)
         return losses.Drawn(x_0, label, t, weight, eps, dropout_keys)
-
-    def report(self, drawn: losses.Drawn, values, parts):
-        """What `loss_fn` returns, from the loss [B] and its parts {name: [B]}."""
-        t, weight = drawn.t, drawn.weight
-        check_shape(values, t.shape, self.compare, "the Method's")
-        metrics = {name: (part, weight) for name, part in parts.items()}
-        quarter = 4 * t // len(self.schedule)
-        for q in range(4):
-            metrics[f"loss_t{q + 1}"] = values, weight * (quarter == q)
-        return values * weight, metrics, (t, values)
 
     def compare(self, denoise_fn, x_0, t, eps):
         """The loss [B] of the network at x_t, and its parts {name: [B]} for the log."""

@@ -8,7 +8,8 @@ An experiment is a file, or a folder with a config.py, with these functions of t
 
     get_config(size)            the config that the rows share
     rows(size)                  {row: {"config.diffusion.loss": "vlb", …}}, the fields that each row changes in it;
-                                with {"config": "configs/digits.py", …} a row changes this config instead
+                                with {"config": "configs/digits.py", …} a row changes this config instead, and with
+                                {"config.init_from": ROW, …} it begins with the weights of an earlier row of the same seed
     evaluations(size, row)      {column: ["--mode=nll", …]}, the measurements of a row: --mode=nll or --mode=eval
 
 --seeds=3 trains each row with three seeds. The table then has the mean and the standard deviation over seeds and, below
@@ -96,6 +97,11 @@ class Sweep:
         self.experiment = load(self.path)
         self.rows = self.experiment.rows(self.variant)
         self.folder = os.path.join(root, Path(self.path).absolute().stem, size)
+        names = list(self.rows)
+        for row, overrides in self.rows.items():
+            source = overrides.get("config.init_from")
+            if source is not None and source not in names[: names.index(row)]:
+                fail(f"row {row}: config.init_from is {source!r}, which is no earlier row")
 
     def workdir(self, row: str, seed: int = 0) -> str:
         return os.path.join(self.folder, f"{row}_seed{seed}" if seed else row)
@@ -104,6 +110,8 @@ class Sweep:
         """The command that trains a row."""
         overrides = self.rows[row] | ({"config.seed": seed} if seed else {})
         file = overrides.pop("config", file_of(self.path))
+        if "config.init_from" in overrides:
+            overrides["config.init_from"] = self.workdir(overrides["config.init_from"], seed)
         if self.data_dir:
             overrides["config.data.data_dir"] = self.data_dir
         config = ":".join(filter(None, [file, self.variant]))

@@ -64,6 +64,9 @@ def test_printed_commands_parse_back_to_the_rows_and_build(table, size, capsys):
         config, workdir = parsed(command)
         assert workdir == f"my runs/{Path(table).stem}/{size}/{row}"
         overrides = overrides | {"config.data.data_dir": "a b"}
+        if "config.init_from" in overrides:
+            source = f"my runs/{Path(table).stem}/{size}/{overrides['config.init_from']}"
+            overrides["config.init_from"] = source
         base = overrides.pop("config", None)
         expected = (config_of(base) if base else experiment).get_config(variant)
         for field, value in overrides.items():
@@ -388,3 +391,21 @@ def test_every_row_is_checked_before_the_first_is_trained(tmp_path, capsys):
     file.write_text(file.read_text().replace("vlbb", "vlb").replace("num_images", "num_imgs"))
     assert "row good: there is no flag --num_imgs" in refused(capsys, *arguments)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_begins_with_the_weights_of_an_earlier_one_of_its_seed(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    text = (
+        "from ddpm_jax.configs import digits\n"
+        "def get_config(size): return digits.get_config(size) | {{'init_from': ''}}\n"
+        "def rows(size): return {rows}\n"
+        "def evaluations(size, row): return {{}}\n"
+    )
+    teacher, student = ("'a': {}", "'b': {'config.init_from': 'a'}")
+    file.write_text(text.format(rows=f"{{{teacher}, {student}}}"))
+    commands = printed(capsys, str(file), "--size=smoke", "--seeds=2", "--root=r", "--row=b")
+    given = [word for command in commands for word in command if "init_from" in word]
+    assert given == [f"--config.init_from=r/mine/smoke/a{seed}" for seed in ("", "_seed1")]
+    file.write_text(text.format(rows=f"{{{student}, {teacher}}}"))
+    line = refused(capsys, str(file))
+    assert line == "error: row b: config.init_from is 'a', which is no earlier row"

@@ -287,6 +287,11 @@ def first_state(config, method, tx, key, say: Callable) -> step.TrainState:
     with options.errors_at("config.init_from"):
         run = runs.load(source, method=method)
     say(f"the first weights are those of {run.workdir} after {run.step:,} steps")
+    for field, (theirs, ours) in config_lib.differences(run.config, config).items():
+        if field in ("config.diffusion.prediction", "config.schedule.name"):
+            say(
+                f"WARNING: they were trained with {field} {_shown(theirs)}, and this run has {_shown(ours)}"
+            )
     return step.state_of(method, tx, jax.tree.map(jnp.asarray, run.params))
 
 
