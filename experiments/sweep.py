@@ -22,7 +22,6 @@ files eval/COLUMN.json, which --mode=report shows too. The same command continue
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import signal
@@ -35,6 +34,7 @@ from scipy import stats
 
 from ddpm_jax import main as main_lib
 from ddpm_jax.files import config as config_lib
+from ddpm_jax.files import writers
 from ddpm_jax.names import installed, place_of
 
 SIZES = {
@@ -192,8 +192,7 @@ def numbers(path: str) -> dict[str, tuple[float, str]]:
     if not os.path.exists(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
+        result = writers.read_json(path)
         if "metrics" in result:
             found = {name: (m["mean"], m["std"]) for name, m in result["metrics"].items()}
             return {name: (mean, cell(mean, spread)) for name, (mean, spread) in found.items()}

@@ -409,7 +409,7 @@ def test_disk_too_full_to_begin(run, monkeypatch):
     before = listing(run)
     usage = shutil.disk_usage(run)._replace(free=7)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"4: not saved .*it takes 0 MB and 0 MB are free"):
+    with pytest.raises(CheckpointError, match=r"4: not saved .*it takes 186 bytes, and 7 are free"):
         save_steps(run, 4)
     assert listing(run) == before
 

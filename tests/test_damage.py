@@ -363,3 +363,25 @@ def test_learning_rates_that_make_no_sense(value, tmp_path, capsys):
         )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search("learning_rate", line) and not (tmp_path / "x").exists()
+
+
+def test_a_changed_number_in_a_result_is_noticed(tmp_path):
+    """Every digit of a saved result, one after another; a result of an older version has no checksum and is read."""
+    path = tmp_path / "nll.json"
+    result = {"total": 3.25, "curves": {"terms": [1.5, float("nan")]}, "recipe": {"step": 20}}
+    writers.save_result(str(path), result)
+    expected = {**result, "curves": {"terms": [1.5, None]}}
+    assert writers.read_json(str(path)) == expected
+    text = path.read_text()
+    places = [
+        i
+        for i, letter in enumerate(text)
+        if letter.isdigit() and "crc32" not in text[i - 9 : i + 2]
+    ]
+    assert len(places) > 6
+    for i in places:
+        path.write_text(text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :])
+        with pytest.raises(ValueError, match="not as it was written"):
+            writers.read_json(str(path))
+    writers.save_json(str(path), result)
+    assert writers.read_json(str(path)) == expected

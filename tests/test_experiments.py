@@ -190,7 +190,7 @@ def test_a_table_of_what_is_there(tmp_path, capsys, monkeypatch):
     for text, problem in (
         ('{"something": "else"}', "KeyError('total')"),
         ('{"metrics": {"fid": 3}}', "TypeError(\"'int' object is not subscriptable\")"),
-        ('["metrics"]', "TypeError("),
+        ('["metrics"]', "ValueError('it must hold fields, not a list'"),
         ("{", "JSONDecodeError("),
     ):
         (place / "c/eval/p.json").write_text(text)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 from typing import NamedTuple
 
@@ -79,8 +78,8 @@ def check_out(out: str | None, workdir: str) -> str | None:
     if os.path.exists(out):
         try:
             with open(out, encoding="utf-8") as file:
-                ours = "recipe" in json.load(file)
-        except (OSError, ValueError, TypeError):
+                ours = "recipe" in writers.parse_object(file.read())  # it may be damaged
+        except (OSError, ValueError):
             ours = False
         if not ours:
             raise RunError(f"{out} is not the result of an evaluation; choose another --out")

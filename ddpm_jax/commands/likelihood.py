@@ -12,7 +12,6 @@ continues from there. A larger --num_images extends a result. The noise of image
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
 import numpy as np
@@ -78,9 +77,8 @@ def rate_distortion(
     ]
     writers.save_panels(f"{path}.png", _title(result), panels)
     curves = {"reverse_steps": steps.tolist(), "rate": rate.tolist(), "rmse": rmse.tolist()}
-    writers.save_json(
-        f"{path}.json", curves | {"num_images": result.count, "recipe": result.recipe}
-    )
+    found = {**curves, "num_images": result.count, "recipe": result.recipe}
+    writers.save_result(f"{path}.json", found)
     print(f"table and curves: {path}.json, .png", flush=True)
     return result
 
@@ -160,7 +158,7 @@ def _report_gain(summary: dict, totals: dict[str, np.ndarray], out: str) -> None
         mean, error = mean_and_error(values)
         summary |= {name: mean, f"{name}_stderr": error}
         texts[name] = plus_minus(mean, error)
-    writers.save_json(out, summary)
+    writers.save_result(out, summary)
     steps = summary["steps"]
     print(
         f'--steps="{timesteps.as_text(steps)}"\n'
@@ -190,12 +188,11 @@ def _in_context(result: Evaluation) -> str:
     of_train, value = os.path.join(folder, name.replace(own, "_nll_train_")), ""
     if recipe["split"] != "train" and os.path.exists(of_train):
         try:
-            with open(of_train, encoding="utf-8") as file:
-                found = json.load(file)
+            found = writers.read_json(of_train)
             if all(found["recipe"][name] == recipe[name] for name in ("weights_sha256", "chosen")):
                 value = plus_minus(found["total"], found["total_stderr"])
                 value = f"{found['num_images']} training images {value}"
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError):
             logging.warning("%s is damaged and not compared with", of_train)
     if value:
         parts.append(value)
@@ -212,7 +209,7 @@ def _in_context(result: Evaluation) -> str:
 
 def _report(result: Evaluation) -> Evaluation:
     """Prints the result, and writes the .json and a picture of its curves."""
-    writers.save_json(f"{result.path[:-4]}.json", result.summary())
+    writers.save_result(f"{result.path[:-4]}.json", result.summary())
     t, curves = result.chain.times, result.curves
     terms = writers.Panel(
         *("L_t, the terms of the bound", "t + 1", "bits/dim", t + 1, {"term": curves["terms"]}),

@@ -154,7 +154,7 @@ def evaluate(
         settings |= {"seeds": f"{seed}-{seed + num_seeds - 1}"}
         settings |= {"metrics": metrics, "features": features}
         out = os.path.join(run.workdir, "eval", f"{run.name('metrics', settings=settings)}.json")
-    writers.save_json(out, {"recipe": run.recipe(), "metrics": results})
+    writers.save_result(out, {"recipe": run.recipe(), "metrics": results})
     print(report(results))
     print(os.path.abspath(out), flush=True)
     return results

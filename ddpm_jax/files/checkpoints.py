@@ -15,7 +15,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def save(
         if path.exists() and fault is None:
             return ""
         if (needed := size_of(arrays)) > (free := free_space(directory)):
-            raise OSError(f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+            raise OSError(f"it takes {needed:,} bytes, and {free:,} are free")
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
         with _checkpointer() as checkpointer:
             args = ocp.args.StandardSave(_without_empty(arrays))
             checkpointer.save(temporary / "state", args=args)
@@ -269,6 +271,19 @@ def _sha256_json(tree: Any) -> str:
 def _checkpointer() -> ocp.Checkpointer:
     """A synchronous Checkpointer; a CheckpointManager would silently refuse a step older than the newest directory."""
     return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+def _without_closed_loops(hook: Callable) -> Callable:
+    """A `sys.unraisablehook` without what orbax's threads say once one of many files could not be written."""
+    if getattr(hook, "is_without_closed_loops", False):
+        return hook
+
+    def unraisable(one):
+        if str(one.exc_value) != "Event loop is closed":
+            hook(one)
+
+    unraisable.is_without_closed_loops = True
+    return unraisable
 
 
 def _without_empty(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ddpm_jax import processes
 
-CRC = "crc32"  # name of the check of a line
+CRC = "crc32"  # name of the check of a line or a result
 written: dict[str, None] = {}  # the files that this process has written, in their order
 ADVICE = {  # by the reason why a file could not be written
     **dict.fromkeys(
@@ -151,10 +151,9 @@ def read_lines(path: str) -> Iterator[tuple[int, dict]]:
 
 def _parsed(line: bytes) -> dict | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_object(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) else None
 
 
 def _crc(row: dict) -> int:
@@ -208,18 +207,24 @@ def save_text(path: str, text: str) -> None:
     save_bytes(path, text.encode())
 
 
+def finite(node):
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
 def save_json(path: str, tree) -> None:
     """Writes an indented JSON file atomically; numbers that are not finite become null."""
-
-    def finite(node):
-        if isinstance(node, dict):
-            return {key: finite(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [finite(value) for value in node]
-        return None if isinstance(node, float) and not math.isfinite(node) else node
-
     make_folder_of(path)
     save_text(path, json.dumps(finite(tree), indent=1, ensure_ascii=False) + "\n")
+
+
+def save_result(path: str, result: Mapping) -> None:
+    """Writes a result as JSON, with the CRC-32 of its content."""
+    read_back = json.loads(json.dumps(finite(result)))
+    save_json(path, {**read_back, CRC: _crc(read_back)})
 
 
 def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = None) -> None:
@@ -230,17 +235,20 @@ def save_npz(path: str, arrays: Mapping[str, np.ndarray], recipe: dict | None = 
 
 
 def read_json(path: str) -> dict:
-    """The object in a JSON file.
+    """The object in a JSON file; for a result without its CRC-32.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is not JSON, or not an object.
+      ValueError: it is not JSON, not an object, or a result that is not as it was written.
     """
     with open(path, encoding="utf-8") as file:
-        return parse_object(file.read())
+        found = parse_object(file.read())
+    if CRC in found and found.pop(CRC) != _crc(found):
+        raise ValueError("it is not as it was written")
+    return found
 
 
-def parse_object(text: str) -> dict:
+def parse_object(text: str | bytes) -> dict:
     """The object that a JSON text holds; raises ValueError for any other text."""
     try:
         found = json.loads(text)

@@ -127,7 +127,7 @@ def measure(
     recipe |= {"num_draws": num_draws}
     name = run.name("elbo", split, f"seed{seed}", settings={"draws": num_draws})
     path = os.path.join(run.workdir, "eval", f"{name}.json")
-    writers.save_json(path, summary | {"recipe": recipe, "software": parallel.banner()})
+    writers.save_result(path, summary | {"recipe": recipe, "software": parallel.banner()})
     texts = {name: _pm(*mean_and_error(each)) for name, each in values.items()}
     print(
         f"ELBO {texts['elbo']} nats: reconstruction {texts['reconstruction']}, KL {texts['kl']};"

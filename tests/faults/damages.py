@@ -215,8 +215,9 @@ class Damager:
             return Case(what, "refused" if named else "wrong", f"{about}: {line}")
         if command == "report":
             lost = kind == "delete" or (kind == "truncate" and name == "metrics.jsonl")
-            # A report has less to show, and a kill cuts a line short, too. Pictures, the log and the .json of results are shown as they are.
-            shown = not is_read(name) or name.startswith("eval/") or lost
+            # A report has less to show, and a kill cuts a line short, too. Pictures, the log and results that changed places are shown as they are.
+            of_result = name.startswith("eval/") and (name.endswith(".png") or kind == "swap")
+            shown = not is_read(name) or of_result or lost
             same = page(workdir) == report
             outcome = "repaired" if same else "refused" if named else "unread" if shown else "wrong"
             return Case(what, outcome, f"{about}: {ended.err}")
