@@ -11,6 +11,7 @@ An experiment is a file, or a folder with a config.py, with these functions of t
                                 with {"config": "configs/digits.py", …} a row changes this config instead, and with
                                 {"config.init_from": ROW, …} it begins with the weights of an earlier row of the same seed
     evaluations(size, row)      {column: ["--mode=nll", …]}, the measurements of a row: --mode=nll or --mode=eval
+    charts(size)                for --page, if there: {title: (name of x, {curve: [(row, column, x), …]})}
 
 --seeds=3 trains each row with three seeds. The table then has the mean and the standard deviation over seeds and, below
 them, each row minus the first one, seed by seed: the mean difference, its standard error, and whether it differs from 0
@@ -18,15 +19,19 @@ by Student's t at 95 %.
 
 The run directory of a row is runs/EXPERIMENT/SIZE/ROW, with _seed1 and so on for seeds other than 0. Its results are the
 files eval/COLUMN.json, which --mode=report shows too. The same command continues interrupted trainings and evaluations.
+--page writes the table and the charts, with means over seeds, to runs/EXPERIMENT/SIZE/page.html.
 """
 
 import argparse
 import importlib.util
+import itertools
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +97,7 @@ class Sweep:
         self, path: str, size: str, root: str = "runs", data_dir: str | None = None, seeds: int = 1
     ):
         self.path, self.variant = os.path.normpath(config_lib.path(path)), SIZES[size]
+        self.size = size
         self.data_dir, root = data_dir, config_lib.path(root)
         self.seeds = range(seeds)
         self.experiment = load(self.path)
@@ -155,12 +161,37 @@ def check(commands: dict[str, list[list[str]]]) -> None:
                 fail(f"row {row}: {line}")
 
 
+TOGETHER = """
+import json, shlex, sys
+from ddpm_jax import main
+for command in json.loads(sys.argv[1]):
+    print(shlex.join(command), flush=True)
+    main.main(command[3:])
+"""
+
+
+def _together(commands: list[list[str]]) -> list:
+    """The commands, where evaluations that follow one another are a list: one process runs them, which starts only once."""
+    groups = itertools.groupby(
+        commands, lambda command: "ddpm_jax.main" in command and not is_training(command)
+    )
+    result = []
+    for are_evaluations, group in groups:
+        result += [list(group)] if are_evaluations else group
+    return result
+
+
+def is_training(command: list[str]) -> bool:
+    return any(word.startswith("--config=") for word in command)
+
+
 def run(commands: list[list[str]]) -> None:
     """Runs one command after another, and exits with the status of the first that fails.
 
     On SIGTERM the running command gets SIGTERM too and can save before this program exits; Ctrl-C reaches it directly.
     """
     caught, running = [], []
+    commands = _together(commands)
 
     def handle(number, frame):
         caught.append(number)
@@ -170,9 +201,12 @@ def run(commands: list[list[str]]) -> None:
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for command in commands:
-            print(shlex.join(command), flush=True)
-            running[:] = [subprocess.Popen([sys.executable, *command[1:]])]
+            if is_one := isinstance(command[0], str):
+                print(shlex.join(command), flush=True)
+            words = command[1:] if is_one else ["-c", TOGETHER, json.dumps(command)]
+            running[:] = [subprocess.Popen([sys.executable, *words])]
             status = running[0].wait()
+            command = command if is_one else command[-1]
             if caught:
                 print("stopped; the same command continues", file=sys.stderr)
                 sys.exit(128 + caught[0])
@@ -254,6 +288,56 @@ def table(sweep: Sweep, rows: list[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page(sweep: Sweep, rows: list[str]) -> str:
+    """Writes page.html, and returns its path."""
+    from ddpm_jax.commands import report
+    from ddpm_jax.commands.report import blocks, charts
+
+    drawn = []
+    for title, (x_label, curves) in getattr(sweep.experiment, "charts", lambda _: {})(
+        sweep.variant
+    ).items():
+        lines = []
+        for name, points in curves.items():
+            values = [
+                [x, mean_over_seeds(sweep, row, column)] for row, column, x in points if row in rows
+            ]
+            values = np.array(
+                sorted(one for one in values if one[1] is not None), np.float64
+            ).reshape(-1, 2)
+            lines.append(charts.Curve(name, *values.T))
+        drawn.append(charts.chart(title, lines, x_label=x_label, x_scale="log"))
+    head, _, *body = (
+        [cell.strip() for cell in line[2:-2].split(" | ")]
+        for line in table(sweep, rows).splitlines()
+    )
+    words = ["python", "-m", "experiments.sweep", sweep.path, f"--size={sweep.size}"]
+    text = report.render(
+        {
+            "title": sweep.path,
+            "lead": (sweep.experiment.__doc__ or "").partition("\n")[0],
+            "facts": {"rows": str(len(rows)), "seeds": str(len(sweep.seeds))},
+            "sections": {
+                "Charts": [block for block in blocks.chart_block(drawn) if block],
+                "Table": [blocks.table("Means over seeds", head, body)],
+            },
+            "written": time.strftime("%Y-%m-%d %H:%M"),
+            "command": shlex.join([*words, f"--seeds={len(sweep.seeds)}", "--page"]),
+        }
+    )
+    path = os.path.join(sweep.folder, "page.html")
+    writers.make_folder_of(path)
+    writers.save_text(path, text)
+    return path
+
+
+def mean_over_seeds(sweep: Sweep, row: str, column: str) -> float | None:
+    """The mean of the first number of a column; None if there is none yet."""
+    found = [numbers(sweep.out(row, column, seed)) for seed in sweep.seeds]
+    means = [next(iter(one.values()))[0] for one in found if one]
+    return float(np.mean(means)) if means else None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
@@ -275,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--table", action="store_true", help="print the results; with --run, after it"
     )
+    parser.add_argument("--page", action="store_true", help="write charts and table as one page")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each row (default: 1)")
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("--data_dir", help="folder of the data for every training")
@@ -291,10 +376,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         check(commands)
         run([command for row in rows for command in commands[row]])
-    elif not args.table:
+    elif not args.table and not args.page:
         print("\n\n".join("\n".join(map(shlex.join, commands[row])) for row in rows))
     if args.table:
         print(table(sweep, rows))
+    if args.page:
+        print(page(sweep, rows))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ddpm_jax import main, modes, options
 from ddpm_jax.configs import digits
 from ddpm_jax.ddpm import Bounding, Sampling
 from ddpm_jax.experiments import sweep
+from ddpm_jax.files import writers
 from ddpm_jax.method import from_config
 from ddpm_jax.process.samplers import DDIM
 from ddpm_jax.training import step as training
@@ -118,8 +119,9 @@ SMOKE = [(table, row) for table in TABLES for row in sweep.load(str(ROOT / table
 def test_the_loss_of_every_row(table, row, capsys):
     (command, *_) = printed(capsys, table, "--size=smoke", f"--row={row}")
     config, _ = parsed(command)
-    config.model.channel_mults = (1, 2)  # a shallower network is traced in half the time
-    config.model.attention_resolutions = (min(config.data.image_shape[:2]) // 2,)
+    if "channel_mults" in config.model:  # a shallower network is traced in half the time
+        config.model.channel_mults = (1, 2)
+        config.model.attention_resolutions = (min(config.data.image_shape[:2]) // 2,)
     method = from_config(config)
     params = jax.eval_shape(method.init, jax.random.key(0))
     b, shape = 2, jax.ShapeDtypeStruct
@@ -409,3 +411,46 @@ def test_a_row_begins_with_the_weights_of_an_earlier_one_of_its_seed(tmp_path, c
     file.write_text(text.format(rows=f"{{{student}, {teacher}}}"))
     line = refused(capsys, str(file))
     assert line == "error: row b: config.init_from is 'a', which is no earlier row"
+
+
+def test_a_page_of_charts_with_means_over_seeds(tmp_path, capsys):
+    """Rows without a result are left out, and so are those that are not asked for."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        '"""Which is better?"""\n'
+        "def rows(size): return {'a': {}, 'b': {}, 'c': {}}\n"
+        "def evaluations(size, row): return {f'd_{n}': ['--mode=eval'] for n in (1, 10, 100)}\n"
+        "def charts(size):\n"
+        "    of = {row: [(row, f'd_{n}', n) for n in (100, 1, 10)] for row in rows(size)}\n"
+        "    return {'distance': ('network calls', of)}\n"
+    )
+    for row, seed, n, mean in (
+        ("a", 0, 1, 4.0),
+        ("a", 1, 1, 6.0),
+        ("a", 0, 100, 2.0),
+        ("b", 0, 10, 3.0),
+    ):
+        place = tmp_path / "r" / "mine" / "cpu" / (f"{row}_seed{seed}" if seed else row) / "eval"
+        place.mkdir(parents=True, exist_ok=True)
+        metric = {"mean": mean, "std": None, "values": [mean], "manifest": {}}
+        writers.save_result(str(place / f"d_{n}.json"), {"metrics": {"fid": metric}})
+    arguments = [str(file), "--size=cpu", f"--root={tmp_path}/r", "--seeds=2", "--page"]
+    sweep.main(arguments)
+    path = capsys.readouterr().out.strip()
+    assert path == f"{tmp_path}/r/mine/cpu/page.html"
+    text = Path(path).read_text()
+    assert "Which is better?" in text and "distance over network calls: a, b;" in text
+    assert "<td>5</td>" in text and "5.000 ± 1.414 (2 seeds)" in text
+    sweep.main([*arguments, "--row=b,c"])
+    assert "distance over network calls: b;" in Path(path).read_text()
+
+
+def test_evaluations_of_a_run_share_a_process_and_stop_at_the_first_failure(tmp_path, capfd):
+    nll = ["python", "-m", "ddpm_jax.main", f"--workdir={tmp_path}/none", "--mode=nll"]
+    with pytest.raises(SystemExit) as exit:
+        sweep.run([python("print('trained')"), nll, [*nll, "--steps=5"], python("print('never')")])
+    out, err = capfd.readouterr()
+    assert exit.value.code == 1 or exit.value.code == 2
+    assert out.splitlines().count(shlex.join(nll)) == 1 and "trained" in out
+    assert "--steps=5" not in out and "\nnever" not in out
+    assert f"{tmp_path}/none" in err
