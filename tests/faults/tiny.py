@@ -101,7 +101,9 @@ def _content(path: pathlib.Path):
     if path.suffix == ".npz":
         return _arrays(path)
     if path.suffix == ".json" and path.parent.name == "eval":
-        return json.dumps(_without_places(json.loads(path.read_text())), sort_keys=True)
+        from ddpm_jax.files import writers  # not with the config, which this file is too
+
+        return json.dumps(_without_places(writers.read_json(str(path))), sort_keys=True)
     if path.name == "loss.png" or (path.suffix == ".png" and path.parent.name == "eval"):
         return "a picture"  # its title may name the run directory
     return hashlib.sha256(path.read_bytes()).hexdigest()
