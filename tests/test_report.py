@@ -272,8 +272,8 @@ def test_a_comparison_of_two_schedules(trained, tmp_path, monkeypatch):
     config.schedule.update(name="cosine", start=None, end=None)
     config_lib.save(config, f"{tmp_path}/cosine/config.json")
     (bound,) = (tmp_path / "cosine/eval").glob("*_nll_test_seed0.json")
-    result = json.loads(bound.read_text()) | {"total": 1.25, "total_stderr": None}
-    bound.write_text(json.dumps(result))
+    result = writers.read_json(bound) | {"total": 1.25, "total_stderr": None}
+    writers.save_result(str(bound), result)
     reader = read(report(workdirs))
     for name in ("linear", "cosine"):
         run = find(str(tmp_path / name), allow_code=True)
