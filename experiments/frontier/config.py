@@ -47,6 +47,7 @@ COMMON = {
     "config.training.checkpoint_every": STEPS // 4,
     "config.training.keep": 4,
     "config.preview.every": STEPS,
+    "config.preview.num_images": 8,
 }
 COSINE = {"config.schedule.name": "cosine", "config.schedule.num_timesteps": 1024}
 V = COSINE | {"config.diffusion.prediction": "v"}
