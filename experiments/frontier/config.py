@@ -133,7 +133,7 @@ def samplers(row: str) -> dict[str, list[str]]:
 def evaluations(size: str, row: str) -> dict[str, list[str]]:
     if size == "smoke":  # without data there is no classifier
         return {"bound": ["--mode=nll", "--num_images=8", "--steps=1"]}
-    judged = ["--mode=eval", "--metrics=fid", FEATURES, "--num_samples=1000"]
+    judged = ["--mode=eval", "--metrics=fid", FEATURES, "--num_samples=1000", "--batch_size=125"]
     columns = {name: [*judged, *flags] for name, flags in samplers(row).items()}
     if row.startswith("v_") or row in ("consistency", "distilled"):
         return columns
@@ -144,23 +144,38 @@ def evaluations(size: str, row: str) -> dict[str, list[str]]:
     return columns | {"bound": ["--mode=nll", "--num_images=64"]}
 
 
+GROUPS = {
+    "what is predicted": ("ddpm", "eps", "v", "x_0", "min_snr", "hybrid"),
+    "paths and networks": ("v", "edm", "flow", "flow_logit", "dit"),
+}
+
+
 def charts(size: str) -> dict[str, tuple[str, dict]]:
     """{title: (name of x, {curve: [(row, column, x), …]})} of the page."""
     del size
-    whole = [row for row in rows("") if "bound" in evaluations("", row)]
+
+    def by_calls(row, sampler):
+        columns = [column for column in samplers(row) if column.startswith(f"{sampler}_")]
+        return [(row, column, int(column.rpartition("_")[2])) for column in columns]
+
     result = {}
-    for sampler in ("ddim", "heun", "dpm"):
-        curves = {}
-        for row in whole:
-            columns = [c for c in samplers(row) if c.startswith(f"{sampler}_")]
-            curves[row] = [(row, column, int(column.rpartition("_")[2])) for column in columns]
-        if sampler == "ddim":
-            curves["students"] = [
-                (f"v_{calls}", f"ddim_{calls}", calls) for calls in STUDENTS[::-1]
-            ]
-            for row in ("consistency", "distilled"):
-                curves[row] = [(row, f"renoise_{calls}", calls) for calls in (1, 2, 4)]
-        result[f"distance, {sampler}"] = "network calls", curves
+    for group, rows_of_group in GROUPS.items():
+        curves = {row: by_calls(row, "ddim") for row in rows_of_group}
+        result[f"distance by DDIM, {group}"] = "network calls", curves
+    of_one = {sampler: by_calls("v", sampler) for sampler in ("ddim", "heun", "dpm", "ancestral")}
+    result["distance of v, by sampler"] = "network calls", of_one
+    few = {
+        "v, ddim": by_calls("v", "ddim"),
+        "v, dpm": by_calls("v", "dpm"),
+        "students of v": [(f"v_{calls}", f"ddim_{calls}", calls) for calls in STUDENTS[::-1]],
+        "edm, heun": by_calls("edm", "heun"),
+        "edm, dpm": by_calls("edm", "dpm"),
+        "distilled from edm": by_calls("distilled", "renoise"),
+        "consistency": by_calls("consistency", "renoise"),
+    }
+    result["distance in few calls"] = "network calls", few
     ends = [(f"at_{k}k", k) for k in (16, 32, 48)] + [("ddim_20", 64)]
-    of_training = {row: [(row, column, k) for column, k in ends] for row in whole}
-    return result | {"distance, ddim_20": ("1,000 training images", of_training)}
+    for group, rows_of_group in GROUPS.items():
+        curves = {row: [(row, column, k) for column, k in ends] for row in rows_of_group}
+        result[f"distance by DDIM in 20, {group}"] = "1,000 training images", curves
+    return result
