@@ -206,12 +206,12 @@ def run(commands: list[list[str]]) -> None:
             words = command[1:] if is_one else ["-c", TOGETHER, json.dumps(command)]
             running[:] = [subprocess.Popen([sys.executable, *words])]
             status = running[0].wait()
-            command = command if is_one else command[-1]
             if caught:
                 print("stopped; the same command continues", file=sys.stderr)
                 sys.exit(128 + caught[0])
             if status:
-                print(f"error: status {status} of {shlex.join(command)}", file=sys.stderr)
+                which = shlex.join(command) if is_one else "the evaluation printed last"
+                print(f"error: status {status} of {which}", file=sys.stderr)
                 sys.exit(status if status > 0 else 128 - status)  # −n: killed by signal n
     finally:
         for number, handler in before.items():

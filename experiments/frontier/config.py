@@ -45,7 +45,7 @@ COMMON = {
     "config.optimizer.decay": "none",
     "config.training.num_steps": STEPS,
     "config.training.checkpoint_every": STEPS // 4,
-    "config.training.keep": 4,
+    "config.training.keep": 20,  # those that an interruption saves count too
     "config.preview.every": STEPS,
     "config.preview.num_images": 8,
 }
