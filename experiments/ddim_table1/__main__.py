@@ -41,11 +41,11 @@ small sample), EMA weights after 4000 steps, seed 0, x̂_0 clipped. Steps are sp
 
 This is one seed. For the same model, 300 images and S = 50, the standard deviation over three seeds is 5.7 (DDIM) and
 5.2 (ancestral) (experiments/schedules), so cells that differ by less than about 15 are not distinguishable here.
-These results are significant: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and the whole
+These differences are larger: σ̂ needs many steps, as in the paper; five steps are too few for all rows; and the whole
 ancestral chain is better than 50 of its steps. These are not distinguishable: the values of η from 20 steps on, uniform
 and quadratic spacing at 20 and 50 steps, the orders of the solver from 10 steps on, and the solver and DDIM from 10 steps
 on. A latent gives the same garment for S = 5, 10, 20, 50 and 1000, with more and more detail.
-Not run: several seeds.
+Not run: several seeds. experiments/frontier asks the same of the digits, with several trainings.
 """
 
 import argparse
