@@ -27,14 +27,14 @@ cores); bits/dim of 64 test images ± the standard error over them, distances ±
     linear   4.0e-5   0.0015   3.581 ± 0.110   28.6 ± 5.7    35.8 ± 5.2     30.6 ± 1.6
     cosine   2.4e-9   0.0940   3.408 ± 0.112   32.0 ± 4.9    27.7 ± 3.1    178.7 ± 1.4
 
-Each row was trained once: ± is over images or over seeds of the sampler, and the spread between trainings was not measured
-(--seeds=3). Image by image the cosine bound of these two is lower by 0.173 ± 0.004; its L_0 is lower by 0.41, and its other
-terms are higher by 0.24; whether other trainings have the same order is open. The last fifth contributes 0.0007 bits/dim to the linear bound and 0.0148 to the
-cosine bound. Without the last fifth of the cosine chain the distance is 27 standard deviations larger, and most garments
-become mottled lumps; without that of the linear chain it is not distinguishable from 50 steps of the whole chain (35.8 ±
-5.2 and 30.6 ± 1.6): Sedykh's statement holds at 28×28. L_T, the cost of ᾱ_T, is 2e-5 and 1e-9 bits/dim, so Σβ_t = 10.05
-is enough. Not distinguishable are the samples of the two schedules in 50 steps, by DDIM (28.6 ± 5.7, 32.0 ± 4.9) and by
-the ancestral sampler (35.8 ± 5.2, 27.7 ± 3.1).
+Each row was trained once: ± is over images or over seeds of the sampler, and the spread between trainings was not
+measured (--seeds=3). Image by image the cosine bound of these two is lower by 0.173 ± 0.004; its L_0 is lower by 0.41,
+and its other terms are higher by 0.24; whether other trainings have the same order is open. The last fifth contributes
+0.0007 bits/dim to the linear bound and 0.0148 to the cosine bound. Without the last fifth of the cosine chain the
+distance is 27 standard deviations larger, and most garments become mottled lumps; without that of the linear chain it
+is not distinguishable from 50 steps of the whole chain (35.8 ± 5.2 and 30.6 ± 1.6): Sedykh's statement holds at 28×28.
+L_T, the cost of ᾱ_T, is 2e-5 and 1e-9 bits/dim, so Σβ_t = 10.05 is enough. Not distinguishable are the samples of the
+two schedules in 50 steps, by DDIM (28.6 ± 5.7, 32.0 ± 4.9) and by the ancestral sampler (35.8 ± 5.2, 27.7 ± 3.1).
 Measured, the full size: not run.
 """
 
