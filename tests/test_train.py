@@ -21,7 +21,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.configs import digits
-from ddpm_jax.files import checkpoints, locks, runs, writers
+from ddpm_jax.files import checkpoints, locks, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
@@ -444,6 +444,17 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
     assert "samples" in out and "loss" in out
     assert err.count("log.txt cannot be written: [Errno 21] Is a directory") == 1
     same(state, loop.train(make_config(), tmp_path / "straight"))
+
+
+def test_a_start_that_died_before_its_first_checkpoint_leaves_no_record_of_its_data(tmp_path):
+    """The next run there may have other data; one that continues from a checkpoint keeps its record."""
+    images = np.zeros((9, 8, 8, 1), np.uint8)
+    run_data.save_data(str(tmp_path), data.Dataset.from_arrays(images))
+    loop.train(make_config(num_steps=3), tmp_path)
+    record = (tmp_path / "data.json").read_bytes()
+    assert run_data.saved_data(str(tmp_path))["count"] == 1500
+    loop.train(make_config(num_steps=6), tmp_path)
+    assert (tmp_path / "data.json").read_bytes() == record
 
 
 def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):

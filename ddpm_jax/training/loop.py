@@ -246,7 +246,7 @@ class Trainer:
         for line in resume.describe(self.workdir):
             self.say(line)
         config_lib.save(self.config, self.path("config.json"))
-        if run_data.saved_data(self.workdir) is None:
+        if self.step == 0 or run_data.saved_data(self.workdir) is None:
             run_data.save_data(self.workdir, self.dataset)
         more = self.config.seed, self.length.batch_size
         preview.save_first(self.workdir, self.method, self.dataset, self.keys, *more)
