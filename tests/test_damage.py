@@ -1,6 +1,7 @@
 """Files of a run directory that are damaged, doubled or renamed are refused by name or repaired, never used silently."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -297,6 +298,43 @@ def test_rows_without_a_recipe_are_not_used(tmp_path, capsys):
     with results.in_progress(out, {"a": 1}, named=False) as (folder, _):
         assert results.GrowingFile(f"{folder}/images", (2,), np.uint8).count == 0
     assert "was made with other settings" in capsys.readouterr().out
+
+
+def test_a_kill_while_unfinished_rows_are_deleted_leaves_the_result(tmp_path, monkeypatch):
+    """Whichever file is deleted first: the same command finds its result, and deletes the rest."""
+    out, recipe = str(tmp_path / "x.npz"), {"a": 1}
+
+    def interrupted(function, name):
+        def killed(path, *_, **__):
+            os.unlink(os.path.join(f"{out}.partial", name))
+            raise KeyboardInterrupt
+
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(KeyboardInterrupt),
+            results.in_progress(out, recipe) as (folder, _),
+        ):
+            for rows in ("images", "labels"):
+                results.GrowingFile(f"{folder}/{rows}", (), np.int8).append(np.ones(3))
+            writers.save_npz(out, {"x": np.ones(3)}, recipe)
+            patch.setattr(*function, killed)
+        with results.in_progress(out, recipe) as (_, finished):
+            assert finished["x"].tolist() == [1, 1, 1]
+        assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+    interrupted((shutil, "rmtree"), "recipe.json")
+    interrupted((os, "remove"), "images")
+
+
+def test_an_empty_picture_is_written_again(tmp_path):
+    """As a power failure leaves it, when the name of a file is on the disk before its content."""
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+    for _ in range(2):
+        with results.png_folder(str(tmp_path / "x.npz"), {"a": 1}, named=True) as save:
+            save(0, images)
+        pictures = sorted((tmp_path / "x").glob("*.png"))
+        assert len(pictures) == 3 and all(path.stat().st_size for path in pictures)
+        pictures[1].write_bytes(b"")
 
 
 # ---- training ----------------------------------------------------------------------------------------

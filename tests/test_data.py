@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import socket
 import sys
 import tarfile
 import threading
@@ -425,6 +426,22 @@ def test_download_tries_again(server, cifar, tmp_path):
     assert [path.name for path in (tmp_path / "new" / "cifar10").iterdir()] == [CIFAR]
     data.load("cifar10", data_dir=tmp_path / "new")
     assert len(asked) == 3  # found on disk
+
+
+def test_hosts_that_share_a_disk_download_to_files_of_their_own(tmp_path, monkeypatch):
+    """In containers, every process has the number 1."""
+    parts = []
+
+    def copy(url, path, size):
+        parts.append(path)
+        path.write_bytes(b"x")
+
+    monkeypatch.setattr(data.archives, "_copy", copy)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for host in ("a", "b"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        data.archives.download(["x"], tmp_path / "x", 1, hashlib.sha256(b"x").hexdigest())
+    assert len(set(parts)) == 2 and os.listdir(tmp_path) == ["x"]
 
 
 def test_a_wrong_download_is_not_kept(server, cifar, tmp_path):

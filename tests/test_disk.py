@@ -292,5 +292,11 @@ def test_what_is_promised_is_synced_before_its_name_appears(tmp_path, monkeypatc
         write(str(tmp_path / name))
         assert events == [inode(tmp_path / name), str(tmp_path / name), inode(tmp_path)]
     del events[:]
+    with results.png_folder(str(tmp_path / "many.npz"), {}, named=True) as save:
+        save(0, np.zeros((3, 8, 8, 1), np.uint8))
+    named = max(at for at, event in enumerate(events) if str(event).endswith(".png"))
+    pictures = {inode(path) for path in (tmp_path / "many").glob("*.png")}
+    assert len(pictures) == 3 and pictures | {inode(tmp_path / "many")} <= set(events[named:])
+    del events[:]
     writers.append_line(str(tmp_path / "metrics.jsonl"), {"step": 1})
     assert not events  # a line each second is not promised

@@ -1,5 +1,6 @@
 """The copy of a run in one file, and runs that continue from it."""
 
+import io
 import os
 import shutil
 import zipfile
@@ -98,6 +99,49 @@ def test_a_drive_that_is_full_is_a_warning_and_keeps_the_earlier_file(
     assert int(loop.train(mirrored(file, 6), tmp_path / "run").step) == 6
     assert "WARNING: a file could not be written; training continues" in capsys.readouterr().out
     assert file.read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
+
+
+def test_unpacking_deletes_nothing(tmp_path):
+    """Neither results beside the previews nor the damaged checkpoint that has the step of the mirror's."""
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    straight = loop.train(mirrored(file, preview__every=3), run)
+    (run / "samples" / "mine.npz").write_bytes(b"drawn")
+    (run / "samples" / "step_00000003.png").unlink()
+    shutil.rmtree(run / "checkpoints" / "3")
+    (run / "checkpoints" / "6" / "meta.json").write_bytes(b"{")
+    same(straight, loop.train(mirrored(file, preview__every=3), run))
+    assert (run / "samples" / "mine.npz").read_bytes() == b"drawn"
+    assert (run / "samples" / "step_00000003.png").exists()
+    assert (run / "checkpoints" / "6.damaged" / "meta.json").read_bytes() == b"{"
+    assert not list(run.glob(".mirror*"))
+
+
+def test_a_directory_in_use_is_not_unpacked_into(tmp_path):
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+    with (
+        locks.lock(tmp_path / "again"),
+        pytest.raises(checkpoints.CheckpointError, match="again is in use by process"),
+    ):
+        loop.train(mirrored(file, 3), tmp_path / "again")
+    assert os.listdir(tmp_path / "again") == [locks.LOCK]
+
+
+def test_a_drive_that_fails_while_it_is_read_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "run.zip"
+    loop.train(mirrored(file, 3), tmp_path / "run")
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() < 1000:  # the files, not the list of them at the end
+                raise OSError(5, "Input/output error")
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(io, "FileIO", Failing)
+    line = f"{file} cannot be read: Input/output error"
+    with pytest.raises(checkpoints.CheckpointError, match=line):
+        loop.train(mirrored(file, 3), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_kill_while_unpacking_leaves_a_start_that_unpacks_again(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_parameters_and_bytes_are_those_of_a_state():
 def test_the_devices_exchange_gradients_and_a_few_metrics():
     config, exchanged = make_config(), 0
     for shapes in re.findall(
-        r"= (.*?) all-reduce(?:-start)?\(", compiled_step(config, 8).as_text()
+        r"= (.*?) all-reduce(?:-start)?\(", compiled_step(config, 8).func.as_text()
     ):
         for dimensions in re.findall(r"f32\[([\d,]*)\]", shapes):
             exchanged += 4 * math.prod(int(n) for n in dimensions.split(",") if n)

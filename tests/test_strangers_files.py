@@ -276,6 +276,41 @@ def test_a_pipe_is_refused_and_not_waited_for(name, run, capsys):
         assert "is neither a file nor a folder" in refused(capsys, command, f"--workdir={run}")
 
 
+def test_what_a_training_deletes_meanwhile_is_not_looked_at(run, monkeypatch):
+    """A folder and a file that are gone when their turn comes, and a folder of another user."""
+    scandir, folder = os.scandir, run / "checkpoints" / "5.tmp"
+
+    class Gone:
+        """An entry of a directory, on a file system that does not say what it is."""
+
+        name, path = "history.tmp.jsonl", str(run / "history.tmp.jsonl")
+        is_symlink = is_dir = is_file = lambda *_, **__: False
+
+        def __fspath__(self):
+            return self.path
+
+    @contextlib.contextmanager
+    def listed(path):
+        if str(path) == str(folder) and folder.exists():
+            folder.rmdir()
+        with scandir(path) as found:
+            yield [*found, Gone()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", listed)
+        folder.mkdir()
+        runs.refuse_links(str(run))
+        assert not folder.exists()
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        with pytest.raises(RunError, match=f"^{run} cannot be read: Permission denied$"):
+            runs.refuse_links(str(run))
+
+
 def test_a_temporary_file_that_is_a_link_is_not_written_through(place):
     """Also outside of runs, such as beside an --out."""
     (place / "x.tmp.npz").symlink_to(place / "mine" / "letter.txt")
@@ -499,7 +534,7 @@ def test_a_mirror_that_would_fill_the_disk_is_refused(run, place):
         file = mirrored(run, place, change)
         with pytest.raises(checkpoints.CheckpointError, match="its files are larger than it is"):
             mirror.restore(str(file), str(place / "new"))
-        assert not list((place / "new").iterdir())
+        assert not (place / "new").exists()
         file.unlink()
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.configs import digits
-from ddpm_jax.files import checkpoints, locks, runs, writers
+from ddpm_jax.files import checkpoints, locks, run_data, runs, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.process import schedules
@@ -436,14 +436,36 @@ def test_what_cannot_be_written_beside_the_state_does_not_end_a_run(tmp_path, ca
     full.mkdir()
     (full / "log.txt").mkdir()
     (full / "loss.png").mkdir()
+    (full / "data_preview.png").mkdir()
     (full / "samples").write_text("in the way")
     state = loop.train(make_config(preview__every=2), full)
     out, err = capsys.readouterr()
     assert int(state.step) == 6 and checkpoints.latest_step(full / "checkpoints") == 6
-    assert out.count("WARNING: a file could not be written; training continues: ") == 6, out
-    assert "samples" in out and "loss" in out
+    assert out.count("WARNING: a file could not be written; training continues: ") == 7, out
+    assert all(word in out for word in ("data_preview.png", "samples", "loss"))
     assert err.count("log.txt cannot be written: [Errno 21] Is a directory") == 1
     same(state, loop.train(make_config(), tmp_path / "straight"))
+
+
+def test_a_start_that_died_before_its_first_checkpoint_leaves_no_record_of_its_data(tmp_path):
+    """The next run there may have other data; one that continues from a checkpoint keeps its record."""
+    images = np.zeros((9, 8, 8, 1), np.uint8)
+    run_data.save_data(str(tmp_path), data.Dataset.from_arrays(images))
+    loop.train(make_config(num_steps=3), tmp_path)
+    record = (tmp_path / "data.json").read_bytes()
+    assert run_data.saved_data(str(tmp_path))["count"] == 1500
+    loop.train(make_config(num_steps=6), tmp_path)
+    assert (tmp_path / "data.json").read_bytes() == record
+
+
+def test_lines_that_were_not_due_yet_are_not_missed(tmp_path, monkeypatch, caplog):
+    """A run that was to log every hundred steps ends at step 5, and continues with a line every two steps."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
+        stop_reading(patch, OSError(5, "I/O error"), 5)
+        loop.train(make_config(training__log_every=100), tmp_path)
+    loop.train(make_config(training__log_every=2), tmp_path)
+    assert "has no line" not in caplog.text
+    assert [row["step"] for row in metrics(tmp_path)] == [6]
 
 
 def test_a_line_of_metrics_is_whole_or_not_there(tmp_path, monkeypatch):

@@ -98,6 +98,20 @@ def test_the_same_compiled_step_serves_every_state():
     assert int(state.step) == 2 and np.isfinite(loss)
 
 
+def test_the_seed_is_no_constant_of_the_program():
+    """A run with another seed finds the program of the first in the compilation cache."""
+    state, batch = training.init_state(METHOD, SGD, KEY), parallel.shard(make_batch())
+
+    def program(key):
+        update = training.make_update(METHOD, SGD, key, axis_name=parallel.AXIS)
+        return parallel.compile_step(update, parallel.place(state), batch)
+
+    one, other = (program(jax.random.key(seed)) for seed in (7, 8))
+    assert one.func.as_text() == other.func.as_text()
+    losses = [float(run(parallel.place(state), batch)[1]) for run in (one, other)]
+    assert losses[0] != losses[1]
+
+
 def test_randomness_is_of_the_key_the_step_and_the_index():
     params = METHOD.init(jax.random.key(0))
     batch = make_batch()

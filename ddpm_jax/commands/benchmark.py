@@ -86,7 +86,7 @@ def benchmark(
         return {}
     bench = Benchmark.of(config, batch_size, sampling)
     if profile:
-        print(f"\nTraining step: {trace.table(bench.step.as_text(), bench.train)}")
+        print(f"\nTraining step: {trace.table(bench.step.func.as_text(), bench.train)}")
         forward = bench.bare(bench.method.sized_network)["forward"]
         print(f"\nForward pass: {trace.table(bench.forward.as_text(), forward)}")
         return {}

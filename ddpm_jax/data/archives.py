@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import re
+import socket
 import tarfile
 import time
 import urllib.request
@@ -143,7 +144,8 @@ def download(urls: Sequence[str], path: Path, size: int, sha256: str) -> Path:
         OSError: the folder of `path` cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may download it
+    process = f"{socket.gethostname()}.{os.getpid()}"  # several may download it, on several hosts
+    part = path.with_name(f"{path.name}.{process}.part")
     failures = {}
     try:
         for wait in (0, BACKOFF, 2 * BACKOFF):

@@ -98,8 +98,8 @@ def save(
             meta = {"leaves": leaves, "files": _sha256_files(temporary), "values": values or {}}
             meta["sha256"] = _sha256_json(meta)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-            for written in (*temporary.rglob("*"), temporary):
-                sync(written)
+            for part in (*temporary.rglob("*"), temporary):
+                sync(part)
             if fault is not None:  # only now, so that a failed save leaves the old directory alone
                 _set_aside(path, *fault)
             temporary.rename(path)

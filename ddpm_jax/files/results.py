@@ -20,6 +20,7 @@ from ddpm_jax.files import config as config_lib
 from ddpm_jax.files import locks, writers
 from ddpm_jax.files.run_data import RunError
 
+RECIPE = "recipe.json"  # in a folder of results: the settings that affect them
 FOLDERS = ("eval", "samples")  # folders in a run directory that commands write to
 PNG_THREADS, PNG_WAITING = (
     2,
@@ -105,7 +106,10 @@ def in_progress(
         finished = read_npz(out) if processes.from_first(prepare) else None
         yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
         if processes.is_first():
-            shutil.rmtree(folder)
+            for name in set(os.listdir(folder)) - {RECIPE, locks.LOCK}:
+                path = os.path.join(folder, name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            shutil.rmtree(folder)  # the recipe last: until then it says what the others are
     processes.barrier(f"{out} is written")
 
 
@@ -128,7 +132,7 @@ def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable |
         for name in set(os.listdir(folder)) - {locks.LOCK}:
             os.rename(os.path.join(folder, name), os.path.join(aside, name))
 
-    recipe_path, is_finished = os.path.join(folder, "recipe.json"), os.path.exists(out)
+    recipe_path, is_finished = os.path.join(folder, RECIPE), os.path.exists(out)
     if is_finished:
         arrays = read_npz(out)
         saved = None
@@ -160,8 +164,8 @@ def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable |
 def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
     """A folder beside an .npz, named like it, with its images as 000000.png, 000001.png and so on.
 
-    Threads of the first process write the files; the context ends when all are complete. Files that exist are left as
-    they are.
+    Threads of the first process write the files; the context ends when all are complete and on the disk. Files that exist
+    are left as they are, unless they are empty, as a power failure leaves them.
 
     Args:
       out, recipe, named: as for `in_progress`; the folder holds recipe.json.
@@ -176,7 +180,7 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
         yield lambda first, images: None
         return
     folder, recipe = out.removesuffix(".npz"), json.loads(json.dumps(recipe))
-    path = os.path.join(folder, "recipe.json")
+    path = os.path.join(folder, RECIPE)
     if os.path.exists(folder) and not _has_recipe(path, recipe):
         line = f"{folder} holds other files than the PNG files of these settings"
         if named:
@@ -187,8 +191,8 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
     writers.make_folder_of(path)
     writers.save_text(path, json.dumps(recipe))
     writers.written[folder] = writers.written.pop(path)  # instead of thousands of files
-    names = set(os.listdir(folder))
-    for name in names:
+    names = {file.name for file in os.scandir(folder) if file.stat(follow_symlinks=False).st_size}
+    for name in os.listdir(folder):
         if name.endswith(".tmp.png"):  # left by a kill
             os.remove(os.path.join(folder, name))
     waiting = collections.deque()
@@ -206,6 +210,9 @@ def png_folder(out: str, recipe: dict, *, named: bool) -> Iterator[Callable]:
         yield write
         for job in waiting:
             job.result()
+        files = [file.path for file in os.scandir(folder)]
+        collections.deque(pool.map(writers.sync, files), maxlen=0)
+    writers.sync(folder)
 
 
 def _save_png(path: str, image: np.ndarray) -> None:

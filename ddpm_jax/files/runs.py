@@ -217,14 +217,21 @@ def refuse_links(workdir: str) -> None:
     The run directory itself may be a link, and links in it may lead to its own files. What Weights & Biases wrote is
     not read, and not checked.
 
+    A training may delete files and folders meanwhile.
+
     Raises:
-      RunError: a link that leads out of it, or a device; one line.
+      RunError: a link that leads out of it, a device, or a folder that cannot be read; one line.
     """
     root = os.path.realpath(workdir)
     folders = [root] if os.path.isdir(root) else []
     while folders:
-        with os.scandir(folders.pop()) as found:
-            entries = list(found)
+        try:
+            with os.scandir(folder := folders.pop()) as found:
+                entries = list(found)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RunError(f"{folder} cannot be read: {error.strerror}") from error
         for entry in entries:
             target = os.path.realpath(entry.path) if entry.is_symlink() else ""
             if target and target != root and not target.startswith(f"{root}{os.sep}"):
@@ -234,7 +241,7 @@ def refuse_links(workdir: str) -> None:
                 )
             if entry.is_dir(follow_symlinks=False):
                 folders += [entry.path] if entry.path != os.path.join(root, "wandb") else []
-            elif not target and not entry.is_file(follow_symlinks=False):
+            elif not (target or entry.is_file(follow_symlinks=False)) and os.path.lexists(entry):
                 raise RunError(f"{entry.path} is neither a file nor a folder; remove it")
 
 

@@ -173,18 +173,18 @@ def append_line(path: str, row: Mapping) -> None:
     """
     line = to_line(row).encode()
     with named(path), open(path, "ab", buffering=0) as file:
-        size, written = file.tell(), 0
+        size, done = file.tell(), 0
         try:
-            while written < len(line):
-                written += file.write(line[written:])
+            while done < len(line):
+                done += file.write(line[done:])
         except OSError:
-            if written:
+            if done:
                 file.truncate(size)
             raise
 
 
 def rewind_metrics(path: str, step: int, log_every: int) -> None:
-    """Drops the lines after `step`, which a run resumed at `step` writes again; warns if earlier ones are missing."""
+    """Drops the lines after `step`, which a run resumed there writes again; warns if some, each `log_every` steps, are missing."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     last = rows[-1]["step"] if rows else 0
     if step - last >= log_every:

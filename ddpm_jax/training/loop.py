@@ -155,12 +155,13 @@ class Trainer:
         self.say(parallel.banner())
         self.directory = self.path("checkpoints")
         continues, own_shape = os.path.isdir(self.directory), config.data.image_shape is None
-        if own_shape and continues:  # the saved shape
-            config.data.image_shape = config_lib.load(self.path("config.json")).data.image_shape
+        path = self.path("config.json")
+        self.saved = config_lib.load(path) if continues else config  # settings so far
+        if own_shape:
+            config.data.image_shape = self.saved.data.image_shape
         dataset = dataset or run_data.fill_in(config)
         self.make_parts(method)
         if continues:
-            path = self.path("config.json")
             resume.refuse_another_config(config, path, moved=True, changes=self.changes)
             resume.as_saved(config, path)
         self.prepare_data(dataset, continues, own_shape)
@@ -228,11 +229,7 @@ class Trainer:
             state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
             self.say(f"resuming at step {self.step:,}")
-            saved = config_lib.load(self.path("config.json")).training
-            if self.config.optimizer.decay != "none" and saved.num_steps != self.length.num_steps:
-                self.say(
-                    "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
-                )
+            resume.warn_of_decay(self.config, self.saved, self.say)
         guards.check_saving(state, self.directory, self.length, self.say)
         self.state, self.rows = parallel.place(state), []
 
@@ -246,11 +243,11 @@ class Trainer:
         for line in resume.describe(self.workdir):
             self.say(line)
         config_lib.save(self.config, self.path("config.json"))
-        if run_data.saved_data(self.workdir) is None:
+        if self.step == 0 or run_data.saved_data(self.workdir) is None:
             run_data.save_data(self.workdir, self.dataset)
-        more = self.config.seed, self.length.batch_size
+        more = self.config.seed, self.length.batch_size, self.say
         preview.save_first(self.workdir, self.method, self.dataset, self.keys, *more)
-        writers.rewind_metrics(self.path("metrics.jsonl"), self.step, self.length.log_every)
+        writers.rewind_metrics(self.path("metrics.jsonl"), self.step, resume.log_every(self.saved))
         self.loggers.begin(self.step)
         self.profiler.begin(self.step)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ddpm_jax import processes
-from ddpm_jax.files import checkpoints, console, locks, writers
+from ddpm_jax.files import checkpoints, console, locks, results, writers
 from ddpm_jax.files import config as config_lib
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import guards
@@ -51,7 +51,8 @@ def restore(path: str | None, workdir: str) -> None:
 
     Raises:
       ConfigError: the folder of the file is missing, so that it could never be written; or there are several processes.
-      CheckpointError: the file is damaged.
+      CheckpointError: the file cannot be read or is damaged, or another process trains there.
+      WriteError: the run directory cannot be written.
     """
     if path is None:
         return
@@ -62,41 +63,84 @@ def restore(path: str | None, workdir: str) -> None:
         )
     if processes.count() > 1:
         raise ConfigError("config.training.mirror is for a run of one process; leave it out")
-    target = directory / "checkpoints"
-    if not file.exists() or checkpoints.latest_step(target) is not None:
+    if not file.exists():
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=guards.UNPACKED) as folder:
-        step = _unpack(file, folder)
-        for name in sorted(set(os.listdir(folder)) - {"checkpoints", locks.LOCK}):
-            if (directory / name).is_dir():
-                shutil.rmtree(directory / name)
-            os.replace(os.path.join(folder, name), directory / name)
-        unpacked = Path(folder, "checkpoints")
-        for left in target.iterdir() if target.exists() else ():  # damaged, or left by a kill
-            if not (unpacked / left.name).exists():
-                os.replace(left, unpacked / left.name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unpacked, target)  # at once, and the last: complete
+    with guards.run_directory(workdir) as undo:
+        if checkpoints.latest_step(directory / "checkpoints") is not None:
+            return
+        try:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=guards.UNPACKED) as folder:
+                step = _unpack(file, folder)
+                _merge(Path(folder), directory)
+        except BaseException:
+            undo()
+            raise
     console.say(f"the run of {file} is unpacked, at step {step:,}")
+
+
+def _merge(folder: Path, directory: Path) -> None:
+    """Moves the files of an unpacked run into a run directory, and its checkpoints last.
+
+    Files of the same name are replaced, and others stay. A checkpoint in the place of another, which is damaged, renames
+    that to STEP.damaged.
+    """
+    unpacked, target = folder / "checkpoints", directory / "checkpoints"
+    for path in sorted(folder.rglob("*")):  # folders before what is in them
+        new = directory / path.relative_to(folder)
+        if path == folder / locks.LOCK or new.is_relative_to(target):
+            continue
+        with writers.named(new):
+            new.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, new)
+    with writers.named(target):
+        target.mkdir(exist_ok=True)
+    for step in map(
+        str, checkpoints.complete_steps(unpacked)
+    ):  # the newest last: then all are there
+        with writers.named(target / step):
+            if (target / step).exists():
+                os.rename(target / step, results.free_name(str(target / f"{step}.damaged")))
+            os.replace(unpacked / step, target / step)
+
+
+class _Mirror(io.BufferedReader):
+    """The file of `save`, whose errors name it: a drive may fail while it is read."""
+
+    def read(self, *size):
+        try:
+            return super().read(*size)
+        except OSError as error:
+            raise _cannot_be_read(self.name, error) from error
+
+
+def _cannot_be_read(file, error: OSError) -> checkpoints.CheckpointError:
+    return checkpoints.CheckpointError(
+        f"{file} cannot be read: {error.strerror}; is the drive mounted? Run the same command again, or move it away"
+    )
 
 
 def _unpack(file: Path, folder: str) -> int:
     """Unpacks a file of `save`, and returns the newest step of its checkpoints.
 
     Raises:
-      CheckpointError: the file is damaged, or is another one.
+      CheckpointError: the file cannot be read, is damaged, or is another one.
       OSError: the folder cannot be written.
     """
     try:
-        with zipfile.ZipFile(file) as archive, writers.named(folder):
+        opened = _Mirror(io.FileIO(file))
+    except OSError as error:
+        raise _cannot_be_read(file, error) from error
+    try:
+        with opened, zipfile.ZipFile(opened) as archive:
             size = sum(member.file_size for member in archive.infolist())
             if size > file.stat().st_size:  # `save` does not compress
                 raise ValueError("its files are larger than it is")
-            archive.extractall(folder)
+            with writers.named(folder):
+                archive.extractall(folder)
         if not (steps := checkpoints.complete_steps(os.path.join(folder, "checkpoints"))):
             raise ValueError("it holds no complete checkpoint")
         return steps[-1]
+    except checkpoints.CheckpointError:
+        raise
     except Exception as error:  # zipfile, zlib and struct each raise their own
         if isinstance(error, OSError) and error.errno in WRITING:
             raise

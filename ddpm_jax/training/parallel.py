@@ -71,18 +71,27 @@ def local_rows(batch_size: int) -> slice:
     return slice(processes.index() * rows, (processes.index() + 1) * rows)
 
 
-def compile_step(step: Callable, state, batch):
+def compile_step(step: jax.tree_util.Partial, state, batch) -> functools.partial:
     """Compiles (state, sharded batch) -> (state, loss) for all devices of all processes; donates the state.
 
+    Args:
+      step: its arguments, such as a key, are data of the program, not constants: a run with another seed finds it compiled.
+
     Returns:
-      a `jax.stages.Compiled`: callable, with `memory_analysis()` and `cost_analysis()` of one device. In a job of several
-      processes, the mapped function, which compiles at its first call: there a Compiled takes global arrays, and a
-      process has only its own part.
+      a callable whose `func` is a `jax.stages.Compiled`, with `memory_analysis()` and `cost_analysis()` of one device. In a
+      job of several processes it is the mapped function, which compiles at its first call: there a Compiled takes global
+      arrays, and a process has only its own part.
     """
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
-    if processes.count() > 1:
-        return mapped
-    return compiled(mapped, state, batch)
+    mapped = jax.pmap(
+        lambda step, state, batch: step(state, batch),
+        axis_name=AXIS,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=1,
+    )
+    step = place(step)
+    program = mapped if processes.count() > 1 else compiled(mapped, step, state, batch)
+    return functools.partial(program, step)
 
 
 def compiled(mapped: Callable, *arguments):
@@ -113,7 +122,8 @@ def compiler_options() -> dict[str, str]:
 
 
 def memory(compiled) -> float:
-    """Bytes that a compiled function needs on one device, arguments and results included; or NaN."""
+    """Bytes that a compiled function or step needs on one device, arguments and results included; or NaN."""
+    compiled = getattr(compiled, "func", compiled)
     if not isinstance(compiled, jax.stages.Compiled):
         return float("nan")
     stats = compiled.memory_analysis()

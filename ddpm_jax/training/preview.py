@@ -17,18 +17,22 @@ from ddpm_jax.process.diffusion import from_uint8, q_path, to_uint8
 from ddpm_jax.process.schedules import Schedule
 from ddpm_jax.process.timesteps import respace
 from ddpm_jax.settings import Bounding
-from ddpm_jax.training import parallel
+from ddpm_jax.training import guards, parallel
 
 FORWARD_ROWS, FORWARD_TIMES = 4, 10  # images and times of forward.png
 
 
-def save_first(workdir: str, method: Method, dataset, keys, seed: int, batch_size: int) -> None:
+def save_first(
+    workdir: str, method: Method, dataset, keys, seed: int, batch_size: int, say: Callable
+) -> None:
     """Writes data_preview.png, the first training images, and of a diffusion forward.png, its forward process."""
     shown = shown_images(method, dataset, keys.train, seed, batch_size)
-    writers.save_png(os.path.join(workdir, "data_preview.png"), writers.grid(shown))
+    with guards.os_errors_as_warnings(say):
+        writers.save_png(os.path.join(workdir, "data_preview.png"), writers.grid(shown))
     if is_diffusion(method):
         path = os.path.join(workdir, "forward.png")
-        save_forward(path, method.schedule, shown, keys.preview)
+        with guards.os_errors_as_warnings(say):
+            save_forward(path, method.schedule, shown, keys.preview)
 
 
 def path_of(workdir: str, step: int) -> str:

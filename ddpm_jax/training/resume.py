@@ -275,6 +275,21 @@ def describe(workdir: str) -> list[str]:
     ]
 
 
+def warn_of_decay(config, saved, say: Callable) -> None:
+    """Says that another length of the run changes the learning rate at once."""
+    num_steps = saved.training.get("num_steps")
+    if config.optimizer.decay != "none" and num_steps != config.training.num_steps:
+        say(
+            "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
+        )
+
+
+def log_every(saved) -> int:
+    """The steps between two lines of metrics.jsonl, by the saved config of a run."""
+    steps = _value(saved, "training.log_every")
+    return steps if isinstance(steps, int) else Length.log_every
+
+
 def first_state(config, method, tx, key, say: Callable) -> step.TrainState:
     """The state of a new run: with the EMA weights of config.init_from, or random ones.
 

@@ -176,7 +176,8 @@ def make_update(
     """update(state, batch) -> (state, loss): one step of Ho et al. Algorithm 1 on this shard.
 
     Randomness is a function of (key, state.step, batch["index"]), so neither the number of devices nor
-    `accumulate` changes which noise an example gets.
+    `accumulate` changes which noise an example gets. It is a `jax.tree_util.Partial` that holds the key, so a program that
+    takes it as an argument, as that of `parallel.compile_step`, is the same for every seed.
 
     Args:
       method: a `Method`, or anything with its `loss_fn`.
@@ -206,7 +207,7 @@ def make_update(
 
     gradient = jax.grad(loss_and_more, has_aux=True)
 
-    def update(state: TrainState, batch) -> tuple[TrainState, jax.Array]:
+    def update(key, state: TrainState, batch) -> tuple[TrainState, jax.Array]:
         step_key = jax.random.fold_in(key, state.step)
         batch = _with_position(batch, axis_name)
         parts = [
@@ -237,7 +238,7 @@ def make_update(
         loss_state = method.update_loss_state(state.loss_state, record, params)
         return TrainState(state.step + 1, params, ema_params, opt_state, loss_state, metrics), loss
 
-    return update
+    return jax.tree_util.Partial(update, key)
 
 
 def _sum_of(trees: list):
