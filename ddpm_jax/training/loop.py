@@ -227,6 +227,10 @@ class Trainer:
         if state is None:
             state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
+            if self.leader:
+                with guards.os_errors_as_warnings(self.say):
+                    for line in checkpoints.set_aside_damaged(self.directory, above=self.step):
+                        self.say(f"WARNING: {line}")
             self.say(f"resuming at step {self.step:,}")
             saved = config_lib.load(self.path("config.json")).training
             if self.config.optimizer.decay != "none" and saved.num_steps != self.length.num_steps:
