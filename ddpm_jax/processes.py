@@ -28,6 +28,8 @@ from ddpm_jax.options import ConfigError, option
 CONNECT_SECONDS = 60  # how long a process waits for the first one
 HEARTBEAT_SECONDS = 30  # how long jax waits for a process that answers no more
 
+AGREE_SECONDS = 10  # the time between two steps at which processes agree
+
 Result = TypeVar("Result")
 
 
@@ -76,6 +78,37 @@ def from_first(function: Callable[[], Result]) -> Result:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text.ljust(size, b" "), np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+
+
+class Agreement:
+    """What any of several processes wishes, agreed on at steps that all of them know.
+
+    These steps are at most `AGREE_SECONDS` apart, or one step if a step takes longer; all processes choose them together.
+
+    Args:
+      step: the number of steps that are done.
+    """
+
+    def __init__(self, step: int):
+        self._step, self._next, self._time = step, step + 1, time.monotonic()
+
+    def __call__(self, step: int, done: Any, *wishes: bool) -> list[bool]:
+        """For each wish, whether a process has it; to be called after each step. False between the agreed steps.
+
+        Args:
+          done: what the step computes; waited for where processes agree, since the time between is measured.
+        """
+        if count() == 1:
+            return list(wishes)
+        if step < self._next:
+            return [False] * len(wishes)
+        jax.block_until_ready(done)
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        fits = int(steps * AGREE_SECONDS / max(seconds, 1e-3))
+        row = np.array([[max(1, min(fits, 2 * steps)), *wishes]], np.int32)
+        rows = gather(row)
+        self._step, self._next, self._time = step, step + int(rows[:, 0].min()), time.monotonic()
+        return [bool(wished) for wished in rows[:, 1:].any(axis=0)]
 
 
 # ---- joining ---------------------------------------------------------------------------------------

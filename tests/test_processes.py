@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import main, processes
-from ddpm_jax.files import runs, writers
+from ddpm_jax.files import checkpoints, runs, writers
 from ddpm_jax.options import ConfigError
 from ddpm_jax.processes import Processes
 
@@ -103,6 +103,28 @@ def test_slurm_is_detected(tmp_path):
     statuses, outputs, errors = finish(both)
     assert statuses == [0, 0], errors
     assert outputs == ("2 of 0\n", "")  # only the first prints
+
+
+@pytest.mark.parametrize("seconds", [0.003, 1.7, 30.0])
+def test_processes_agree_often_enough(monkeypatch, seconds):
+    """At steps that all choose together: the other process would let three times as many pass."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gather", lambda row: np.concatenate([row, row * [3, 1, 0]]))
+    agreement, begun, longest, agreed = processes.Agreement(100), 0.0, 0.0, 0
+    for step in range(101, 101 + int(600 / seconds)):
+        clock[0] += seconds
+        found = agreement(step, None, True, False)
+        assert found in ([True, False], [False, False])
+        if found[0]:
+            longest, begun, agreed = max(longest, clock[0] - begun), clock[0], agreed + 1
+    assert longest <= max(processes.AGREE_SECONDS, seconds) + 1e-6
+    assert agreed <= 100  # and not more often than needed
+
+
+def test_one_process_agrees_with_itself():
+    assert processes.Agreement(0)(1, None, True, False) == [True, False]
 
 
 # ---- two processes of two devices --------------------------------------------------------------------
@@ -236,17 +258,81 @@ def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_is_agreed_and_all_save(trained, tmp_path):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_to_one_of_two_is_agreed_and_all_save(trained, tmp_path, number):
+    """In seconds, although the next log line is hours away."""
     shutil.copytree(trained, tmp_path / "run")
-    started = start(*train_flags(tmp_path / "run", 100_000))
-    while not losses(tmp_path / "run")[3:]:
+    started = start(
+        *train_flags(tmp_path / "run", 10**7),
+        *("--config.training.log_every=1000000", "--config.training.checkpoint_every=20"),
+    )
+    while not (tmp_path / "run" / "checkpoints" / "40").exists():
         assert all(process.poll() is None for process in started)
         time.sleep(0.1)
-    started[1].send_signal(signal.SIGTERM)
+    started[number].send_signal(signal.SIGTERM)
+    begin = time.monotonic()
     statuses, (output, _), errors = finish(started)
+    assert time.monotonic() - begin < 40  # 10 s, on a busy machine
     assert statuses == [143, 143], errors
+    said = "SIGTERM: all processes save after the same step, within about 10 s or one step; Ctrl-C"
+    assert (said in output) == (number == 0)  # only the first prints
     step = runs.load(str(tmp_path / "run")).step
     assert f"stopped by SIGTERM after step {step:,}, which is saved" in output
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_of_two_processes(tmp_path):
+    """It stays, is named, and both processes load it."""
+    keep = ["--config.training.keep=1", "--config.training.keep_best=-learning_rate"]
+    keep += ["--config.optimizer.warmup_steps=4", "--config.optimizer.decay=cosine"]
+    flags = [*train_flags(tmp_path / "run", 12), *keep]
+    statuses, (output, silent), errors = finish(start(*flags))
+    assert statuses == [0, 0] and not silent.strip(), errors
+    directory = tmp_path / "run" / "checkpoints"
+    best, value = checkpoints.best_of(directory, "-learning_rate")
+    assert sorted(os.listdir(directory)) == ["12", f"{best}"]
+    assert f"step {best} is the best checkpoint so far: learning_rate {value:.6g}" in output
+    line = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num_samples=2", "--steps=2"]
+    statuses, (output, _), errors = finish(start(*line, "--checkpoint=best"))
+    assert statuses == [0, 0] and f"step_{best:08d}" in output, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path, number):
+    """And one that only the first process finds changed is written again by it; nobody waits for ever."""
+    code = f"""if True:
+        import sys, numpy as np
+        from ddpm_jax import processes
+        from ddpm_jax.files import checkpoints
+        number = int(sys.argv[1])
+        processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        state = lambda step: {{"step": np.int32(step), "x": np.full(3, step, np.float32)}}
+        for step in (1, 2, 3):
+            checkpoints.save("{tmp_path}", state(step), step=step)
+        files = checkpoints._sha256_files
+        def damaged(path):
+            return {{}} if path.name == "3" else files(path)
+        if number == {number}:
+            checkpoints._sha256_files = damaged
+        found, step = checkpoints.restore("{tmp_path}", state(0))
+        assert step == 2 and (found["x"] == 2).all(), step
+        checkpoints.save("{tmp_path}", state(3), step=3)
+    """
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"{i}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    statuses, _, errors = finish(both)
+    assert statuses == [0, 0], errors
+    assert "3 is damaged and passed over: another process could not" in errors[1 - number]
+    expected = ["1", "2", "3"] + (["3.damaged"] if number == 0 else [])
+    assert sorted(os.listdir(tmp_path)) == expected
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ class Trainer:
         self.compile()
         self.begin()
         self.catch_up()
-        sent = collections.deque()
+        sent, self.agree = collections.deque(), processes.Agreement(self.step)
         self.started = self.saved = self.spoke = time.perf_counter()
         with (
             contextlib.closing(self.loggers),
@@ -324,10 +324,7 @@ class Trainer:
 
         now, stop = time.perf_counter(), bool(self.signals.caught)
         due = stop or now - self.saved > 60 * length.checkpoint_minutes
-        if processes.count() > 1:
-            # All processes must save at the same step, so they agree at steps that all of them know.
-            agree = self.step % length.log_every == 0
-            stop, due = (agree and processes.any_process(wish) for wish in (stop, due))
+        stop, due = self.agree(self.step, loss, stop, due)  # all processes save at the same step
         with self.progress.aside():
             if saves := due or self.step % length.checkpoint_every == 0 or end:
                 self.save()
