@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -173,6 +174,7 @@ class Processes:
         try:
             jax.distributed.initialize(
                 *where,
+                local_device_ids=_local_device_ids(),
                 initialization_timeout=2 * CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -195,6 +197,21 @@ class Processes:
         watch.begin(jax.process_index(), count(), from_first)
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the lines of the first process are enough
+
+
+def _local_device_ids() -> list[int] | None:
+    """For jax.distributed: an empty list for all devices of the machine, None for what jax detects.
+
+    In SLURM and Open MPI jax gives each process a single GPU, also to one that is alone on its machine.
+    """
+    names = (
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "SLURM_STEP_TASKS_PER_NODE",
+    )  # mpirun runs inside a step of SLURM
+    names += ("SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+    tasks = next((os.environ[name] for name in names if name in os.environ), "")  # such as 1(x2)
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    return [] if alone else None
 
 
 def _give_up() -> None:
@@ -232,7 +249,7 @@ def wait_for(host: str, port: int) -> None:
     end = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()  # [::1]
             return
         except OSError as error:
             if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Several processes, started by the flags of the command line."""
+"""Two processes of two devices each, started by the flags of the command line."""
 
 import json
 import os
@@ -13,121 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import main, processes
+from ddpm_jax import main
 from ddpm_jax.files import checkpoints, runs, writers
-from ddpm_jax.options import ConfigError
-from ddpm_jax.processes import Processes
 
 
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"coordinator": "localhost:1234"}, "--num_processes is missing: .* belong together"),
-        ({"num_processes": 2, "process_id": 0}, "--coordinator is missing"),
-        ({"coordinator": "localhost", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:b:c", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:99999", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "must be below"),
-    ],
-)
-def test_flags_that_contradict_each_other(flags, message):
-    with pytest.raises(ConfigError, match=message):
-        Processes(**flags).join()
-
-
-def test_a_first_process_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 1)
-    port, begin = free_port(), time.monotonic()
-    chosen = Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=1)
-    with pytest.raises(ConfigError, match=f"no process answers at --coordinator=localhost:{port}"):
-        chosen.join()
-    assert time.monotonic() - begin < 10
-
-
-def test_other_processes_that_do_not_come():
-    code = f"""if True:
-        from ddpm_jax import processes
-        processes.CONNECT_SECONDS = 1
-        processes.Processes(
-            coordinator="localhost:{free_port()}", num_processes=2, process_id=0
-        ).join()
-    """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("error: the other processes did not come")
-
-
-def test_numbers_below_zero_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main.main(["--config=configs/digits.py:smoke", "--process_id=-1", f"--workdir={tmp_path}"])
-    assert "--process_id must be at least 0" in capsys.readouterr().err
-
-
-def test_writing_a_file_starts_no_device(tmp_path):
-    """A report is written while a training holds the memory of the devices."""
-    code = f"""if True:
-        from ddpm_jax.files import writers
-        from jax._src import xla_bridge
-        writers.save_text(r"{tmp_path / "x"}", "x")
-        assert not xla_bridge.backends_are_initialized()
-    """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert (tmp_path / "x").read_text() == "x"
-
-
-def test_slurm_is_detected(tmp_path):
-    """Its variables alone connect two processes, which then share a value of the first."""
-    code = """if True:
-        from ddpm_jax import processes
-        processes.Processes(distributed=True).join()
-        print(processes.count(), processes.from_first(lambda: f"of {processes.index()}"))
-    """
-    job = {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
-    job |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **job, "SLURM_PROCID": f"{i}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    statuses, outputs, errors = finish(both)
-    assert statuses == [0, 0], errors
-    assert outputs == ("2 of 0\n", "")  # only the first prints
-
-
-@pytest.mark.parametrize("seconds", [0.003, 1.7, 30.0])
-def test_processes_agree_often_enough(monkeypatch, seconds):
-    """At steps that all choose together: the other process would let three times as many pass."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "gather", lambda row: np.concatenate([row, row * [3, 1, 0]]))
-    agreement, begun, longest, agreed = processes.Agreement(100), 0.0, 0.0, 0
-    for step in range(101, 101 + int(600 / seconds)):
-        clock[0] += seconds
-        found = agreement(step, None, True, False)
-        assert found in ([True, False], [False, False])
-        if found[0]:
-            longest, begun, agreed = max(longest, clock[0] - begun), clock[0], agreed + 1
-    assert longest <= max(processes.AGREE_SECONDS, seconds) + 1e-6
-    assert agreed <= 100  # and not more often than needed
-
-
-def test_one_process_agrees_with_itself():
-    assert processes.Agreement(0)(1, None, True, False) == [True, False]
-
-
-# ---- two processes of two devices --------------------------------------------------------------------
 
 
 def start(*argv, count=2, devices=2):

@@ -104,9 +104,9 @@ def in_progress(
 
         finished = read_npz(out) if processes.from_first(prepare) else None
         yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
+        processes.barrier(f"{out} is written")  # nobody reads the folder any more
         if processes.is_first():
             shutil.rmtree(folder)
-    processes.barrier(f"{out} is written")
 
 
 def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable | None) -> bool:
