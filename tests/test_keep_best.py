@@ -148,6 +148,7 @@ def test_the_mirror_has_it_too(tmp_path):
     assert there(tmp_path / "run" / "checkpoints") == [best, 21]
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_is_neither_newest_nor_best(tmp_path, monkeypatch, capsys):
     """The learning rate is highest before step 9, whose arrays are then damaged: only reading them shows it."""
     run, file = tmp_path / "run", tmp_path / "run.zip"
