@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,6 +28,8 @@ from ddpm_jax.options import ConfigError, option
 
 CONNECT_SECONDS = 60  # how long a process waits for the first one
 HEARTBEAT_SECONDS = 30  # how long jax waits for a process that answers no more
+
+AGREE_SECONDS = 10  # the time between two steps at which processes agree
 
 Result = TypeVar("Result")
 
@@ -76,6 +79,37 @@ def from_first(function: Callable[[], Result]) -> Result:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text.ljust(size, b" "), np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+
+
+class Agreement:
+    """What any of several processes wishes, agreed on at steps that all of them know.
+
+    These steps are at most `AGREE_SECONDS` apart, or one step if a step takes longer; all processes choose them together.
+
+    Args:
+      step: the number of steps that are done.
+    """
+
+    def __init__(self, step: int):
+        self._step, self._next, self._time = step, step + 1, time.monotonic()
+
+    def __call__(self, step: int, done: Any, *wishes: bool) -> list[bool]:
+        """For each wish, whether a process has it; to be called after each step. False between the agreed steps.
+
+        Args:
+          done: what the step computes; waited for where processes agree, since the time between is measured.
+        """
+        if count() == 1:
+            return list(wishes)
+        if step < self._next:
+            return [False] * len(wishes)
+        jax.block_until_ready(done)
+        steps, seconds = step - self._step, time.monotonic() - self._time
+        fits = int(steps * AGREE_SECONDS / max(seconds, 1e-3))
+        row = np.array([[max(1, min(fits, 2 * steps)), *wishes]], np.int32)
+        rows = gather(row)
+        self._step, self._next, self._time = step, step + int(rows[:, 0].min()), time.monotonic()
+        return [bool(wished) for wished in rows[:, 1:].any(axis=0)]
 
 
 # ---- joining ---------------------------------------------------------------------------------------
@@ -140,6 +174,7 @@ class Processes:
         try:
             jax.distributed.initialize(
                 *where,
+                local_device_ids=_local_device_ids(),
                 initialization_timeout=2 * CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -162,6 +197,21 @@ class Processes:
         watch.begin(jax.process_index(), count(), from_first)
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the lines of the first process are enough
+
+
+def _local_device_ids() -> list[int] | None:
+    """For jax.distributed: an empty list for all devices of the machine, None for what jax detects.
+
+    In SLURM and Open MPI jax gives each process a single GPU, also to one that is alone on its machine.
+    """
+    names = (
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "SLURM_STEP_TASKS_PER_NODE",
+    )  # mpirun runs inside a step of SLURM
+    names += ("SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
+    tasks = next((os.environ[name] for name in names if name in os.environ), "")  # such as 1(x2)
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks) and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    return [] if alone else None
 
 
 def _give_up() -> None:
@@ -199,7 +249,7 @@ def wait_for(host: str, port: int) -> None:
     end = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection((host.strip("[]"), port), timeout=5).close()  # [::1]
             return
         except OSError as error:
             if time.monotonic() > end:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from jax._src import distributed  # the address of the first process has no public name
 
 CONNECT_SECONDS = 30.0
+HELLO_SECONDS = 5.0  # how long a connection may take to say its number
 GOODBYE_SECONDS = (
     3600.0  # how long a process that is done waits for the first, which may still write
 )
@@ -48,16 +49,19 @@ def begin(process: int, count: int, from_first: Callable) -> None:
         family = socket.AF_INET6 if both else socket.AF_INET
         listening = socket.create_server(("", 0), family=family, backlog=count, dualstack_ipv6=both)
     port = from_first(lambda: listening.getsockname()[1])
+    peers: dict[int, socket.socket] = {}
     try:
         if listening is None:
             host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
             peer = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
             peer.sendall(f"{process}\n".encode())
-            peers = {0: peer}
+            peers[0] = peer
         else:
-            peers = _accept(listening, count)
-    except (OSError, ValueError) as error:  # jax's own watch remains
+            _accept(listening, count, peers)
+    except OSError as error:  # jax's own watch remains
         print(f"WARNING: the processes cannot watch each other: {error}", file=sys.stderr)
+        for peer in peers.values():
+            _dismiss(peer)
         return
     _watch = _Watch(process, count, peers)
     _slow_abort()
@@ -75,20 +79,33 @@ def _slow_abort() -> None:
         library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
-def _accept(listening: socket.socket, count: int) -> dict[int, socket.socket]:
-    """The connections of the other processes, by their numbers."""
-    peers = {}
-    listening.settimeout(CONNECT_SECONDS)
+def _accept(listening: socket.socket, count: int, peers: dict[int, socket.socket]) -> None:
+    """Adds the connections of the other processes, by their numbers. Others, as of a port scanner, are dismissed.
+
+    Raises:
+      OSError: some process did not come in time.
+    """
+    end = time.monotonic() + CONNECT_SECONDS
     with listening:
         while len(peers) < count - 1:
+            listening.settimeout(max(0.01, end - time.monotonic()))
             peer, _ = listening.accept()
-            peer.settimeout(CONNECT_SECONDS)
-            number = b""
-            while not number.endswith(b"\n"):
-                number += peer.recv(1) or b"-1\n"
-            if 0 < int(number) < count:
-                peers[int(number)] = peer
-    return peers
+            peer.settimeout(HELLO_SECONDS)
+            said = b""
+            with contextlib.suppress(OSError):
+                while not said.endswith(b"\n") and len(said) < 20:
+                    said += peer.recv(1) or b"?\n"
+            number = int(said) if said.strip().isdigit() else 0
+            if 0 < number < count and number not in peers:
+                peers[number] = peer
+            else:
+                _dismiss(peer)
+
+
+def _dismiss(peer: socket.socket) -> None:
+    """Ends a connection; a process at the other end no longer watches this one."""
+    with contextlib.suppress(OSError), peer:
+        peer.sendall(GOODBYE + b"\n")
 
 
 def leave(line: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ddpm_jax import main
 from ddpm_jax.files import checkpoints, runs, writers
 from ddpm_jax.files.run_data import RunError
 from ddpm_jax.options import ConfigError
-from ddpm_jax.training import loop, mirror
+from ddpm_jax.training import loop, mirror, parallel
 from ddpm_jax.training import step as step_lib
 
 
@@ -145,6 +146,36 @@ def test_the_mirror_has_it_too(tmp_path):
     config.training.num_steps = 21
     loop.train(config, tmp_path / "run")
     assert there(tmp_path / "run" / "checkpoints") == [best, 21]
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_is_neither_newest_nor_best(tmp_path, monkeypatch, capsys):
+    """The learning rate is highest before step 9, whose arrays are then damaged: only reading them shows it."""
+    run, file = tmp_path / "run", tmp_path / "run.zip"
+    changes = {"optimizer__warmup_steps": 9, "optimizer__decay": "cosine", "training__keep": 9}
+    loop.train(make_config(12, **changes), run)
+    shutil.rmtree(run / "checkpoints" / "12")
+    assert checkpoints.best_of(run / "checkpoints", "-learning_rate")[0] == 9
+    for path in (run / "checkpoints" / "9" / "state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[::-1])
+    changes |= {"training__keep": 1, "training__keep_best": "-learning_rate"}
+    changes |= {"training__checkpoint_every": 6, "training__mirror": str(file)}
+    config = make_config(12, **changes)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(parallel, "compile_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="step 6 is saved, and the same command"):
+            loop.train(config, run)
+    place = run / "checkpoints" / "9"
+    assert f"WARNING: {place} is damaged; it is now {place}.damaged\n" in capsys.readouterr().out
+    loop.train(config, run)
+    assert sorted(os.listdir(run / "checkpoints")) == ["12", "9.damaged"]
+    names = zipfile.ZipFile(file).namelist()
+    assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {"12"}
 
 
 # ---- --checkpoint ----------------------------------------------------------------------------------

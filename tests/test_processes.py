@@ -1,4 +1,4 @@
-"""Several processes, started by the flags of the command line."""
+"""Two processes of two devices each, started by the flags of the command line."""
 
 import json
 import os
@@ -13,99 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import main, processes
-from ddpm_jax.files import runs, writers
-from ddpm_jax.options import ConfigError
-from ddpm_jax.processes import Processes
+from ddpm_jax import main
+from ddpm_jax.files import checkpoints, runs, writers
 
 
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"coordinator": "localhost:1234"}, "--num_processes is missing: .* belong together"),
-        ({"num_processes": 2, "process_id": 0}, "--coordinator is missing"),
-        ({"coordinator": "localhost", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:b:c", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:99999", "num_processes": 2, "process_id": 1}, "must be HOST:PORT"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "must be below"),
-    ],
-)
-def test_flags_that_contradict_each_other(flags, message):
-    with pytest.raises(ConfigError, match=message):
-        Processes(**flags).join()
-
-
-def test_a_first_process_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(processes, "CONNECT_SECONDS", 1)
-    port, begin = free_port(), time.monotonic()
-    chosen = Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=1)
-    with pytest.raises(ConfigError, match=f"no process answers at --coordinator=localhost:{port}"):
-        chosen.join()
-    assert time.monotonic() - begin < 10
-
-
-def test_other_processes_that_do_not_come():
-    code = f"""if True:
-        from ddpm_jax import processes
-        processes.CONNECT_SECONDS = 1
-        processes.Processes(
-            coordinator="localhost:{free_port()}", num_processes=2, process_id=0
-        ).join()
-    """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("error: the other processes did not come")
-
-
-def test_numbers_below_zero_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main.main(["--config=configs/digits.py:smoke", "--process_id=-1", f"--workdir={tmp_path}"])
-    assert "--process_id must be at least 0" in capsys.readouterr().err
-
-
-def test_writing_a_file_starts_no_device(tmp_path):
-    """A report is written while a training holds the memory of the devices."""
-    code = f"""if True:
-        from ddpm_jax.files import writers
-        from jax._src import xla_bridge
-        writers.save_text(r"{tmp_path / "x"}", "x")
-        assert not xla_bridge.backends_are_initialized()
-    """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    assert (tmp_path / "x").read_text() == "x"
-
-
-def test_slurm_is_detected(tmp_path):
-    """Its variables alone connect two processes, which then share a value of the first."""
-    code = """if True:
-        from ddpm_jax import processes
-        processes.Processes(distributed=True).join()
-        print(processes.count(), processes.from_first(lambda: f"of {processes.index()}"))
-    """
-    job = {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
-    job |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **job, "SLURM_PROCID": f"{i}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    statuses, outputs, errors = finish(both)
-    assert statuses == [0, 0], errors
-    assert outputs == ("2 of 0\n", "")  # only the first prints
-
-
-# ---- two processes of two devices --------------------------------------------------------------------
 
 
 def start(*argv, count=2, devices=2):
@@ -236,17 +151,81 @@ def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_is_agreed_and_all_save(trained, tmp_path):
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_to_one_of_two_is_agreed_and_all_save(trained, tmp_path, number):
+    """In seconds, although the next log line is hours away."""
     shutil.copytree(trained, tmp_path / "run")
-    started = start(*train_flags(tmp_path / "run", 100_000))
-    while not losses(tmp_path / "run")[3:]:
+    started = start(
+        *train_flags(tmp_path / "run", 10**7),
+        *("--config.training.log_every=1000000", "--config.training.checkpoint_every=20"),
+    )
+    while not (tmp_path / "run" / "checkpoints" / "40").exists():
         assert all(process.poll() is None for process in started)
         time.sleep(0.1)
-    started[1].send_signal(signal.SIGTERM)
+    started[number].send_signal(signal.SIGTERM)
+    begin = time.monotonic()
     statuses, (output, _), errors = finish(started)
+    assert time.monotonic() - begin < 40  # 10 s, on a busy machine
     assert statuses == [143, 143], errors
+    said = "SIGTERM: all processes save after the same step, within about 10 s or one step; Ctrl-C"
+    assert (said in output) == (number == 0)  # only the first prints
     step = runs.load(str(tmp_path / "run")).step
     assert f"stopped by SIGTERM after step {step:,}, which is saved" in output
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_of_two_processes(tmp_path):
+    """It stays, is named, and both processes load it."""
+    keep = ["--config.training.keep=1", "--config.training.keep_best=-learning_rate"]
+    keep += ["--config.optimizer.warmup_steps=4", "--config.optimizer.decay=cosine"]
+    flags = [*train_flags(tmp_path / "run", 12), *keep]
+    statuses, (output, silent), errors = finish(start(*flags))
+    assert statuses == [0, 0] and not silent.strip(), errors
+    directory = tmp_path / "run" / "checkpoints"
+    best, value = checkpoints.best_of(directory, "-learning_rate")
+    assert sorted(os.listdir(directory)) == ["12", f"{best}"]
+    assert f"step {best} is the best checkpoint so far: learning_rate {value:.6g}" in output
+    line = ["--mode=sample", f"--workdir={tmp_path / 'run'}", "--num_samples=2", "--steps=2"]
+    statuses, (output, _), errors = finish(start(*line, "--checkpoint=best"))
+    assert statuses == [0, 0] and f"step_{best:08d}" in output, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path, number):
+    """And one that only the first process finds changed is written again by it; nobody waits for ever."""
+    code = f"""if True:
+        import sys, numpy as np
+        from ddpm_jax import processes
+        from ddpm_jax.files import checkpoints
+        number = int(sys.argv[1])
+        processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        state = lambda step: {{"step": np.int32(step), "x": np.full(3, step, np.float32)}}
+        for step in (1, 2, 3):
+            checkpoints.save("{tmp_path}", state(step), step=step)
+        files = checkpoints._sha256_files
+        def damaged(path):
+            return {{}} if path.name == "3" else files(path)
+        if number == {number}:
+            checkpoints._sha256_files = damaged
+        found, step = checkpoints.restore("{tmp_path}", state(0))
+        assert step == 2 and (found["x"] == 2).all(), step
+        checkpoints.save("{tmp_path}", state(3), step=3)
+    """
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"{i}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    statuses, _, errors = finish(both)
+    assert statuses == [0, 0], errors
+    assert "3 is damaged and passed over: another process could not" in errors[1 - number]
+    expected = ["1", "2", "3"] + (["3.damaged"] if number == 0 else [])
+    assert sorted(os.listdir(tmp_path)) == expected
 
 
 @pytest.mark.slow

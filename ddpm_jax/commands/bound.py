@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import data, options
+from ddpm_jax import data, options, processes
 from ddpm_jax.commands import analytic, shared
 from ddpm_jax.commands.shared import Output
 from ddpm_jax.ddpm import Bounding
@@ -182,7 +182,8 @@ class Request:
         check = functools.partial(_same_images, dataset, rows)
         with results.in_progress(path, recipe, check=check, named=named) as (folder, finished):
             unfinished = os.path.join(folder, "tally.npz")
-            found = results.read_npz(unfinished) if os.path.exists(unfinished) else finished
+            begun = processes.from_first(lambda: os.path.exists(unfinished))
+            found = results.read_npz(unfinished) if begun else finished
             tally = _Tally(found or {}, unfinished)
             where = f"{dataset.name}/{dataset.split}"
             print(f"evaluating {run.workdir} on {where}, {len(chain)} steps", flush=True)

@@ -5,8 +5,8 @@ orbax keeps the leaves in `state` as a flat dictionary {"params/conv_in/kernel":
 `meta.json` has dtype, shape and SHA-256 of every leaf and the SHA-256 of every file: orbax itself
 restores a flipped byte as a wrong number.
 
-With several processes, all call `save` and `restore` with the same host values on a shared file system; process 0
-writes.
+With several processes, all call `save` and `restore` with the same host values on a shared file system. Process 0
+writes; all read by themselves, and agree on what all could read.
 """
 
 import hashlib
@@ -35,7 +35,6 @@ from ddpm_jax.files.writers import free_space, sync
 logging.get_absl_logger().addFilter(
     lambda line: not line.pathname.startswith(os.path.dirname(ocp.__file__))
 )
-
 
 RENAMED = {"memory": "loss_state"}  # first parts of leaf names in older checkpoints, and today's
 
@@ -72,7 +71,16 @@ def save(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    directory = Path(directory).absolute()
+    directory, words = Path(directory).absolute(), ""
+    if processes.is_first() and _write(directory, state, step, values or {}):
+        best, value = prune(directory, step=step, keep=keep, keep_best=keep_best)
+        words = f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
+    processes.barrier(f"saved {directory / str(step)}")
+    return words
+
+
+def _write(directory: Path, state: Any, step: int, values: Mapping[str, float]) -> bool:
+    """Writes a checkpoint, in one process; False if exactly this one exists. Raises as `save`."""
     path, temporary = directory / f"{step}", directory / f"{step}.tmp"
     arrays = {name: np.asarray(leaf) for name, leaf in _flatten(jax.device_get(state)).items()}
     for name, array in arrays.items():
@@ -87,23 +95,24 @@ def save(
         _remove(directory.glob("[0-9]*.tmp"))  # left by killed saves and deletions
         fault = _fault(path, leaves) if path.exists() else None
         if path.exists() and fault is None:
-            return ""
+            return False
         if (needed := size_of(arrays)) > (free := free_space(directory)):
             raise OSError(f"it takes {needed:,} bytes, and {free:,} are free")
         sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
         with _checkpointer() as checkpointer:
-            args = ocp.args.StandardSave(_without_empty(arrays))
+            # It refuses arrays of size 0; `meta.json` describes them completely.
+            args = ocp.args.StandardSave({n: a for n, a in arrays.items() if a.size})
             checkpointer.save(temporary / "state", args=args)
-        if processes.is_first():
-            meta = {"leaves": leaves, "files": _sha256_files(temporary), "values": values or {}}
-            meta["sha256"] = _sha256_json(meta)
-            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-            for part in (*temporary.rglob("*"), temporary):
-                sync(part)
-            if fault is not None:  # only now, so that a failed save leaves the old directory alone
-                _set_aside(path, *fault)
-            temporary.rename(path)
-            sync(directory)
+        meta = {"leaves": leaves, "files": _sha256_files(temporary), "values": values}
+        meta["sha256"] = _sha256_json(meta)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        for part in (*temporary.rglob("*"), temporary):
+            sync(part)
+        if fault is not None:  # only now, so that a failed save leaves the old directory alone
+            aside = _set_aside(path, fault[1])
+            logging.warning("%s is saved again (%s); the old one is now %s", path, fault[0], aside)
+        temporary.rename(path)
+        sync(directory)
     except BaseException as error:  # OSError, or the error that orbax raises for it
         _remove([temporary])
         if not isinstance(error, Exception):  # Ctrl-C
@@ -112,11 +121,7 @@ def save(
             f"{path}: not saved ({_line(error)}); earlier checkpoints are untouched: "
             "free space or correct the permissions, then run the same command again"
         ) from error
-    processes.barrier(f"saved {path}")
-    if not processes.is_first():
-        return ""
-    best, value = prune(directory, step=step, keep=keep, keep_best=keep_best)
-    return f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
+    return True
 
 
 def prune(
@@ -137,11 +142,9 @@ def restore(
     """Returns the newest good checkpoint and its step, or None if there is no checkpoint at all.
 
     Changes nothing on disk, so a run may be read while it trains. A damaged checkpoint is reported
-    by a warning and passed over for the one before it; it stays in its place until training saves
-    that step again.
+    by a warning and passed over for the one before it.
 
     Args:
-      directory: where `save` wrote.
       template: the expected tree of `jax.ShapeDtypeStruct`, as `jax.eval_shape` returns it; the
         result has its structure, with NumPy arrays as leaves.
       step: reads this checkpoint only.
@@ -160,25 +163,20 @@ def restore(
 
     # Listed again each time: a running training adds checkpoints and deletes old ones.
     while steps := processes.from_first(untried):
-        newest = steps[-1]
+        newest, error = steps[-1], None
         path = directory / str(newest)
         try:
-            meta = _read_meta(path)
-            _check_template(path, _as_today(meta["leaves"]), expected, partial)
-            arrays = _as_today(_read_arrays(path, meta))
-            if (
-                "step" in arrays and arrays["step"] != newest
-            ):  # a digest does not hold the directory's name
-                raise ValueError(f"it holds step {arrays['step']}: the directory was renamed")
+            arrays = _read(path, expected, partial)
+        except Exception as caught:  # a damaged file can raise anything
+            error = caught
+        refused = isinstance(error, (CheckpointError, MemoryError))
+        if processes.any_process(refused):
+            raise error if refused else CheckpointError(f"{path}: another process cannot use it")
+        if not processes.any_process(error is not None):
             return jax.tree.unflatten(structure, [arrays[name] for name in expected]), newest
-        except (CheckpointError, MemoryError):
-            raise
-        except PermissionError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        except Exception as error:  # a damaged file can raise anything
-            if path.exists():
-                damaged[newest] = _line(error)
-                logging.warning("%s is damaged and passed over: %s", path, damaged[newest])
+        if processes.from_first(path.exists):
+            damaged[newest] = _line(error) if error else "another process could not read it"
+            logging.warning("%s is damaged and passed over: %s", path, damaged[newest])
     if damaged:
         reasons = "; ".join(f"{s} ({reason})" for s, reason in damaged.items())
         raise CheckpointError(
@@ -191,11 +189,16 @@ def restore(
     return None
 
 
+def set_aside_damaged(directory: str | os.PathLike, *, above: int) -> list[str]:
+    """Renames checkpoints above a step, which `restore` has passed over, to `<step>.damaged`; returns lines that say so."""
+    directory = Path(directory).absolute()
+    paths = [directory / str(step) for step in _steps(directory) if step > above]
+    return [f"{path} is damaged; it is now {_set_aside(path, 'damaged')}" for path in paths]
+
+
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Returns the newest step that was saved completely (its arrays are not verified), or None."""
-    directory = Path(directory).absolute()
-    complete = (s for s in reversed(_steps(directory)) if _is_complete(directory / str(s)))
-    return next(complete, None)
+    return max(complete_steps(directory), default=None)
 
 
 def complete_steps(directory: str | os.PathLike) -> list[int]:
@@ -269,8 +272,11 @@ def _sha256_json(tree: Any) -> str:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """A synchronous Checkpointer; a CheckpointManager would silently refuse a step older than the newest directory."""
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    """A synchronous Checkpointer that waits for no other process; a CheckpointManager refuses a step below the newest."""
+    me = processes.index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _without_closed_loops(hook: Callable) -> Callable:
@@ -286,17 +292,25 @@ def _without_closed_loops(hook: Callable) -> Callable:
     return unraisable
 
 
-def _without_empty(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """orbax refuses arrays of size 0; `meta.json` describes them completely."""
-    return {name: array for name, array in arrays.items() if array.size}
-
-
 def _read_meta(path: Path) -> dict[str, Any]:
     """The contents of `meta.json`; raises anything if it is damaged."""
     meta = json.loads((path / "meta.json").read_text())
     if meta.pop("sha256") != _sha256_json(meta):
         raise ValueError("meta.json has changed since it was written")
     return meta
+
+
+def _read(path: Path, expected: dict, partial: bool) -> dict[str, np.ndarray]:
+    """All leaves under their current names; raises anything if the checkpoint is damaged."""
+    try:
+        meta = _read_meta(path)
+        _check_template(path, _as_today(meta["leaves"]), expected, partial)
+        arrays = _as_today(_read_arrays(path, meta))
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if arrays.get("step", int(path.name)) != int(path.name):  # no digest holds the directory's name
+        raise ValueError(f"it holds step {arrays['step']}: the directory was renamed")
+    return arrays
 
 
 def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -311,7 +325,7 @@ def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
             raise ValueError(f"{name} has changed since it was written")
     arrays = {name: np.empty(shape, jnp.dtype(dtype)) for name, (dtype, shape, _) in leaves.items()}
     with _checkpointer() as checkpointer:
-        args = ocp.args.StandardRestore(_without_empty(arrays))
+        args = ocp.args.StandardRestore({n: a for n, a in arrays.items() if a.size})
         arrays |= checkpointer.restore(path / "state", args=args)
     for name, found in _describe(arrays).items():
         if found != leaves[name]:
@@ -319,9 +333,7 @@ def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_template(
-    path: Path, leaves: dict[str, list], expected: dict[str, Any], partial: bool
-) -> None:
+def _check_template(path: Path, leaves: dict, expected: dict, partial: bool) -> None:
     """Raises a CheckpointError that names the first leaf that differs from the template."""
     saved = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in leaves.items()}
     wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in expected.items()}
@@ -366,16 +378,15 @@ def _fault(path: Path, leaves: dict[str, list]) -> tuple[str, str] | None:
         return _line(error), "damaged"
 
 
-def _set_aside(path: Path, reason: str, suffix: str) -> None:
-    """Renames `path` to make room for a new checkpoint; deletes nothing."""
+def _set_aside(path: Path, suffix: str) -> Path:
+    """Renames a checkpoint to `<step>.<suffix>`, with a number if that is taken; the new path."""
     free = (Path(f"{path}.{suffix}{n}") for n in ("", *range(2, 1000)))
-    aside = path.rename(next(name for name in free if not name.exists()))
-    logging.warning("%s is saved again (%s); the old one is now %s", path, reason, aside)
+    return path.rename(next(name for name in free if not name.exists()))
 
 
 def _remove(paths: Iterable[Path]) -> None:
     """Renames directories before deleting them: a kill in between leaves no half checkpoint."""
-    for path in list(paths) if processes.is_first() else []:
+    for path in list(paths):
         try:
             if path.is_dir():
                 shutil.rmtree(path.rename(path.with_suffix(".tmp")))

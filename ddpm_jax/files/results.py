@@ -105,12 +105,12 @@ def in_progress(
 
         finished = read_npz(out) if processes.from_first(prepare) else None
         yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
+        processes.barrier(f"{out} is written")  # nobody reads the folder any more
         if processes.is_first():
             for name in set(os.listdir(folder)) - {RECIPE, locks.LOCK}:
                 path = os.path.join(folder, name)
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
             shutil.rmtree(folder)  # the recipe last: until then it says what the others are
-    processes.barrier(f"{out} is written")
 
 
 def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable | None) -> bool:

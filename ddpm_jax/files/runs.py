@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ddpm_jax import data, options
+from ddpm_jax import data, options, processes
 from ddpm_jax import method as method_lib
 from ddpm_jax.files import checkpoints
 from ddpm_jax.files import config as config_lib
@@ -135,7 +135,7 @@ def load(
     part = {"ema": "ema_params", "raw": "params"}[weights]
     template = {part: jax.eval_shape(method.init, jax.random.key(0))}
     directory = os.path.join(workdir, "checkpoints")
-    number = _step_of(checkpoint, config, directory)
+    number = processes.from_first(lambda: _step_of(checkpoint, config, directory))
     restored = checkpoints.restore(directory, template, step=number, partial=True)
     if restored is None:
         raise RunError(f"{workdir} has no checkpoint yet; train first, or wait for one")

@@ -228,6 +228,10 @@ class Trainer:
         if state is None:
             state = resume.first_state(self.config, self.method, self.tx, self.keys.init, self.say)
         else:
+            if self.leader:
+                with guards.os_errors_as_warnings(self.say):
+                    for line in checkpoints.set_aside_damaged(self.directory, above=self.step):
+                        self.say(f"WARNING: {line}")
             self.say(f"resuming at step {self.step:,}")
             resume.warn_of_decay(self.config, self.saved, self.say)
         guards.check_saving(state, self.directory, self.length, self.say)
@@ -278,7 +282,7 @@ class Trainer:
         self.compile()
         self.begin()
         self.catch_up()
-        sent = collections.deque()
+        sent, self.agree = collections.deque(), processes.Agreement(self.step)
         self.started = self.saved = self.spoke = time.perf_counter()
         with (
             contextlib.closing(self.loggers),
@@ -317,10 +321,7 @@ class Trainer:
 
         now, stop = time.perf_counter(), bool(self.signals.caught)
         due = stop or now - self.saved > 60 * length.checkpoint_minutes
-        if processes.count() > 1:
-            # All processes must save at the same step, so they agree at steps that all of them know.
-            agree = self.step % length.log_every == 0
-            stop, due = (agree and processes.any_process(wish) for wish in (stop, due))
+        stop, due = self.agree(self.step, loss, stop, due)  # all processes save at the same step
         with self.progress.aside():
             if saves := due or self.step % length.checkpoint_every == 0 or end:
                 self.save()

@@ -10,9 +10,16 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from ddpm_jax import processes
 from ddpm_jax.files import console
 
 GRACE_SECONDS = 2.0  # time for the main thread to leave by itself
+
+
+def _when_saved() -> str:
+    if processes.count() == 1:
+        return "saving after the running step"
+    return f"all processes save after the same step, within about {processes.AGREE_SECONDS} s or one step"
 
 
 class Signals:
@@ -105,9 +112,9 @@ class Signals:
                         f"{number.name}: leaving; Ctrl-C again ends the program at once"
                     )
                 elif not self.caught:
+                    more = " once more" if number == signal.SIGINT else ""
                     self._lines.append(
-                        f"{number.name}: saving after the running step; Ctrl-C"
-                        f"{' once more' if number == signal.SIGINT else ''} aborts without saving"
+                        f"{number.name}: {_when_saved()}; Ctrl-C{more} aborts without saving"
                     )
                 self.caught.append(number)
             return bool(numbers)
