@@ -383,7 +383,7 @@ def test_settings_without_words_of_their_own_are_shown(trained, tmp_path):
     assert ["beams 4, 7 images", "31.50 ± 0.25"] in [[r[0].strip(), *r[1:]] for r in reader.rows]
 
 
-def test_half_written_files_are_left_out(trained, tmp_path):
+def test_half_written_files_are_left_out(trained, tmp_path, caplog):
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
     pictures = len(read(report(str(tmp_path))).all("img"))
     (path,) = (tmp_path / "samples").glob("*_reconstruct_*.npz")
@@ -391,6 +391,7 @@ def test_half_written_files_are_left_out(trained, tmp_path):
     (tmp_path / "samples/half.tmp.png").write_bytes(b"\x89PNG")
     (tmp_path / "eval/half.json").write_text('{"total": 1.0, "cur')
     (tmp_path / "eval/list.json").write_text("[1]")
+    (tmp_path / "eval/step_00000030_ema_nll_test_seed9.json").write_text("{}")
     odd = {
         "recipe": "r",
         "num_images": "n",
@@ -402,6 +403,9 @@ def test_half_written_files_are_left_out(trained, tmp_path):
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 99, "lo')
     reader = read(report(str(tmp_path)))
+    assert {"half.json", "list.json", "step_00000030_ema_nll_test_seed9.json"} == {
+        line.split("eval/")[1].split(" ")[0] for line in caplog.messages if "left out" in line
+    }
     assert path.name.replace(".npz", ".png") in reader.text  # without a recipe, by its name
     assert "--mode=reconstruct" in reader.text and len(reader.all("img")) == pictures
     os.remove(tmp_path / "log.txt")

@@ -89,8 +89,9 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
             result = writers.read_json(path)
         except ValueError:
             result = None
-        if result is not None and _has_whole_curves(result):
-            results[os.path.basename(path)[:-5]] = result
+        name = os.path.basename(path)[:-5]
+        if result is not None and _is_result(name, result):
+            results[name] = result
         else:
             logging.warning("%s is damaged, or of another program, and left out", path)
     for path in _files(workdir, "eval", ".png"):
@@ -104,8 +105,10 @@ def find(workdir: str, *, allow_code: bool = False) -> Run:
     return Run(workdir, name, config, chain, rows, log, previews, pictures, results, class_names)
 
 
-def _has_whole_curves(result: dict) -> bool:
-    """Whether the curves of a result, if it has some, are numbers and equally long."""
+def _is_result(name: str, result: dict) -> bool:
+    """Whether a result of a command has its settings, and its curves, if it has some, are numbers and equally long."""
+    if name.startswith("step_") and not {"recipe", "metrics"} & result.keys():
+        return False
     curves = result.get("curves", result if "rmse" in result else {})
     if not isinstance(curves, dict):
         return False
