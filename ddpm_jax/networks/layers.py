@@ -28,7 +28,8 @@ label_initializer = nn.initializers.normal(1.0)
 
 def largest_divisor(channels: int, at_most: int) -> int:
     """The largest divisor of `channels` that is at most `at_most`."""
-    return max(g for g in range(1, at_most + 1) if channels % g == 0)
+    below = [d for d in range(1, math.isqrt(channels) + 1) if channels % d == 0]
+    return max(d for n in below for d in (n, channels // n) if d <= at_most)
 
 
 def time_embedding(

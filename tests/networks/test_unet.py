@@ -195,6 +195,7 @@ def test_group_norm(mean):
 
 def test_groups_divide_the_channels():
     assert [layers.largest_divisor(c, 32) for c in (128, 48, 33, 8, 37)] == [32, 24, 11, 8, 1]
+    assert layers.largest_divisor(2**31 - 1, 10**30) == 2**31 - 1  # at once
 
 
 @pytest.mark.parametrize("heads", [1, 2])
