@@ -31,6 +31,7 @@ from ddpm_jax.networks.layers import (
 )
 
 DTYPES = ("float32", "bfloat16")
+MOST = 2**20  # channels, groups, heads or classes: with more, shapes overflow before memory does
 NUM_GROUPS = 32  # default number of groups of a norm, if each then has at least four channels
 
 
@@ -280,10 +281,9 @@ class UNet(nn.Module):
         least |= {} if self.num_groups is None else {"num_groups": 1}
         least |= {} if self.middle_groups is None else {"middle_groups": 0}
         for name, value in least.items():
-            if not _is_integer(getattr(self, name), value):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} should be an integer of at least {value}"
-                )
+            given, most = getattr(self, name), 1000 if name == "num_res_blocks" else MOST
+            if not _is_integer(given, value) or given > most:
+                raise ValueError(f"{name}={given!r} should be an integer from {value} to {most:,}")
         mults, sides = self.channel_mults, self.attention_resolutions
         if not isinstance(mults, (tuple, list)) or not mults or not all(map(self._fits, mults)):
             raise ValueError(
@@ -306,7 +306,7 @@ class UNet(nn.Module):
     def _fits(self, mult) -> bool:
         """Whether a multiple of the base width is a positive whole number of channels."""
         number = isinstance(mult, (int, float, np.number)) and not isinstance(mult, bool)
-        return number and mult > 0 and (self.channels * mult) % 1 == 0
+        return number and 0 < self.channels * mult <= MOST and (self.channels * mult) % 1 == 0
 
     def _check_heads(self, sides, attended) -> None:
         if self.num_heads > 1 and self.head_channels > 0:
