@@ -168,6 +168,7 @@ def test_a_config_that_is_changed_on_purpose(tmp_path):
     "change, words",
     [
         ({"data": None}, "is not the config of a run"),
+        ({"data": {}}, "lacks data.name"),
         ({"optimizer": [1]}, "is not the config of a run"),
         ({"params/a.b": 1}, "cannot read the config"),
         ({"__class__": 1}, "cannot read the config"),

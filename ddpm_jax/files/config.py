@@ -321,6 +321,8 @@ def load(path: str):
     sections = [name for name in SHARED_SECTIONS if name not in ("method", "seed")]
     if any(not isinstance(tree.get(name), dict) for name in sections):
         raise ConfigError(f"{path} is not the config of a run: it lacks {', '.join(sections)}")
+    if not isinstance(tree["data"].get("name"), str):
+        raise ConfigError(f"{path} is not the config of a run: it lacks data.name")
     try:
         return ml_collections.ConfigDict(tuples(tree))
     except (ValueError, AttributeError) as error:  # a name that no field can have
