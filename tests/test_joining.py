@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from test_processes import finish, free_port
+from test_processes import finish, free_port, python
 
 from ddpm_jax import main, processes, watch
 from ddpm_jax.files import results
@@ -84,16 +84,7 @@ def test_slurm_is_detected(tasks, gpus):
     """
     job = {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_STEP_NODELIST": "localhost"}
     job |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **job, "SLURM_PROCID": f"{i}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    both = [python("-c", code, **job, SLURM_PROCID=f"{i}") for i in range(2)]
     statuses, outputs, errors = finish(both)
     assert statuses == [0, 0], errors
     assert outputs == (f"2 of 0 {gpus}\n", "")  # only the first prints

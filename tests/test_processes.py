@@ -23,21 +23,24 @@ def free_port():
         return free.getsockname()[1]
 
 
+def python(*arguments, **variables):
+    """A process of Python with these variables of its environment."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def start(*argv, count=2, devices=2):
     """The same command line in each of several processes."""
-    line = [sys.executable, "-m", "ddpm_jax.main", *map(str, argv)]
+    line = ["-m", "ddpm_jax.main", *argv]
     line += [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
-    return [
-        subprocess.Popen(
-            [*line, f"--process_id={i}"],
-            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.path.dirname(__file__)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(count)
-    ]
+    variables = {"XLA_FLAGS": flags, "PYTHONPATH": os.path.dirname(__file__)}
+    return [python(*line, f"--process_id={i}", **variables) for i in range(count)]
 
 
 def finish(started):
@@ -212,16 +215,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_pat
         assert step == 2 and (found["x"] == 2).all(), step
         checkpoints.save("{tmp_path}", state(3), step=3)
     """
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, f"{i}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    statuses, _, errors = finish(both)
+    statuses, _, errors = finish([python("-c", code, i) for i in range(2)])
     assert statuses == [0, 0], errors
     assert "3 is damaged and passed over: another process could not" in errors[1 - number]
     expected = ["1", "2", "3"] + (["3.damaged"] if number == 0 else [])
