@@ -26,7 +26,7 @@ learning rate, so that each checkpoint is a fair shorter run; samples are those 
     consistency  10 … 80 intervals, no teacher; Song & Dhariwal 2023           4
     distilled    17 intervals, student of edm, pseudo-Huber; Song et al. 2023  6, after edm
 
-The columns are squared Fréchet distances of 64 classifier features between 1,000 samples and the training images, named by
+The columns are squared Fréchet distances of 64 classifier features between 500 samples and the training images, named by
 sampler and network calls: `ddim_10` has 10 evenly spaced steps that end at the image (trailing), `dpm_10` is DPM-Solver++ of
 second order with even steps in log-SNR, `heun_9` has five steps of two calls, the last of one. `at_16k` … `at_48k` are
 ddim_20 after so many images. `bound` is in bits/dim, of 64 test images.
@@ -133,7 +133,7 @@ def samplers(row: str) -> dict[str, list[str]]:
 def evaluations(size: str, row: str) -> dict[str, list[str]]:
     if size == "smoke":  # without data there is no classifier
         return {"bound": ["--mode=nll", "--num_images=8", "--steps=1"]}
-    judged = ["--mode=eval", "--metrics=fid", FEATURES, "--num_samples=1000", "--batch_size=125"]
+    judged = ["--mode=eval", "--metrics=fid", FEATURES, "--num_samples=500", "--batch_size=125"]
     columns = {name: [*judged, *flags] for name, flags in samplers(row).items()}
     if row.startswith("v_") or row in ("consistency", "distilled"):
         return columns
