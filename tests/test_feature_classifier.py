@@ -176,8 +176,9 @@ def test_mistakes_are_one_line(arguments, said, capsys):
     assert exit.value.code == 2 and line.startswith("error: ") and said in line
 
 
-def test_the_command(tmp_path, capsys):
-    path = f"{tmp_path}/digits.npz"
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a fresh clone, without a folder of runs
+    path = "runs/digits.npz"
     feature_classifier.main(["--data=digits", f"--out={path}", "--steps=2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("digits/train: 1500 images")

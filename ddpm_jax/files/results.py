@@ -35,7 +35,7 @@ def out_path(out: str, extension: str, workdir: str | None = None) -> str:
 
     Args:
       out: path as the user writes it.
-      workdir: a run directory, whose result folders are created when needed.
+      workdir: a run directory, whose result folders are created when needed, as `runs` is.
 
     Raises:
       RunError: wrong extension, or a folder that does not exist.
@@ -44,8 +44,9 @@ def out_path(out: str, extension: str, workdir: str | None = None) -> str:
     if not path.endswith(extension):
         raise RunError(f"--out must end in {extension}, got {out}")
     folder = os.path.dirname(path)
-    made = [os.path.join(os.path.abspath(config_lib.path(workdir or "")), name) for name in FOLDERS]
-    if not os.path.isdir(folder) and not (workdir and folder in made):
+    workdir = workdir and os.path.abspath(config_lib.path(workdir))
+    made = [os.path.join(workdir, name) for name in FOLDERS] if workdir else []
+    if not os.path.isdir(folder) and folder not in [*made, os.path.abspath("runs")]:
         raise RunError(
             f"there is no folder {folder} to write {path} in; create it, or choose another --out"
         )
