@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jax._src import distributed  # the address of the first process has no public name
 
@@ -25,12 +25,14 @@ HELLO_SECONDS = 5.0  # how long a connection may take to say its number
 GOODBYE_SECONDS = (
     3600.0  # how long a process that is done waits for the first, which may still write
 )
+FINISH_SECONDS = 600.0  # how long this process may finish writing; jax itself may end it earlier
 # A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 GOODBYE = b"done"
 
 _watch: _Watch | None = None
+_unfinished = threading.Lock()
 
 
 def begin(process: int, count: int, from_first: Callable) -> None:
@@ -108,6 +110,13 @@ def _dismiss(peer: socket.socket) -> None:
         peer.sendall(GOODBYE + b"\n")
 
 
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """What is written here is finished before this process ends because another has ended."""
+    with _unfinished:
+        yield
+
+
 def leave(line: str) -> None:
     """Tells the other processes why this one ends."""
     if _watch is not None:
@@ -171,6 +180,7 @@ class _Watch:
         """Prints the line, tells the other processes, and ends this one, unless it ends already."""
         if not self._leaving:
             self._tell(line.encode())
+            _unfinished.acquire(timeout=FINISH_SECONDS)
             line = f"error: {line}; start all processes again to continue"
             print(line, file=sys.stderr, flush=True)
             os._exit(1)

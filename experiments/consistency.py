@@ -16,7 +16,7 @@ teacher the path is the straight line x_0 + σ ε, with one a step of Heun's met
 `improved` is what Song & Dhariwal (Table 1) changed: the number of levels doubles, ln σ is normal, and the loss is divided by
 the distance of the levels; their robust distance is the loss `pseudo_huber`. Otherwise levels, weights and target are those
 of Song et al., with the squared error, not LPIPS. On small data fewer levels fit (s_1): 2,000 steps are 250 for each of eight
-numbers of levels. It needs products in full float32 precision: rounding errors must stay far below the distances of f.
+numbers of levels. They follow from num_steps, so a run that is made longer goes back to fewer levels. It needs products in full float32 precision: rounding errors must stay far below the distances of f.
 """
 
 from __future__ import annotations

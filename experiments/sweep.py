@@ -205,6 +205,8 @@ def run(commands: list[list[str]]) -> None:
                 print(shlex.join(command), flush=True)
             words = command[1:] if is_one else ["-c", TOGETHER, json.dumps(command)]
             running[:] = [subprocess.Popen([sys.executable, *words])]
+            if signal.SIGTERM in caught:  # it came while the process began
+                running[0].terminate()
             status = running[0].wait()
             if caught:
                 print("stopped; the same command continues", file=sys.stderr)

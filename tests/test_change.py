@@ -135,6 +135,13 @@ def test_another_batch_size_gives_the_batches_of_its_own_run(begun, monkeypatch)
     np.testing.assert_array_equal(seen[-2], images_of(3, 16))
 
 
+def test_a_config_of_your_own_may_lack_a_field(tmp_path):
+    for num_steps in (1, 2):
+        config = make_config(num_steps=num_steps)
+        del config.optimizer["decay"]
+        assert int(loop.train(config, str(tmp_path / "run")).step) == num_steps
+
+
 def test_adams_moments_are_kept_under_adamw(begun):
     before = loop.train(make_config(num_steps=3), begun)
     change = ("optimizer.name=adamw", "optimizer.weight_decay=0.1")

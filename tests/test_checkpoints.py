@@ -1,5 +1,7 @@
 """Checkpoints under every known kind of damage and interruption."""
 
+import errno
+import fcntl
 import functools
 import logging
 import os
@@ -18,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax.files import checkpoints
+from ddpm_jax.files import checkpoints, locks
 from ddpm_jax.files.checkpoints import CheckpointError, latest_step, prune, restore, save
 from ddpm_jax.files.locks import lock
 
@@ -470,6 +472,41 @@ def test_lock_without_support_warns(tmp_path, monkeypatch, warned):
         assert len(warned) == 1 and "cannot be locked (Operation not supported)" in warned[0]
 
 
+def test_the_lock_of_a_removed_directory_is_taken_again(tmp_path, monkeypatch):
+    """Its file is opened, and another process removes the directory before it is locked."""
+    directory, real, calls = tmp_path / "x.npz.partial", fcntl.flock, []
+
+    def flock(file, how):
+        if not calls:
+            shutil.rmtree(directory)
+        calls.append(how)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock(directory), pytest.raises(CheckpointError, match="in use"), lock(directory):
+        pass
+    assert (directory / ".lock").exists()
+
+
+def test_a_locked_directory_is_removed_on_nfs(tmp_path, monkeypatch):
+    """There a file that is open when it is removed has another name until it is closed."""
+    directory, hidden = tmp_path / "x.npz.partial", tmp_path / "x.npz.partial" / ".nfs0001"
+    rmdir, tried = os.rmdir, []
+
+    def remove_directory(path):
+        if tried:  # the file has been closed
+            hidden.unlink()
+        tried.append(path)
+        rmdir(path)
+
+    monkeypatch.setattr(os, "remove", lambda path: os.rename(path, hidden))
+    monkeypatch.setattr(os, "rmdir", remove_directory)
+    with lock(directory):
+        locks.remove(directory)
+        assert hidden.exists()
+    assert not directory.exists() and len(tried) == 2
+
+
 def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):
     """This includes a checkpoint of the same step, which the new one would have replaced."""
     save(tmp_path, make_state(1), step=1)
@@ -486,7 +523,8 @@ def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):
     assert_restores(tmp_path, 2)
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EMFILE, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(number, tmp_path, monkeypatch):
     """Skipping it for an older checkpoint would repeat its training steps."""
     save(tmp_path, make_state(1), step=1)
     save(tmp_path, make_state(2), step=2)
@@ -494,9 +532,22 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
 
     def refused(path, *arguments, **given):
         if path.parent.name == "2":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return read(path, *arguments, **given)
 
     monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.raises(CheckpointError, match=r"2 cannot be read: .*Permission denied"):
+    with pytest.raises(CheckpointError, match=rf"2 cannot be read: .*{os.strerror(number)}.*; run"):
         restore(tmp_path, TEMPLATE)
+
+
+def test_a_damaged_checkpoint_of_another_optimizer_is_passed_over(tmp_path, warned):
+    """Refused as one that does not fit, it would block the way back to the older one."""
+    save(tmp_path, make_state(1), step=1)
+    save(tmp_path, make_state(2, width=4), step=2)
+    with pytest.raises(CheckpointError, match=r"2: .*the config differs"):
+        restore(tmp_path, TEMPLATE)
+    files = filter(Path.is_file, (tmp_path / "2" / "state").rglob("*"))
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert_restores(tmp_path, 1)
+    assert "2 is damaged and passed over" in warned[0]

@@ -6,7 +6,9 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -318,6 +320,21 @@ def test_run_stops_at_the_first_failure(tmp_path, capfd):
     with pytest.raises(SystemExit) as exit:
         sweep.run([python("import os; os.kill(os.getpid(), 9)")])
     assert exit.value.code == 128 + 9
+
+
+def test_a_signal_while_a_command_begins_ends_it(monkeypatch):
+    """It comes before there is a process to pass it on to."""
+    real = subprocess.Popen
+
+    def popen(words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(words)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    begin = time.monotonic()
+    with pytest.raises(SystemExit) as exit:
+        sweep.run([python("import time; time.sleep(60)")])
+    assert exit.value.code == 128 + signal.SIGTERM and time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

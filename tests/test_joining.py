@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -141,6 +142,20 @@ def test_strangers_do_not_end_the_watch(monkeypatch):
     }
     for end in (*clients, *peers.values()):
         end.close()
+
+
+def test_what_is_being_written_is_finished_before_the_end(monkeypatch, capsys):
+    """The first machine that a preemption takes must not cost the checkpoint that the leader writes."""
+    monkeypatch.setattr(watch, "_unfinished", threading.Lock())
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    one = watch._Watch(0, 2, {})
+    with watch.finishing():
+        thread = threading.Thread(target=one._end, args=("process 1 of 2 has ended",))
+        thread.start()
+        assert not ended.wait(0.3)
+    thread.join()
+    assert ended.is_set() and "process 1 of 2 has ended; start all" in capsys.readouterr().err
 
 
 def test_a_process_that_cannot_be_watched_ends_no_other(monkeypatch, capsys):

@@ -1,9 +1,8 @@
 """Checkpoints that are complete, verified and never silently lost; the only file that imports orbax.
 
-A checkpoint is the directory `<directory>/<step>`, written as `<step>.tmp` and then renamed. In it,
-orbax keeps the leaves in `state` as a flat dictionary {"params/conv_in/kernel": array}, and
-`meta.json` has dtype, shape and SHA-256 of every leaf and the SHA-256 of every file: orbax itself
-restores a flipped byte as a wrong number.
+A checkpoint is the directory `<directory>/<step>`, written as `<step>.tmp` and then renamed. In it, orbax keeps the leaves
+in `state` as a flat dictionary {"params/conv_in/kernel": array}, and `meta.json` has dtype, shape and SHA-256 of every leaf
+and the SHA-256 of every file: orbax itself restores a flipped byte as a wrong number.
 
 With several processes, all call `save` and `restore` with the same host values on a shared file system. Process 0
 writes; all read by themselves, and agree on what all could read.
@@ -27,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddpm_jax import processes
+from ddpm_jax import processes, watch
 from ddpm_jax.files.writers import free_space, sync
 
 # orbax writes to absl's logger: dozens of INFO lines per checkpoint, warnings that synchronous saving is slow
@@ -54,9 +53,8 @@ def save(
 ) -> str:
     """Saves `state`, a pytree of arrays, as `directory/<step>`; returns once it is complete and on the disk.
 
-    A directory of that name is left alone if it holds exactly this state; otherwise it is
-    renamed to `<step>.damaged` or `<step>.replaced`. Of the checkpoints up to `step`, the newest
-    `keep` stay, and the best; while saving, the disk holds one more.
+    A directory of that name is left alone if it holds exactly this state; otherwise it is renamed to `<step>.damaged` or
+    `<step>.replaced`. Of the checkpoints up to `step`, the newest `keep` stay, and the best; while saving, there is one more.
 
     Args:
       values: numbers on which checkpoints are compared, saved in `meta.json`.
@@ -72,9 +70,10 @@ def save(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     directory, words = Path(directory).absolute(), ""
-    if processes.is_first() and _write(directory, state, step, values or {}):
-        best, value = prune(directory, step=step, keep=keep, keep_best=keep_best)
-        words = f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
+    with watch.finishing():
+        if processes.is_first() and _write(directory, state, step, values or {}):
+            best, value = prune(directory, step=step, keep=keep, keep_best=keep_best)
+            words = f"{keep_best.removeprefix('-')} {value:.6g}" if best == step else ""
     processes.barrier(f"saved {directory / str(step)}")
     return words
 
@@ -197,7 +196,7 @@ def set_aside_damaged(directory: str | os.PathLike, *, above: int) -> list[str]:
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
-    """Returns the newest step that was saved completely (its arrays are not verified), or None."""
+    """The newest of the `complete_steps`, or None."""
     return max(complete_steps(directory), default=None)
 
 
@@ -292,37 +291,38 @@ def _without_closed_loops(hook: Callable) -> Callable:
     return unraisable
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    """The contents of `meta.json`; raises anything if it is damaged."""
+def _read_meta(path: Path, *, with_files: bool = False) -> dict[str, Any]:
+    """The contents of `meta.json`; raises anything if it, or one of the files that it lists, is damaged.
+
+    orbax 0.12 would leave a traceback on stderr for each of the other leaves.
+    """
     meta = json.loads((path / "meta.json").read_text())
     if meta.pop("sha256") != _sha256_json(meta):
         raise ValueError("meta.json has changed since it was written")
+    files = _sha256_files(path) if with_files else meta["files"]
+    for name, sha256 in meta["files"].items():
+        if files.get(name) != sha256:
+            raise ValueError(f"{name} has changed since it was written")
     return meta
 
 
 def _read(path: Path, expected: dict, partial: bool) -> dict[str, np.ndarray]:
     """All leaves under their current names; raises anything if the checkpoint is damaged."""
     try:
-        meta = _read_meta(path)
+        meta = _read_meta(path, with_files=True)  # what is damaged need not fit
         _check_template(path, _as_today(meta["leaves"]), expected, partial)
-        arrays = _as_today(_read_arrays(path, meta))
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        arrays = _as_today(_read_arrays(path, meta["leaves"]))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except OSError as error:  # of the disk or the network: perhaps it can be read another time
+        raise CheckpointError(f"{path} cannot be read: {error}; run again, or move it") from error
     if arrays.get("step", int(path.name)) != int(path.name):  # no digest holds the directory's name
         raise ValueError(f"it holds step {arrays['step']}: the directory was renamed")
     return arrays
 
 
-def _read_arrays(path: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
-    """All leaves, verified; raises anything if one is damaged.
-
-    The files are verified first because orbax 0.12, when a file is damaged, leaves a traceback of
-    its event loop on stderr for each of the other leaves.
-    """
-    files, leaves = _sha256_files(path), meta["leaves"]
-    for name, sha256 in meta["files"].items():
-        if files.get(name) != sha256:
-            raise ValueError(f"{name} has changed since it was written")
+def _read_arrays(path: Path, leaves: dict[str, list]) -> dict[str, np.ndarray]:
+    """All leaves, verified; raises anything if one is damaged."""
     arrays = {name: np.empty(shape, jnp.dtype(dtype)) for name, (dtype, shape, _) in leaves.items()}
     with _checkpointer() as checkpointer:
         args = ocp.args.StandardRestore({n: a for n, a in arrays.items() if a.size})
@@ -370,8 +370,8 @@ def _is_complete(path: Path) -> bool:
 def _fault(path: Path, leaves: dict[str, list]) -> tuple[str, str] | None:
     """Why `path` does not hold exactly `leaves`, and the suffix to rename it by; None if it does."""
     try:
-        meta = _read_meta(path)
-        if meta["leaves"] == leaves and _read_arrays(path, meta):
+        meta = _read_meta(path, with_files=True)
+        if meta["leaves"] == leaves and _read_arrays(path, leaves):
             return None
         return "it holds other values", "replaced"
     except Exception as error:

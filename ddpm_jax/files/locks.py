@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from absl import logging
 
@@ -24,26 +25,55 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
     Raises:
       CheckpointError: another process holds it.
     """
-    directory = Path(directory).absolute()
-    with named(directory / LOCK):
-        directory.mkdir(parents=True, exist_ok=True)
-        opened = open(directory / LOCK, "a+")  # noqa: SIM115
-    with opened as file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise CheckpointError(
-                f"{directory} is in use by {file.read().strip() or 'another process'}; "
-                "wait for it, stop it, or choose another directory"
-            ) from error
-        except (ImportError, OSError) as error:
-            logging.warning("%s cannot be locked (%s): use it from one process", directory, error)
+    path = Path(directory).absolute() / LOCK
+    with _locked(path) as file:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk; the lock holds without the line
             os.truncate(file.fileno(), 0)
             line = f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n"
             os.write(file.fileno(), line.encode())
-        yield
+        try:
+            yield
+        finally:
+            file.close()
+            with contextlib.suppress(OSError):  # what `remove` has left; otherwise it is not empty
+                os.rmdir(path.parent)
+
+
+def remove(directory: str | os.PathLike) -> None:
+    """Removes a directory that holds nothing but its lock, which this process has; on NFS once the lock is released."""
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(directory, LOCK))
+        os.rmdir(directory)
+
+
+def _locked(path: Path) -> TextIO:
+    """The file, open and locked. It is opened again if another process has removed it, or its directory, in between."""
+    for is_last in [*[False] * 20, True]:
+        with named(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(path, "a+")  # noqa: SIM115
+            except FileNotFoundError:
+                if is_last:
+                    raise
+                continue
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{path.parent} is in use by {file.read().strip() or 'another process'}; "
+                    "wait for it, stop it, or choose another directory"
+                ) from error
+        except (ImportError, OSError) as error:
+            logging.warning("%s cannot be locked (%s): use it from one process", path.parent, error)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        if not is_last:  # some network file systems give a file a new number each time
+            file.close()
+    return file

@@ -102,7 +102,7 @@ def in_progress(
                 return _prepare(out, folder, recipe, named, check)
             finally:
                 if os.listdir(folder) == [locks.LOCK]:  # refused, and it was empty before
-                    shutil.rmtree(folder)
+                    locks.remove(folder)
 
         finished = read_npz(out) if processes.from_first(prepare) else None
         yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
@@ -111,7 +111,8 @@ def in_progress(
             for name in set(os.listdir(folder)) - {RECIPE, locks.LOCK}:
                 path = os.path.join(folder, name)
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-            shutil.rmtree(folder)  # the recipe last: until then it says what the others are
+            os.remove(os.path.join(folder, RECIPE))  # last: until then it says what the others are
+            locks.remove(folder)
 
 
 def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable | None) -> bool:

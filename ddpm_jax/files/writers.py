@@ -210,7 +210,7 @@ def save_text(path: str, text: str) -> None:
 def finite(node):
     if isinstance(node, dict):
         return {key: finite(value) for key, value in node.items()}
-    if isinstance(node, list):
+    if isinstance(node, (list, tuple)):
         return [finite(value) for value in node]
     return None if isinstance(node, float) and not math.isfinite(node) else node
 

@@ -277,8 +277,8 @@ def describe(workdir: str) -> list[str]:
 
 def warn_of_decay(config, saved, say: Callable) -> None:
     """Says that another length of the run changes the learning rate at once."""
-    num_steps = saved.training.get("num_steps")
-    if config.optimizer.decay != "none" and num_steps != config.training.num_steps:
+    num_steps = _value(saved, "training.num_steps")
+    if _value(config, "optimizer.decay") != "none" and num_steps != config.training.num_steps:
         say(
             "WARNING: num_steps has changed, and with it the end of the cosine decay: the learning rate jumps here"
         )
