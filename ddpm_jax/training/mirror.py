@@ -1,4 +1,4 @@
-"""A run as one file elsewhere, such as on Google Drive: written after each checkpoint, read where the run directory is gone."""
+"""A run as one file elsewhere, such as on Google Drive: written after each checkpoint, read where the run directory is gone or older."""
 
 from __future__ import annotations
 
