@@ -3,7 +3,9 @@
 import io
 import os
 import shutil
+import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -231,3 +233,206 @@ def test_a_flipped_byte_is_found(tmp_path):
     writers.save_bytes(str(file), bytes(content))
     with pytest.raises(checkpoints.CheckpointError, match="Bad CRC-32"):
         loop.train(mirrored(file), tmp_path / "again")
+
+
+# ---- a directory and a mirror of different steps, or of different runs ------------------------------
+
+
+def steps_in(file):
+    names = zipfile.ZipFile(file).namelist()
+    return sorted({int(name.split("/")[1]) for name in names if name.startswith("checkpoints/")})
+
+
+def test_a_newer_mirror_is_continued_on_a_machine_with_an_older_state(tmp_path, capsys):
+    """Back on the first machine, whose disk has older checkpoints: they stay, and the last image is the same."""
+    file = tmp_path / "run.zip"
+    straight = loop.train(make_config(9), tmp_path / "straight")
+    loop.train(mirrored(file, 3), tmp_path / "a")
+    loop.train(mirrored(file, 6), tmp_path / "b")
+    capsys.readouterr()
+    same(straight, loop.train(mirrored(file, 9), tmp_path / "a"))
+    out = capsys.readouterr().out
+    assert "is unpacked, at step 6" in out and "resuming at step 6" in out
+    assert checkpoints.complete_steps(tmp_path / "a" / "checkpoints") == [3, 6, 9]
+    assert [row["step"] for row in metrics(tmp_path / "a")] == [2, 3, 4, 6, 8, 9]
+    assert steps_in(file) == [9] and not list(tmp_path.glob("*.replaced*"))
+
+
+def other_seed(run):
+    return mirrored(run.parent / "run.zip", 6, seed=7)
+
+
+def other_data(run):
+    saved = writers.read_json(str(run / "data.json"))
+    saved["fingerprint"] = "of other pictures"
+    del saved[config_lib.DIGEST]
+    writers.save_json(str(run / "data.json"), saved)
+    return mirrored(run.parent / "run.zip", 6)
+
+
+def other_settings(run):
+    """There and back, so that the configs are equal again."""
+    for step, rate in ((4, 0.01), (5, 0.001)):
+        loop.train(make_config(step), run, change=(f"optimizer.learning_rate={rate}",))
+    return mirrored(run.parent / "run.zip", 6)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (other_seed, r"config\.seed is 0 there and 7 here"),
+        (other_data, r"its data are others \(data\.json\)"),
+        (other_settings, r"its settings were changed \(history\.jsonl\)"),
+    ],
+)
+def test_a_newer_mirror_of_another_run_is_refused(tmp_path, change, words):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(mirrored(file, 6), tmp_path / "first")
+    loop.train(make_config(3, seed=7 if change is other_seed else 0), run)
+    config, before = change(run), file.read_bytes()
+    files = {path: path.read_bytes() for path in run.glob("*.json*")}
+    step = checkpoints.latest_step(run / "checkpoints")
+    line = f"{file} holds step 6, and {run} step {step} of another run: {words}"
+    with pytest.raises(ConfigError, match=line) as caught:
+        loop.train(config, run)
+    assert "\n" not in str(caught.value) and file.read_bytes() == before
+    assert files == {path: path.read_bytes() for path in run.glob("*.json*")}
+    assert not list(run.glob(".mirror*"))
+
+
+def test_a_save_replaces_no_file_of_another_run(tmp_path, capsys):
+    file, run, aside = tmp_path / "run.zip", tmp_path / "run", tmp_path / "run.replaced2.zip"
+    (tmp_path / "run.replaced.zip").write_bytes(b"an earlier one")
+    loop.train(mirrored(file, 3, seed=7), tmp_path / "other")
+    before = file.read_bytes()
+    loop.train(make_config(3), run)
+    loop.train(mirrored(file, 6), run)
+    line = f"WARNING: {file} is now {aside}, since it is of another run: config.seed is 7 there"
+    assert f"{line} and 0 here" in capsys.readouterr().out
+    assert aside.read_bytes() == before and steps_in(file) == [6]
+    assert (tmp_path / "run.replaced.zip").read_bytes() == b"an earlier one"
+    loop.train(mirrored(file, 9), run)  # its own file is replaced
+    assert "WARNING" not in capsys.readouterr().out and steps_in(file) == [9]
+
+
+def test_a_save_replaces_nothing_that_is_no_mirror(tmp_path, capsys):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(make_config(3), run)
+    file.write_bytes(b"of someone")
+    loop.train(mirrored(file, 6), run)
+    assert "since it is not a mirrored run or is damaged (File is" in capsys.readouterr().out
+    assert (tmp_path / "run.replaced.zip").read_bytes() == b"of someone"
+
+
+def test_a_mirror_stays_where_the_newest_checkpoint_is_damaged(tmp_path, capsys):
+    """The run goes back to an older one, and saves a step below that of the mirror."""
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(mirrored(file, 6), run)
+    before = file.read_bytes()
+    state = (run / "checkpoints" / "6" / "state").rglob("*")
+    max(filter(Path.is_file, state), key=os.path.getsize).write_bytes(b"damaged")
+    loop.train(mirrored(file, 6, training__checkpoint_every=4), run)
+    assert f"since it holds step 6, and {run} only step 4" in capsys.readouterr().out
+    assert (tmp_path / "run.replaced.zip").read_bytes() == before and steps_in(file) == [6]
+
+
+def test_a_change_on_purpose_keeps_the_mirror_of_the_run(tmp_path, capsys):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(mirrored(file, 3), run)
+    loop.train(mirrored(file, 6), run, change=("optimizer.learning_rate=0.01",))
+    assert "replaced" not in capsys.readouterr().out and steps_in(file) == [6]
+
+
+def test_code_in_a_mirror_is_not_imported_to_compare_it(tmp_path):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(mirrored(file, 3), tmp_path / "first")
+    config = config_lib.load(str(tmp_path / "first" / "config.json"))
+    config.method = "stranger:Method"  # an error if it is imported
+    config_lib.save(config, str(tmp_path / "config.json"))
+    with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two of the same name
+        archive.write(tmp_path / "config.json", "config.json")
+        archive.writestr("checkpoints/8/meta.json", "{}")
+    loop.train(make_config(3), run)
+    with pytest.raises(ConfigError, match=r"it names other code \(stranger:Method\)"):
+        loop.train(mirrored(file, 6), run)
+
+
+# ---- interruptions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_ctrl_c_between_two_checkpoints_of_a_mirror(tmp_path, monkeypatch, at):
+    """The best is there and the newest is not, or none is: the same command unpacks the mirror again."""
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    best = {"training__keep_best": "learning_rate", "training__keep": 1}  # the first has it
+    straight = loop.train(mirrored(file, 9, **best), tmp_path / "straight")
+    assert steps_in(file) == [3, 9]
+    replace, moved = os.replace, []
+
+    def interrupted(source, target):
+        moved.extend([target] if Path(target).parent.name == "checkpoints" else [])
+        if len(moved) == at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(mirrored(file, 9, **best), run)
+    assert (run / "config.json").exists()
+    same(straight, loop.train(mirrored(file, 9, **best), run))
+    assert sorted(os.listdir(run / "checkpoints")) == ["3", "9"]  # nothing twice
+
+
+def test_a_finished_run_gets_the_mirror_that_it_lacks(tmp_path):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    loop.train(make_config(3), run)
+    loop.train(mirrored(file, 3), run)
+    assert steps_in(file) == [3]
+    loop.train(make_config(6), run)  # as a kill between checkpoint and mirror
+    loop.train(mirrored(file, 6), run)
+    before = file.stat()
+    loop.train(mirrored(file, 6), run)
+    assert steps_in(file) == [6] and file.stat() == before  # not written again
+
+
+def test_what_an_error_saves_is_in_the_mirror(tmp_path, monkeypatch):
+    file = tmp_path / "run.zip"
+
+    def failing(self):
+        raise OSError("the picture cannot be read")
+
+    monkeypatch.setattr(loop.Trainer, "log", failing)
+    with pytest.raises(OSError, match="the picture"):
+        loop.train(mirrored(file), tmp_path / "run")
+    assert steps_in(file) == [2]
+
+
+@pytest.mark.parametrize("date", [0, 5_000_000_000])  # 1970 and 2128
+def test_a_file_with_a_date_that_zip_has_not(tmp_path, date):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    os.utime(run / "notes.txt", (date, date))
+    loop.train(mirrored(file, 3), run)
+    assert zipfile.ZipFile(file).read("notes.txt") == b"mine"
+
+
+def test_a_name_that_is_not_utf_8_is_left_out(tmp_path, capsys):
+    file, run = tmp_path / "run.zip", tmp_path / "run"
+    run.mkdir()
+    with open(os.fsencode(run) + b"/caf\xe9.txt", "wb"):
+        pass
+    assert int(loop.train(mirrored(file, 3), run).step) == 3
+    assert "/caf\\udce9.txt' is not in the mirror: 'utf-8' codec" in capsys.readouterr().out
+    assert steps_in(file) == [3]
+
+
+def test_any_error_of_a_mirror_is_a_warning(tmp_path, monkeypatch, capsys):
+    def failing(*_, **__):
+        raise zipfile.LargeZipFile("too\nlarge")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", failing)
+    assert int(loop.train(mirrored(tmp_path / "run.zip", 3), tmp_path / "run").step) == 3
+    assert "training continues: too large\n" in capsys.readouterr().out

@@ -243,9 +243,9 @@ def _without_paths(recipe: dict) -> dict:
     return result
 
 
-def free_name(path: str) -> str:
-    """The path, or PATH2, PATH3, … if it is taken."""
-    names = (f"{path}{n}" for n in ("", *range(2, 10_000)))
+def free_name(path: str, ending: str = "") -> str:
+    """The path with its ending, or PATH2, PATH3, … if it is taken."""
+    names = (f"{path}{n}{ending}" for n in ("", *range(2, 10_000)))
     return next(name for name in names if not os.path.exists(name))
 
 

@@ -199,8 +199,8 @@ def what_is_saved(directory: str) -> str:
 
 
 @contextlib.contextmanager
-def save_on_error(save: Callable, directory: str, signals: Signals, say: Callable):
-    """Calls `save` if an error not caused by the state ends the loop.
+def save_on_error(save: Callable, copy: Callable, directory: str, signals: Signals, say: Callable):
+    """Calls `save`, and then `copy`, if an error not caused by the state ends the loop.
 
     A state is not saved if it is not finite, was donated to a step that failed, or could not be saved before; nor in a
     job of several processes, which can only save together.
@@ -213,14 +213,16 @@ def save_on_error(save: Callable, directory: str, signals: Signals, say: Callabl
         if signals.begun and processes.count() == 1:
             with contextlib.suppress(Exception):  # the error being handled is the one to report
                 save()
+                copy()
             say(f"stopped by an error; {what_is_saved(directory)}")
         raise
 
 
 @contextlib.contextmanager
-def os_errors_as_warnings(say: Callable[[str], None]):
+def os_errors_as_warnings(say: Callable[[str], None], errors: type[Exception] = OSError):
     """Turns an OSError into a warning: training continues without a picture or a log line."""
     try:
         yield
-    except OSError as error:
-        say(f"WARNING: a file could not be written; training continues: {error}")
+    except errors as error:
+        line = " ".join(str(error).split())
+        say(f"WARNING: a file could not be written; training continues: {line}")

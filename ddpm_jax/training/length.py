@@ -15,7 +15,7 @@ class Length:
       keep: the number of newest checkpoints that stay.
       keep_best: a number of metrics.jsonl, such as "loss": the checkpoint with its lowest mean since the checkpoint before
         stays too; of "-NAME", the highest.
-      mirror: a .zip that gets a copy of the run after each checkpoint, and from which a run continues whose directory is gone.
+      mirror: a .zip that gets a copy of the run after each checkpoint, and from which a run continues whose directory is gone or older.
     """
 
     num_steps: int

@@ -270,6 +270,8 @@ class Trainer:
     def run(self) -> TrainState:
         """The loop. It waits for an earlier step, not for the one just dispatched, so that the device always has work."""
         length, self.looked, self.compiled_preview = self.length, self.step > 0, False
+        copied = length.mirror, self.workdir, length.keep_best, self.say
+        self.copy = functools.partial(mirror.save, *copied)
         self.progress = Progress(
             "step", length.num_steps, self.step, unit="images", per_count=length.batch_size
         )
@@ -278,6 +280,7 @@ class Trainer:
             self.catch_up()
             self.loggers.close()
             self.say(f"nothing to do: {self.step:,} of {length.num_steps:,} steps are done")
+            self.copy()
             return self.state
         self.compile()
         self.begin()
@@ -288,7 +291,7 @@ class Trainer:
             contextlib.closing(self.loggers),
             contextlib.closing(self.profiler),
             contextlib.closing(self.source(start=self.step, stop=length.num_steps)) as batches,
-            guards.save_on_error(self.save, self.directory, self.signals, self.say),
+            guards.save_on_error(self.save, self.copy, self.directory, self.signals, self.say),
         ):
             for batch in batches:
                 with self.profiler.step(self.step + 1):
@@ -332,8 +335,8 @@ class Trainer:
                 self.look(early)
                 self.looked = True
             self.loggers.send(self.step)
-            if saves and self.leader:
-                mirror.save(length.mirror, self.workdir, length.keep_best, self.say)
+            if saves:
+                self.copy()
         if stop:
             self.signals.end(self.step, self.workdir)
 

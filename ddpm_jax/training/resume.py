@@ -87,10 +87,10 @@ def _diffusion_of(config) -> type:
     return named if inspect.isclass(named) and issubclass(named, DDPM) else DDPM
 
 
-def refuse_another_config(
+def differing(
     config, path: str, *, moved: bool = False, changes: Sequence[Changed] = ()
-) -> None:
-    """Refuses a config that differs from the saved one beyond `FREE_TO_CHANGE`.
+) -> dict[str, tuple]:
+    """{"config.seed": (saved, new), …} of the fields in which a config differs from the saved one beyond `FREE_TO_CHANGE`.
 
     Args:
       moved: the data may have another name or path; `run_data.check_data` compares the data themselves.
@@ -99,9 +99,6 @@ def refuse_another_config(
     An image_shape of None and a num_classes of −1 were filled in from the data, and stand for what is saved, as does
     the num_timesteps of a list of betas. A field that one of the two lacks, because it is older than the field, stands
     for its default. A field that was changed on purpose may also have the value that the run began with.
-
-    Raises:
-      ConfigError: names the fields, with their saved and new values.
     """
     of_betas = config.get("schedule", {}).get("name") == "betas"
     folder = os.path.dirname(path)
@@ -112,7 +109,7 @@ def refuse_another_config(
     if moved and run_data.saved_data(folder) is not None:
         free += ("config.data.name", "config.data.flatten", "config.data.skip_broken")
     on_purpose = {f"config.{change.field}" for change in changes}
-    changed = {
+    return {
         field: (saved, new)
         for field, (saved, new) in config_lib.differences(saved_config, config).items()
         if not field.startswith(free)
@@ -122,17 +119,32 @@ def refuse_another_config(
         and not (field == "config.schedule.num_timesteps" and of_betas)
         and _or_default(field, saved, config) != _or_default(field, new, config)
     }
-    if changed:
-        parts = [
-            f"{field} is {_shown(saved)} there and {_shown(new)} here"
-            for field, (saved, new) in changed.items()
-        ]
+
+
+def in_words(changed: dict[str, tuple]) -> str:
+    """What `differing` found, in a message."""
+    parts = (
+        f"{field} is {_shown(saved)} there and {_shown(new)} here"
+        for field, (saved, new) in changed.items()
+    )
+    return "; ".join(parts)
+
+
+def refuse_another_config(
+    config, path: str, *, moved: bool = False, changes: Sequence[Changed] = ()
+) -> None:
+    """Refuses a config in which fields are `differing` from the saved one; the arguments are the same.
+
+    Raises:
+      ConfigError: names the fields, with their saved and new values.
+    """
+    if changed := differing(config, path, moved=moved, changes=changes):
         hint = ",".join(
             f"{field.removeprefix('config.')}={new}" for field, (_, new) in changed.items()
         )
         may = moved and all(field.startswith(CHANGEABLE) for field in changed)
         raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(parts)}. Give the saved values to continue it,"
+            f"{path} belongs to another run: {in_words(changed)}. Give the saved values to continue it,"
             f"{f' --change={hint} to change them from here on,' if may else ''} or another --workdir to start"
             " a new run"
         )
