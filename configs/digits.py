@@ -16,6 +16,9 @@ def get_config(variant: str = ""):
     config.data.image_shape = (8, 8, 1)
     config.data.flip = False  # a mirrored 3 is not a digit
 
+    config.schedule.name = "cosine"
+    config.diffusion.prediction = "v"
+
     config.model.channels = 24
     config.model.num_groups = 8
     config.model.channel_mults = (1, 2)

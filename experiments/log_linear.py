@@ -49,7 +49,7 @@ def log_linear(num_timesteps: int = 1000, *, start: float, end: float) -> Schedu
 def rows(size: str) -> dict[str, dict]:
     """The rows of the table, for `experiments.sweep`."""
     del size  # the same for every size
-    return {"linear": {"config": "configs/digits.py"}, "log_linear": {}}
+    return {"linear": {"config.schedule": "linear"}, "log_linear": {}}
 
 
 def evaluations(size: str, row: str) -> dict[str, list[str]]:

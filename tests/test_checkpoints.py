@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax.files import checkpoints, locks
+from ddpm_jax.files import checkpoints
 from ddpm_jax.files.checkpoints import CheckpointError, latest_step, prune, restore, save
 from ddpm_jax.files.locks import lock
 
@@ -491,20 +491,26 @@ def test_the_lock_of_a_removed_directory_is_taken_again(tmp_path, monkeypatch):
 def test_a_locked_directory_is_removed_on_nfs(tmp_path, monkeypatch):
     """There a file that is open when it is removed has another name until it is closed."""
     directory, hidden = tmp_path / "x.npz.partial", tmp_path / "x.npz.partial" / ".nfs0001"
-    rmdir, tried = os.rmdir, []
+    rmdir, tried = Path.rmdir, []
 
     def remove_directory(path):
         if tried:  # the file has been closed
-            hidden.unlink()
+            os.remove(hidden)
         tried.append(path)
         rmdir(path)
 
-    monkeypatch.setattr(os, "remove", lambda path: os.rename(path, hidden))
-    monkeypatch.setattr(os, "rmdir", remove_directory)
-    with lock(directory):
-        locks.remove(directory)
+    monkeypatch.setattr(Path, "unlink", lambda path: os.rename(path, hidden))
+    monkeypatch.setattr(Path, "rmdir", remove_directory)
+    with lock(directory) as remove:
+        remove()
         assert hidden.exists()
     assert not directory.exists() and len(tried) == 2
+
+
+def test_a_lock_leaves_an_empty_directory_alone(tmp_path):
+    with lock(tmp_path):
+        (tmp_path / ".lock").unlink()
+    assert tmp_path.is_dir()
 
 
 def test_ctrl_c_in_a_save_spares_what_was_there(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from absl import logging
 from ddpm_jax import data, main
 from ddpm_jax.configs import digits
 from ddpm_jax.files import config as config_lib
-from ddpm_jax.files import locks, results, run_data, writers
+from ddpm_jax.files import results, run_data, writers
 from ddpm_jax.method import from_config
 from ddpm_jax.options import ConfigError
 from ddpm_jax.training import guards, resume
@@ -324,7 +324,7 @@ def test_a_kill_while_unfinished_rows_are_deleted_leaves_the_result(tmp_path, mo
             assert finished["x"].tolist() == [1, 1, 1]
         assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
-    interrupted((locks, "remove"), None)
+    interrupted((os, "rmdir"), None)
     interrupted((os, "remove"), "images")
 
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -17,15 +17,25 @@ LOCK = ".lock"  # name of the file that `lock` locks
 
 
 @contextlib.contextmanager
-def lock(directory: str | os.PathLike) -> Iterator[None]:
+def lock(directory: str | os.PathLike) -> Iterator[Callable[[], None]]:
     """Locks `directory` for this process; the system releases it when the process ends or dies.
 
     Without locks on the file system or platform, it warns and continues.
 
+    Yields:
+      a function that removes the directory, which must be empty otherwise. On NFS it is gone once the lock is released.
+
     Raises:
       CheckpointError: another process holds it.
     """
-    path = Path(directory).absolute() / LOCK
+    path, removed = Path(directory).absolute() / LOCK, []
+
+    def remove() -> None:
+        removed.append(path.parent)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+
     with _locked(path) as file:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk; the lock holds without the line
@@ -33,18 +43,12 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
             line = f"process {os.getpid()} on host {socket.gethostname()}, since {since}\n"
             os.write(file.fileno(), line.encode())
         try:
-            yield
+            yield remove
         finally:
             file.close()
-            with contextlib.suppress(OSError):  # what `remove` has left; otherwise it is not empty
-                os.rmdir(path.parent)
-
-
-def remove(directory: str | os.PathLike) -> None:
-    """Removes a directory that holds nothing but its lock, which this process has; on NFS once the lock is released."""
-    with contextlib.suppress(OSError):
-        os.remove(os.path.join(directory, LOCK))
-        os.rmdir(directory)
+            for folder in removed:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _locked(path: Path) -> TextIO:

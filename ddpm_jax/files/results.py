@@ -94,15 +94,17 @@ def in_progress(
     """
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     folder = f"{out}.partial"
+    remove = []  # in the first process
     with contextlib.ExitStack() as stack:
 
         def prepare() -> bool:
-            stack.enter_context(locks.lock(folder))  # another program may be working on it
+            # Another program may be working on it.
+            remove.append(stack.enter_context(locks.lock(folder)))
             try:
                 return _prepare(out, folder, recipe, named, check)
             finally:
                 if os.listdir(folder) == [locks.LOCK]:  # refused, and it was empty before
-                    locks.remove(folder)
+                    remove[0]()
 
         finished = read_npz(out) if processes.from_first(prepare) else None
         yield folder, finished and {k: v for k, v in finished.items() if k != "recipe"}
@@ -112,7 +114,7 @@ def in_progress(
                 path = os.path.join(folder, name)
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
             os.remove(os.path.join(folder, RECIPE))  # last: until then it says what the others are
-            locks.remove(folder)
+            remove[0]()
 
 
 def _prepare(out: str, folder: str, recipe: dict, named: bool, check: Callable | None) -> bool:

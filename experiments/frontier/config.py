@@ -101,6 +101,7 @@ COMMON = {
     "config.preview.num_images": 8,
 }
 COSINE = {"config.schedule.name": "cosine", "config.schedule.num_timesteps": 1024}
+EPS = {"config.diffusion.prediction": "eps"}
 V = COSINE | {"config.diffusion.prediction": "v"}
 STUDENTS = (32, 16, 8, 4, 2, 1)
 
@@ -122,12 +123,13 @@ def rows(size: str) -> dict[str, dict]:
         "dit": {"config": "experiments/my_network.py", **V},
     }
     plain = {
-        "ddpm": {"config.schedule.num_timesteps": 1024},
-        "eps": COSINE,
+        "ddpm": EPS | {"config.schedule.name": "linear", "config.schedule.num_timesteps": 1024},
+        "eps": EPS | COSINE,
         "v": V,
         "x_0": COSINE | {"config.diffusion.prediction": "x_0"},
         "min_snr": V | {"config.diffusion.min_snr_gamma": 5.0},
-        "hybrid": COSINE
+        "hybrid": EPS
+        | COSINE
         | {"config.diffusion.loss": "hybrid", "config.diffusion.variance": "learned_range"},
     }
     students = {}
