@@ -7,8 +7,10 @@ Idea: the linear schedule was chosen for T = 1000. What if log SNR decreases eve
     python -m experiments.sweep experiments/log_linear.py --size=cpu --run --table
 
     row          schedule
-    linear       that of configs/digits.py, for comparison
+    linear       Ho et al. 2020, for comparison
     log_linear   the idea
+
+Both predict ε with the network of configs/digits.py.
 
 The columns are bits/dim of the test split with the analytic variance: for the whole chain, 50 steps and 10 steps.
 
@@ -49,7 +51,9 @@ def log_linear(num_timesteps: int = 1000, *, start: float, end: float) -> Schedu
 def rows(size: str) -> dict[str, dict]:
     """The rows of the table, for `experiments.sweep`."""
     del size  # the same for every size
-    return {"linear": {"config.schedule": "linear"}, "log_linear": {}}
+    eps = {"config.diffusion.prediction": "eps"}
+    linear = {"config": "configs/digits.py", "config.schedule.name": "linear"}
+    return {"linear": linear | eps, "log_linear": eps}
 
 
 def evaluations(size: str, row: str) -> dict[str, list[str]]:
