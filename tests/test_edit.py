@@ -23,8 +23,8 @@ def make_config(**model):
     config = digits.get_config()
     config.method = "tiny"
     config.model.update(model)
-    config.schedule.num_timesteps = 40
-    config.schedule.end = 0.3
+    config.schedule.update(name="linear", num_timesteps=40, end=0.3)
+    config.diffusion.prediction = "eps"
     config.optimizer.warmup_steps = 0
     config.training.num_steps = 30
     config.training.batch_size = 16

@@ -27,8 +27,8 @@ def make_config(**diffusion):
     config = digits.get_config("smoke")
     config.method = "tiny"
     config.data.name = "digits"
-    config.schedule.num_timesteps = 20
-    config.schedule.end = 0.5
+    config.schedule.update(name="linear", num_timesteps=20, end=0.5)
+    config.diffusion.prediction = "eps"
     config.training.num_steps = 2
     config.training.batch_size = 8
     config.preview.num_images = 4

@@ -188,7 +188,7 @@ def test_a_run_without_a_checkpoint(tmp_path):
 
 def test_nll_is_among_them(tmp_path):
     config = make_config(num_steps=3, method="tiny", schedule__num_timesteps=12)
-    config.schedule.end = 0.5
+    config.schedule.update(name="linear", end=0.5)
     config.preview = ConfigDict({"every": 100, "num_images": 2, "steps": "3"})
     loop.train(config, tmp_path)
     result = call("eval", str(tmp_path), metrics="nll", num_images=5)

@@ -56,8 +56,7 @@ def make_config(name, **changes):
     config = digits.get_config()
     config.method = "tiny"
     config.data.name = str(name)
-    config.schedule.num_timesteps = 20
-    config.schedule.end = 0.5
+    config.schedule.update(name="linear", num_timesteps=20, end=0.5)
     config.training.num_steps = 6
     config.training.batch_size = 8
     config.preview = ConfigDict({"every": 1000, "num_images": 4, "sampler": "ddim", "steps": "4"})
