@@ -437,6 +437,7 @@ def test_a_student_begins_with_its_teacher_and_resumes_without_it(tmp_path, capf
 def test_weights_of_another_prediction_are_a_warning(tmp_path, capfd):
     config = digits.get_config("smoke")
     config.training.update(num_steps=1)
+    config.diffusion.prediction = "eps"
     loop.train(config, str(tmp_path / "eps"))
     config.diffusion.prediction, config.init_from = "v", str(tmp_path / "eps")
     loop.train(config, str(tmp_path / "v"))

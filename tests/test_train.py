@@ -52,7 +52,7 @@ def make_config(num_steps=6, **changes):
 def make_diffusion():
     config = make_config(num_steps=2, method="tiny")
     config.preview = ConfigDict({"every": 100, "num_images": 2, "steps": "2"})
-    config.schedule.num_timesteps = 30
+    config.schedule.update(name="linear", num_timesteps=30)
     return config
 
 
