@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from jax._src import distributed  # the address of the first process has no public name
 
@@ -32,7 +32,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 GOODBYE = b"done"
 
 _watch: _Watch | None = None
-_unfinished = threading.Lock()
+finishing = threading.Lock()  # what is written under it is finished before this process ends for another's sake
 
 
 def begin(process: int, count: int, from_first: Callable) -> None:
@@ -110,13 +110,6 @@ def _dismiss(peer: socket.socket) -> None:
         peer.sendall(GOODBYE + b"\n")
 
 
-@contextlib.contextmanager
-def finishing() -> Iterator[None]:
-    """What is written here is finished before this process ends because another has ended."""
-    with _unfinished:
-        yield
-
-
 def leave(line: str) -> None:
     """Tells the other processes why this one ends."""
     if _watch is not None:
@@ -180,7 +173,7 @@ class _Watch:
         """Prints the line, tells the other processes, and ends this one, unless it ends already."""
         if not self._leaving:
             self._tell(line.encode())
-            _unfinished.acquire(timeout=FINISH_SECONDS)
+            finishing.acquire(timeout=FINISH_SECONDS)
             line = f"error: {line}; start all processes again to continue"
             print(line, file=sys.stderr, flush=True)
             os._exit(1)

@@ -146,11 +146,11 @@ def test_strangers_do_not_end_the_watch(monkeypatch):
 
 def test_what_is_being_written_is_finished_before_the_end(monkeypatch, capsys):
     """The first machine that a preemption takes must not cost the checkpoint that the leader writes."""
-    monkeypatch.setattr(watch, "_unfinished", threading.Lock())
+    monkeypatch.setattr(watch, "finishing", threading.Lock())
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda status: ended.set())
     one = watch._Watch(0, 2, {})
-    with watch.finishing():
+    with watch.finishing:
         thread = threading.Thread(target=one._end, args=("process 1 of 2 has ended",))
         thread.start()
         assert not ended.wait(0.3)
