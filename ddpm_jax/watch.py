@@ -32,7 +32,8 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 GOODBYE = b"done"
 
 _watch: _Watch | None = None
-finishing = threading.Lock()  # what is written under it is finished before this process ends for another's sake
+# What is written under this lock is finished before the process ends because another has ended.
+finishing = threading.Lock()
 
 
 def begin(process: int, count: int, from_first: Callable) -> None:
