@@ -6,9 +6,9 @@ It predicts v with the cosine schedule. Against ε with the linear schedule of H
 learning rate: Fréchet distance by DDIM in 50 calls 9.2 ± 0.8 instead of 13.8 ± 0.3, bound 4.59 instead of 4.70 bits/dim; see
 experiments/frontier and docs/choosing.md.
 
-Measured on two cores of an AMD EPYC server, jax 0.10.2, beside another training: 2 minutes 24 seconds from the command to the
-end, including compilation (17 s) and pictures; L_simple 0.281 over the last 500 steps. Alone, with ε: 1 minute 51 seconds, 856 images/s
-in training. Most of the samples are readable digits.
+Measured on two cores of an AMD EPYC server, jax 0.10.2: README's first command takes 1 minute 56 seconds with the installation in
+a fresh environment and an earlier run's compiled program (17 s otherwise); 1,030 images/s in training; L_simple 0.281 over the last
+500 steps. Most of the samples are readable digits.
 """
 
 from ddpm_jax.configs import cifar10, variants
