@@ -915,18 +915,15 @@ HOSTILE = [  # images, labels, part of the message
 def module(tmp_path, monkeypatch):
     """Writes a module in a folder that Python searches: module(text) is its (name, path)."""
     monkeypatch.syspath_prepend(tmp_path)
-    written = []
+    numbers = itertools.count()
 
     def write(text):
-        path = tmp_path / f"own_data_{len(written)}.py"
+        path = tmp_path / f"own_data_{next(numbers)}.py"
         path.write_text(f"import numpy as np\nfrom ddpm_jax.data import *\n{text}\n")
         importlib.invalidate_caches()
-        written.append(path.stem)
         return path.stem, str(path)
 
-    yield write
-    for name in written:
-        sys.modules.pop(name, None)
+    return write
 
 
 def returning(value):

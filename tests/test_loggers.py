@@ -59,8 +59,7 @@ def mine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield make
-    sys.modules.pop("my_logger", None)
+    return make
 
 
 def got(workdir):
