@@ -7,6 +7,7 @@ Every row trains the network of configs/fashion_mnist.py:cpu on the same images 
 
     row          what it is
     ddpm         ε, linear β; Ho et al. 2020
+    v            v, cosine ᾱ; Salimans & Ho 2022
     min_snr      v, cosine ᾱ, Min-SNR-5 weights; Hang et al. 2023
     edm          preconditioned, ln σ normal; Karras et al. 2022
     flow_logit   straight path, velocity, u logit-normal; Esser et al. 2024
@@ -32,7 +33,8 @@ def get_config(variant: str = ""):
 
 def rows(size: str) -> dict[str, dict]:
     changes = {
-        "ddpm": {},
+        "ddpm": digits_table.EPS | {"config.schedule.name": "linear"},
+        "v": digits_table.V,
         "min_snr": digits_table.V | {"config.diffusion.min_snr_gamma": 5.0},
         "edm": {
             "config.schedule.name": "exploding",

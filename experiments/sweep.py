@@ -19,7 +19,7 @@ by Student's t at 95 %.
 
 The run directory of a row is runs/EXPERIMENT/SIZE/ROW, with _seed1 and so on for seeds other than 0. Its results are the
 files eval/COLUMN.json, which --mode=report shows too. The same command continues interrupted trainings and evaluations.
---page writes the table and the charts, with means over seeds, to runs/EXPERIMENT/SIZE/page.html.
+--page writes the table and the charts, with means over seeds and standard deviations as bars, to runs/EXPERIMENT/SIZE/page.html.
 """
 
 import argparse
@@ -301,13 +301,18 @@ def page(sweep: Sweep, rows: list[str]) -> str:
     ).items():
         lines = []
         for name, points in curves.items():
-            values = [
-                [x, mean_over_seeds(sweep, row, column)] for row, column, x in points if row in rows
+            found = [
+                (x, values_of_seeds(sweep, row, column)) for row, column, x in points if row in rows
             ]
-            values = np.array(
-                sorted(one for one in values if one[1] is not None), np.float64
-            ).reshape(-1, 2)
-            lines.append(charts.Curve(name, *values.T))
+            found = sorted((x, values) for x, values in found if values)
+            lines.append(
+                charts.Curve(
+                    name,
+                    x=[x for x, _ in found],
+                    y=[np.mean(values) for _, values in found],
+                    spread=[np.std(v, ddof=1) if len(v) > 1 else 0.0 for _, v in found],
+                )
+            )
         drawn.append(charts.chart(title, lines, x_label=x_label, x_scale="log"))
     head, _, *body = (
         [cell.strip() for cell in line[2:-2].split(" | ")]
@@ -333,11 +338,10 @@ def page(sweep: Sweep, rows: list[str]) -> str:
     return path
 
 
-def mean_over_seeds(sweep: Sweep, row: str, column: str) -> float | None:
-    """The mean of the first number of a column; None if there is none yet."""
+def values_of_seeds(sweep: Sweep, row: str, column: str) -> list[float]:
+    """The first number of a column, for the seeds that have one."""
     found = [numbers(sweep.out(row, column, seed)) for seed in sweep.seeds]
-    means = [next(iter(one.values()))[0] for one in found if one]
-    return float(np.mean(means)) if means else None
+    return [next(iter(one.values()))[0] for one in found if one]
 
 
 class Parser(argparse.ArgumentParser):

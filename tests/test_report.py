@@ -447,6 +447,27 @@ def test_a_curve_lies_where_its_numbers_are(scale):
         assert marks[10] - offset == pytest.approx(drawn[1, 1], abs=0.1)
 
 
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_bars_reach_from_a_standard_deviation_below_to_one_above(scale):
+    y, spread = np.array([4.0, 10.0, 2.0, 100.0]), np.array([2.0, 0.0, 3.0, np.nan])
+    curves = [
+        charts.Curve("ends", np.arange(4), np.array([2.0, 6.0, 5.0, 100.0])),
+        charts.Curve("a", np.arange(4), y, spread=spread),
+    ]
+    svg = charts.chart("c", curves, x_label="x", y_scale=scale)["svg"]
+    ends, curve = points(svg, 0), points(svg, -3)
+    first, second = points(svg, -2), points(svg, -1)  # none for 0 and NaN
+    assert len(points(svg, -4)) == len(ends) == len(curve) == 4
+    np.testing.assert_allclose(sorted(first[:, 1]), [ends[1, 1], ends[0, 1]], atol=0.02)
+    assert second[:, 1].min() == pytest.approx(ends[2, 1], abs=0.02)
+    lowest = curve[2, 1]
+    if scale == "log":  # 2 − 3 is not on the axis
+        assert second[:, 1].max() == pytest.approx(lowest, abs=0.02)
+    else:
+        assert second[:, 1].max() > lowest + 1
+    np.testing.assert_allclose([first[:, 0], second[:, 0]], [[curve[0, 0]] * 2, [curve[2, 0]] * 2])
+
+
 def test_long_curves_stay_small_and_no_numbers_of_labels_are_cut():
     x = np.arange(100_000)
     curve = charts.Curve("a", x, 1e-4 * (np.sin(x / 1e4) + x % 2), window=4000)

@@ -34,6 +34,9 @@ class Curve(NamedTuple):
     x: Sequence[float]  # [N]
     y: Sequence[float]  # [N]
     window: int = 1  # number of points averaged; with more than one, the points are drawn faint
+    spread: Sequence[float] | float = (
+        0.0  # [N], standard deviations, drawn as bars from y − spread to y + spread
+    )
 
 
 def chart(title, curves, *, x_label="step", x_scale="linear", y_scale=None) -> dict | None:
@@ -68,7 +71,8 @@ def _valid(curve: Curve, x_scale: str, y_scale: str) -> Curve:
     x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
     good = np.isfinite(x) & np.isfinite(y)
     good &= ((x > 0) | (x_scale != "log")) & ((y > 0) | (y_scale != "log"))
-    return curve._replace(x=x[good], y=y[good])
+    spread = np.broadcast_to(np.asarray(curve.spread, np.float64), x.shape)
+    return curve._replace(x=x[good], y=y[good], spread=spread[good])
 
 
 def _numbers(curve: Curve, x_scale: str) -> list[str]:
@@ -89,6 +93,7 @@ def _svg(curves, x_label: str, x_scale: str, y_scale: str) -> str:
             if curve.window > 1:
                 _draw(axes, n, curve.x, curve.y, width=1, alpha=0.35)
             _draw(axes, n, curve.x, writers.moving_average(curve.y, curve.window))
+            _draw_spread(axes, n, curve)
         axes.margins(x=0)
         axes.grid(axis="y", color=LINE, linewidth=1, clip_on=False)
         axes.spines[["left", "top", "right"]].set_visible(False)
@@ -112,6 +117,15 @@ def _draw(axes, n: int, x: np.ndarray, y: np.ndarray, *, width=1.75, alpha=1.0) 
     k, width = (k, width) if len(x) > 1 else ([0, 0], 6)
     (line,) = axes.plot(x[k], y[k], color=[*INK][n % COLOURS], linewidth=width, alpha=alpha)
     line.set(clip_on=False, solid_capstyle="round", linestyle="-" if n < COLOURS else (0, (5, 4)))
+
+
+def _draw_spread(axes, n: int, curve: Curve) -> None:
+    barred = curve.spread > 0  # False where it is not a number: of one value there is none
+    x, y, spread = curve.x[barred], curve.y[barred], curve.spread[barred]
+    low = y - spread
+    if axes.get_yscale() == "log":
+        low = np.where(low > 0, low, y)
+    axes.vlines(x, low, y + spread, colors=[*INK][n % COLOURS], linewidth=1, clip_on=False)
 
 
 def _inline(svg: str) -> str:
