@@ -23,6 +23,9 @@ def get_config(variant: str = ""):
     config.data.image_shape = (28, 28, 1)
     config.data.flip = False  # shoes point one way
 
+    config.schedule.name = "cosine"
+    config.diffusion.prediction = "v"
+
     config.model.channels = 64
     config.model.channel_mults = (1, 2, 2)
     config.model.attention_resolutions = (14,)

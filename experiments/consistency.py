@@ -14,9 +14,15 @@ its value y takes the place of x_0, and (x_t − y)/σ_t that of ε, in any loss
 teacher the path is the straight line x_0 + σ ε, with one a step of Heun's method.
 
 `improved` is what Song & Dhariwal (Table 1) changed: the number of levels doubles, ln σ is normal, and the loss is divided by
-the distance of the levels; their robust distance is the loss `pseudo_huber`. Otherwise levels, weights and target are those
-of Song et al., with the squared error, not LPIPS. On small data fewer levels fit (s_1): 2,000 steps are 250 for each of eight
-numbers of levels. They follow from num_steps, so a run that is made longer goes back to fewer levels. It needs products in full float32 precision: rounding errors must stay far below the distances of f.
+the distance of the levels; their robust distance is the loss `pseudo_huber`. Without it levels, weights and target are those of Song
+et al.; `squared` is their ℓ2 distance. Numbers of levels follow from num_steps, so a run that is made longer goes back to fewer levels.
+s_1 is 80, for the 2,000 steps of configs/digits.py; Song & Dhariwal have 1,280. Products need full float32 precision: rounding errors
+must stay far below the distances of f.
+
+Measured (distances of experiments/frontier, seed 0): a student with the weights of Song et al., all 1, forgets its teacher at low levels,
+where f is a small share of the loss, and each higher level learns from a lower one: 38.7 in one call, 17 intervals, against 11.7
+with 20 and the weights of `improved`. Of the end of its teacher's path, f is 0.044 from σ = 0.02 and 0.47 from σ = 80, against 0.002 and
+0.12 (root mean square, images in [−1, 1]).
 """
 
 from __future__ import annotations
@@ -43,20 +49,19 @@ LOG_MEAN, LOG_STD = -1.1, 2.0  # of ln σ; Song & Dhariwal 2023 §3.5
 
 
 def get_config(variant: str = ""):
-    """`distil` learns from a teacher; the variants of configs/digits.py do not."""
+    """`distil` learns from a teacher, with full-size digits; the variants of configs/digits.py do not."""
     config = edm.get_config("" if variant == "distil" else variant)
     config.method = "experiments.consistency:Consistency"
     config.schedule.num_timesteps = ROWS
     config.diffusion.t_sampling = "uniform"  # replaced
     config.diffusion.loss = "experiments.consistency:pseudo_huber"
-    config.diffusion.update(improved=True, distil=False, s_0=10, s_1=1280, target_decay=0.0)
+    config.diffusion.update(improved=True, distil=False, s_0=10, s_1=80, target_decay=0.0)
     config.optimizer.decay = "none"  # the last steps, with the most levels, need their rate
     config.step.clip = "none"  # the weights make the gradient large
     config.preview.sampler = "experiments.consistency:Renoise"
     config.preview.steps = "1"
     if variant == "distil":
-        config.diffusion.update(improved=False, distil=True, s_0=17, s_1=17)  # N = 18
-        config.diffusion.loss = "experiments.consistency:squared"
+        config.diffusion.distil = True
         config.init_from = ""  # the run of the teacher
     return config
 

@@ -455,7 +455,9 @@ def test_a_page_of_charts_with_means_over_seeds(tmp_path, capsys):
     assert path == f"{tmp_path}/r/mine/cpu/page.html"
     text = Path(path).read_text()
     assert "Which is better?" in text and "distance over network calls: a, b;" in text
-    assert len(re.findall(r"<path[^>]*var\(--c", text)) == 3  # two curves, and a bar where two seeds are
+    assert (
+        len(re.findall(r"<path[^>]*var\(--c", text)) == 3
+    )  # two curves, and a bar where two seeds are
     assert "<td>5</td>" in text and "5.000 ± 1.414 (2 seeds)" in text
     sweep.main([*arguments, "--row=b,c"])
     assert "distance over network calls: b;" in Path(path).read_text()

@@ -240,9 +240,10 @@ def test_what_they_learn_becomes_the_map_of_the_ode_with_more_levels():
     assert (errors[:-1] / errors[1:] > 1.9).all() and errors[-1] < 0.02  # first order
 
 
-@pytest.mark.parametrize("n", [17, 160])
-def test_distillation_has_no_loss_where_f_is_the_teachers_path(n):
-    model = consistency_of("distil", s_0=n, s_1=n)
+@pytest.mark.parametrize("n, improved", [(17, False), (160, False), (10, True)])
+def test_distillation_has_no_loss_where_f_is_the_teachers_path(n, improved):
+    squared = "experiments.consistency:squared"
+    model = consistency_of("distil", s_0=n, s_1=n, improved=improved, loss=squared)
     teacher = exact(model.schedule)
     learned = composed(model, n, heun)
     args = (model.init_loss_state(teacher)._replace(target=None), KEY, batch())

@@ -1,6 +1,7 @@
 """How few steps are enough? S × η and S × solver on a trained run: Song et al. 2021 (DDIM), Table 1.
 
-    python -m ddpm_jax.main --config=configs/fashion_mnist.py:cpu --workdir=runs/fashion
+    python -m ddpm_jax.main --config=configs/fashion_mnist.py:cpu --workdir=runs/fashion \\
+        --config.schedule.name=linear --config.diffusion.prediction=eps
     python -m experiments.feature_classifier --data=fashion_mnist --out=runs/fashion_classifier.npz
     python -m experiments.ddim_table1 --workdir=runs/fashion --num_samples=300 --num_seeds=1 \\
         --features=experiments.feature_classifier:runs/fashion_classifier.npz

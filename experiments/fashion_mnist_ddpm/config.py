@@ -33,7 +33,9 @@ FEATURES = "--features=experiments.feature_classifier:runs/fashion_mnist_classif
 
 
 def get_config(variant: str = ""):
-    return fashion_mnist.get_config(variant)
+    config = fashion_mnist.get_config(variant)
+    config.schedule.name, config.diffusion.prediction = "linear", "eps"
+    return config
 
 
 def rows(size: str) -> dict[str, dict]:

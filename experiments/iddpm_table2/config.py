@@ -49,8 +49,9 @@ def get_config(variant: str = ""):
 
 
 def cpu(config):
-    """configs/fashion_mnist.py:cpu, half as long, with its T = 1000."""
+    """configs/fashion_mnist.py:cpu with ε, half as long, with its T = 1000."""
     config = fashion_mnist.get_config("cpu")
+    config.diffusion.prediction = "eps"
     config.training.num_steps = 2000
     return config
 

@@ -5,7 +5,7 @@
     python -m ddpm_jax.main --mode=report --workdir=runs/schedules/cpu/linear,runs/schedules/cpu/cosine
 
 The last command writes a page with SNR and ᾱ of both, the bound by t, and samples of S = 50 steps. `cpu` uses
-configs/fashion_mnist.py:cpu, the full size configs/fashion_mnist.py.
+configs/fashion_mnist.py:cpu, the full size configs/fashion_mnist.py, both with ε.
 
     row      schedule
     linear   β from 1e-4 to 0.02, Ho et al. 2020
@@ -47,7 +47,9 @@ FIRST_FOUR_FIFTHS = str(np.linspace(0, 799, 40).round().astype(int).tolist()).re
 
 
 def get_config(variant: str = ""):
-    return fashion_mnist.get_config(variant)
+    config = fashion_mnist.get_config(variant)
+    config.diffusion.prediction = "eps"
+    return config
 
 
 def rows(size: str) -> dict[str, dict]:
