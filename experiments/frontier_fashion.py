@@ -71,9 +71,9 @@ def evaluations(size: str, row: str) -> dict[str, list[str]]:
 
 def charts(size: str) -> dict[str, tuple[str, dict]]:
     """{title: (name of x, {curve: [(row, column, x), …]})} of the page."""
-    curves = {}
-    for row in rows(size):
-        for sampler in ("ddim", "heun", "dpm"):
-            columns = [name for name in COLUMNS if name.startswith(sampler)]
-            curves[f"{row}, {sampler}"] = [(row, c, int(c.rpartition("_")[2])) for c in columns]
-    return {"distance by sampler": ("network calls", curves)}
+    result = {}
+    for sampler, name in {"ddim": "DDIM", "heun": "Heun", "dpm": "DPM-Solver++"}.items():
+        columns = [column for column in COLUMNS if column.startswith(sampler)]
+        curves = {row: [(row, c, int(c.rpartition("_")[2])) for c in columns] for row in rows(size)}
+        result[f"distance by {name}"] = "network calls", curves
+    return result
