@@ -56,9 +56,7 @@ OPEN = {  # the fields that `plan` fills in, and their types
 
 def get_config(variant: str = ""):
     config = cifar10.get_config()
-    config.schedule.name = (
-        "cosine"  # with v, samples are usable after fewer steps than with linear and eps
-    )
+    config.schedule.name = "cosine"  # for this and v see experiments/frontier_fashion.py
     config.diffusion.prediction = "v"
     config.optimizer.decay = "cosine"
     config.step.ema_decay = 0.999
