@@ -86,6 +86,9 @@ def load(experiment: str):
     return module
 
 
+BARS = "Means over seeds; bars show the standard deviation"
+
+
 class Sweep:
     """The command lines of an experiment at one size.
 
@@ -325,7 +328,7 @@ def page(sweep: Sweep, rows: list[str]) -> str:
             "lead": (sweep.experiment.__doc__ or "").partition("\n")[0],
             "facts": {"rows": str(len(rows)), "seeds": str(len(sweep.seeds))},
             "sections": {
-                "Charts": [block for block in blocks.chart_block(drawn) if block],
+                "Charts": [block for block in blocks.chart_block(drawn, BARS) if block],
                 "Table": [blocks.table("Means over seeds", head, body)],
             },
             "written": time.strftime("%Y-%m-%d %H:%M"),

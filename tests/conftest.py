@@ -48,5 +48,7 @@ def forget_modules(tmp_path_factory):
     before, folder = set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+        module = sys.modules[name]
+        places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+        if any(str(place).startswith(folder) for place in places):
             del sys.modules[name]

@@ -240,20 +240,28 @@ def test_what_they_learn_becomes_the_map_of_the_ode_with_more_levels():
     assert (errors[:-1] / errors[1:] > 1.9).all() and errors[-1] < 0.02  # first order
 
 
-@pytest.mark.parametrize("n, improved", [(17, False), (160, False), (10, True)])
-def test_distillation_has_no_loss_where_f_is_the_teachers_path(n, improved):
-    squared = "experiments.consistency:squared"
-    model = consistency_of("distil", s_0=n, s_1=n, improved=improved, loss=squared)
+def test_distillation_has_the_levels_weights_and_loss_of_training():
+    alone, taught = (consistency.get_config(v).diffusion.to_dict() for v in ("", "distil"))
+    assert taught == alone | {"distil": True} and taught["improved"] and taught["s_1"] == 80
+
+
+@pytest.mark.parametrize(
+    "n, improved, loss, limit",
+    [(17, False, "squared", 1e-8), (160, False, "squared", 1e-8), (10, True, "pseudo_huber", 1e-4)],
+)
+def test_distillation_has_no_loss_where_f_is_the_teachers_path(n, improved, loss, limit):
+    loss = f"experiments.consistency:{loss}"
+    model = consistency_of("distil", s_0=n, s_1=n, improved=improved, loss=loss)
     teacher = exact(model.schedule)
     learned = composed(model, n, heun)
     args = (model.init_loss_state(teacher)._replace(target=None), KEY, batch())
     loss, _, (t, _) = model.loss_fn(learned, *args)
-    assert set(np.unique(t)) == set(rows_of(model, n)[1:]) and float(jnp.max(loss)) < 1e-8
+    assert set(np.unique(t)) == set(rows_of(model, n)[1:]) and float(jnp.max(loss)) < limit
     other = learned["slope"] * (
         1 + 0.05 * np.random.default_rng(0).standard_normal(len(teacher["slope"]))
     )
     worse = model.loss_fn(learned | {"slope": other}, *args)[0]
-    assert float(jnp.mean(worse)) > 1e-5
+    assert float(jnp.mean(worse)) > 1000 * limit
 
 
 @pytest.mark.slow

@@ -464,7 +464,8 @@ def test_bars_reach_from_a_standard_deviation_below_to_one_above(scale):
     if scale == "log":  # 2 − 3 is not on the axis
         assert second[:, 1].max() == pytest.approx(lowest, abs=0.02)
     else:
-        assert second[:, 1].max() > lowest + 1
+        one = (ends[0, 1] - ends[2, 1]) / 3  # 2 and 5
+        assert second[:, 1].max() == pytest.approx(lowest + 3 * one, abs=0.05)
     np.testing.assert_allclose([first[:, 0], second[:, 0]], [[curve[0, 0]] * 2, [curve[2, 0]] * 2])
 
 

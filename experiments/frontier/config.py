@@ -24,7 +24,7 @@ learning rate, so that each checkpoint is a fair shorter run; samples are those 
     v_2          student of v_4 in 2 calls                                     5, after v_4
     v_1          student of v_2 in 1 call                                      5, after v_2
     consistency  10 … 80 intervals, no teacher; Song & Dhariwal 2023           4
-    distilled    the same, student of edm; Song et al. 2023                    6, after edm
+    distilled    the same levels and weights, student of edm; Song et al. 2023 6, after edm
 
 The columns are squared Fréchet distances of 64 classifier features between 500 samples and the training images, named by
 sampler and network calls: `ddim_10` has 10 evenly spaced steps that end at the image (trailing), `dpm_10` is DPM-Solver++ of
@@ -74,13 +74,13 @@ Trained again by someone else, min_snr with seed 1 has 21.639 in ddim_4, as here
 6.2 in ddim_20: less than all three (20.2 to 21.6, 7.7 to 8.0). So the spread of three seeds is an underestimate.
 
 Paired by seeds, ± standard error; a difference below two of them is called none. By Student's t three seeds need 4.3 for 95 %, which the
-0.4 ± 0.2, 2.4 ± 1.1 and 1.6 ± 0.5 below do not reach.
-* One to eight calls: students, as expected. `distilled` in one call is where v by DDIM is in 20, and in 2 calls 1.3 ± 0.3 better; with
-  4 it is 3.7 ± 1.1 worse again. Not paired, it is 4.5 ± 1.1 better than v_1 and 12.6 ± 0.9 better than consistency training. v_1 is 8.1 ±
-  1.7 better than that; v_4 is 10.2 ± 1.1 better than Min-SNR by DDIM in 4.
-* Nine to 19: the students are overtaken, against the expectation. Min-SNR by Heun in 9 calls (7.0) is 3.6 ± 0.6 better than v_4 and, not
-  paired, 1.6 ± 0.3 better than `distilled`. EDM by Heun in 19 (5.9) is 0.4 ± 0.2 better than Min-SNR, and not different from the best of
-  250 calls.
+0.4 ± 0.2, 2.4 ± 1.1, 1.6 ± 0.5 and 3.7 ± 1.1 below do not reach.
+* One to eight calls: students, as expected. In one call `distilled` is 4.5 ± 1.1 better than v_1 and 12.6 ± 0.9 better than consistency
+  training (not paired: `distilled` was trained later than the other rows). With 2 calls it is 1.3 ± 0.3 better than with one, and with 4
+  calls 3.7 ± 1.1 worse than with 2. v_4 is 6.0 ± 1.0 better than Min-SNR by DPM-Solver++ in 4 (not paired).
+* Nine to 19: the students are overtaken, against the expectation. Min-SNR by Heun in 9 calls (7.0) is 3.6 ± 0.6 better than v_4 and
+  1.6 ± 0.3 better than `distilled` in 2 (not paired). EDM by Heun in 19 (5.9) is 0.4 ± 0.2 better than Min-SNR, and not different from the
+  best of 250 calls.
 * Many: the methods are not alike. v is 4.6 ± 0.6 better than ddpm in 50 calls of DDIM, Min-SNR and flow_logit are 2.2 ± 0.3 and
   2.4 ± 0.5 better than v, with no difference between them.
 * Second order: DPM-Solver++ in 10 calls is 15.3 ± 0.7 better than DDIM for EDM, 2.4 ± 1.1 for eps, none for v and Min-SNR. Heun in 9 is
@@ -89,7 +89,7 @@ Paired by seeds, ± standard error; a difference below two of them is called non
 * Training: Min-SNR after 32,000 images is where v is after 48,000 (0.2 ± 0.9). After 16,000 x_0 is the best, 5.9 ± 1.2 ahead of Min-SNR.
 * The bound: hybrid is 0.101 ± 0.001 better than eps. What gives little weight to small noise costs bits: Min-SNR 0.60 ± 0.03 more
   than v, flow 0.77 ± 0.01, flow_logit 1.92 ± 0.09; with x_0 the error of ε̂ has no limit there.
-* What a student learns depends on the weights: with those of Song et al. 2023 `distilled` had 49 ± 10; see experiments/consistency.
+* With levels and weights of Song et al. 2023 and 17 intervals `distilled` had 49 ± 10 in one call; see experiments/consistency.py.
 * `dit` still improved (5.7 ± 0.6 over the last 16,000 images).
 """
 

@@ -28,15 +28,16 @@ NUMBERS = ("start", "¼", "½", "¾", "end", "lowest", "highest")
 
 
 class Curve(NamedTuple):
-    """A curve of a chart. Points that are not finite, or not positive on a log axis, are left out."""
+    """A curve of a chart. Points that are not finite, or not positive on a log axis, are left out.
+
+    With a spread, [N], each point has a bar from y − spread to y + spread; on a log axis only its upper half where y ≤ spread.
+    """
 
     name: str
     x: Sequence[float]  # [N]
     y: Sequence[float]  # [N]
     window: int = 1  # number of points averaged; with more than one, the points are drawn faint
-    spread: Sequence[float] | float = (
-        0.0  # [N], standard deviations, drawn as bars from y − spread to y + spread
-    )
+    spread: Sequence[float] | float = 0.0
 
 
 def chart(title, curves, *, x_label="step", x_scale="linear", y_scale=None) -> dict | None:
