@@ -48,7 +48,5 @@ def forget_modules(tmp_path_factory):
     before, folder = set(sys.modules), str(tmp_path_factory.getbasetemp())
     yield
     for name in set(sys.modules) - before:
-        module = sys.modules[name]
-        places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
-        if any(str(place).startswith(folder) for place in places):
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
             del sys.modules[name]
