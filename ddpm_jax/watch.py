@@ -2,6 +2,7 @@
 
 Without it jax ends the others by an abort after half a minute, with a hundred lines of its own. Here each process keeps
 a connection to the first one, which the system closes when a process dies. Whoever is left prints one line and ends.
+Before jax 0.9.2, on a busy machine, jax may end it first; the line is then jax's: "… another task died …".
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def begin(process: int, count: int, from_first: Callable) -> None:
     global _watch
     if count == 1:
         return
+    _slow_abort()
     listening = None
     if process == 0:
         both = socket.has_dualstack_ipv6()
@@ -67,7 +69,6 @@ def begin(process: int, count: int, from_first: Callable) -> None:
             _dismiss(peer)
         return
     _watch = _Watch(process, count, peers)
-    _slow_abort()
     atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
 
 

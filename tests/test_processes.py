@@ -16,6 +16,8 @@ import pytest
 from ddpm_jax import main
 from ddpm_jax.files import checkpoints, runs, writers
 
+ABORT_WAITS = jax.__version_info__ >= (0, 9, 2)  # before, a process may end by jax's own line
+
 
 def free_port():
     with socket.socket() as free:
@@ -144,13 +146,36 @@ def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path,
     statuses, _, errors = finish(started)
     assert time.monotonic() - begin < 20
     assert statuses[killed] == -number and statuses[1 - killed] == 1
-    said = f"error: process {killed} of 2 has ended without a word"
-    lines = errors[1 - killed].splitlines()
-    assert [line.startswith(said) for line in lines if line.startswith("error")] == [True]
+    lines = [line for line in errors[1 - killed].splitlines() if line.startswith("error")]
+    if killed == 0 and not lines and not ABORT_WAITS:
+        assert "another task died" in errors[1]
+    else:
+        said = f"error: process {killed} of 2 has ended without a word"
+        assert [line.startswith(said) for line in lines] == [True]
     assert "Traceback" not in errors[1 - killed]
     kept = rows[0].stat().st_size // 68
     main.main([*line[:2], f"--num_samples={kept + 1}", "--steps=50"])
     assert len(np.load(next((tmp_path / "run").glob("samples/*.npz")))["images"]) == kept + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ABORT_WAITS, reason="jax before 0.9.2 exits at once, with its own line")
+def test_the_line_is_said_also_when_jax_hears_first():
+    """On a busy machine this process may learn of the death two seconds after jax's own threads."""
+    code = f"""if True:
+        import os, signal, sys, time
+        from ddpm_jax import processes, watch
+        end = watch._Watch._end
+        watch._Watch._end = lambda self, line: (time.sleep(2), end(self, line))
+        number = int(sys.argv[1])
+        processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    """
+    statuses, _, errors = finish([python("-c", code, i) for i in range(2)])
+    assert statuses == [-signal.SIGKILL, 1], errors
+    assert "error: process 0 of 2 has ended without a word" in errors[1].splitlines()[-1]
 
 
 @pytest.mark.slow
