@@ -26,6 +26,7 @@ HELLO_SECONDS = 5.0  # how long a connection may take to say its number
 GOODBYE_SECONDS = (
     3600.0  # how long a process that is done waits for the first, which may still write
 )
+LEAVE_SECONDS = 5.0  # how long the first process waits until the others have ended, too
 FINISH_SECONDS = 600.0  # how long this process may finish writing; jax itself may end it earlier
 # A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
@@ -154,7 +155,7 @@ class _Watch:
         self._all_done.set()
 
     def _hear(self, number: int) -> bool:
-        """Reads what a process says; False after its goodbye."""
+        """Reads what a process says; False if it says no more."""
         try:
             content = self._peers[number].recv(65536)
         except OSError:
@@ -166,7 +167,7 @@ class _Watch:
             self._end(line.decode())
         if not content:
             self._end(f"{self._name(number)} without a word: it was killed, or its machine is gone")
-        return True
+        return bool(content)
 
     def _name(self, number: int) -> str:
         return f"process {number} of {self._count} has ended"
@@ -174,10 +175,11 @@ class _Watch:
     def _end(self, line: str) -> None:
         """Prints the line, tells the other processes, and ends this one, unless it ends already."""
         if not self._leaving:
+            said = f"error: {line}; start all processes again to continue"
             self._tell(line.encode())
             finishing.acquire(timeout=FINISH_SECONDS)
-            line = f"error: {line}; start all processes again to continue"
-            print(line, file=sys.stderr, flush=True)
+            print(said, file=sys.stderr, flush=True)
+            self._wait_for_others()
             os._exit(1)
 
     def _tell(self, line: bytes) -> None:
@@ -188,6 +190,16 @@ class _Watch:
     def leave(self, line: str) -> None:
         self._leaving = True
         self._tell(f"{self._name(self._process)}: {line}".replace("\n", " ").encode())
+        self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """Lets the others end first: once the first process is gone, jax ends them, perhaps before they print the line."""
+        end = time.monotonic() + LEAVE_SECONDS
+        for peer in self._peers.values() if self._process == 0 else ():
+            with contextlib.suppress(OSError):  # of the time, too
+                peer.settimeout(max(0.01, end - time.monotonic()))
+                while peer.recv(65536):
+                    pass
 
     def goodbye(self) -> None:
         """Says that this process is done; then waits until the first one is, which may still write files."""
