@@ -33,64 +33,66 @@ ddim_20 after so many images. `bound` is in bits/dim, of 64 test images.
 
 Expected: with ten calls or fewer, students and consistency models are best, since each was trained for them; with 50 and
 more all methods are alike; second-order samplers need about half the calls of DDIM.
-Measured with --seeds=3, not the five of the command, on an AMD EPYC server, jax 0.10.2; 27 minutes a seed on two cores, each
-with half of the rows. Mean ± standard deviation over seeds. 500 training images have a distance of 2.6, the 297 test images of 9.2.
+Measured on an AMD EPYC server, jax 0.10.2; 99 minutes on two cores, each with its own seeds. Mean ± standard deviation over five seeds.
+500 training images have a distance of 2.6, the 297 test images of 9.2.
 
     row         ddim_1    ddim_2    ddim_4    ddim_10   ddim_20   ddim_50   ddim_250  ancestral_50  _250      bound
-    ddpm        98 ± 2    284 ± 16  65.2±2.7  23.3±0.5  16.2±0.6  13.8±0.3  13.1±0.2  18.3±1.1      15.6±2.0  4.70±0.04
-    eps         79 ± 8    66.6±1.3  26.6±0.2  13.8±0.7  11.1±0.2  10.1±0.1  9.8±0.2   11.4±0.5      6.7±0.1   4.54±0.02
-    v           679 ± 9   105 ± 2   29.0±2.3  13.6±0.9  10.4±0.8  9.2±0.8   8.7±1.0   10.2±1.0      6.9±0.7   4.59±0.02
-    x_0         628 ± 13  95.3±2.5  26.8±2.8  12.1±2.5  9.1±1.2   7.7±0.7   6.9±0.1   9.0±1.3       5.4±1.3   118 ± 8
-    min_snr     455 ± 21  62.2±5.6  20.8±0.7  9.8±0.3   7.8±0.2   7.0±0.3   6.7±0.4   9.3±1.3       5.7±0.7   5.19±0.05
-    hybrid      82 ± 4    66.7±3.4  26.4±0.6  13.5±0.6  11.1±0.6  10.0±0.4  9.7±0.4   10.5±1.0      6.7±0.2   4.44±0.02
-    edm         649 ± 28  243 ± 12  121 ± 11  23.9±2.6  13.0±1.7  9.0±1.1   7.6±0.9   11.4±1.3      11.6±0.5  4.55±0.07
-    flow        617 ± 12  92.6±6.6  30.5±4.2  12.4±1.6  9.4±0.9   8.1±0.5   7.6±0.3   —             —         5.36±0.04
-    flow_logit  465 ± 22  66.3±1.4  23.5±1.4  9.5±0.3   7.7±0.0   6.8±0.1   6.5±0.2   —             —         6.51±0.15
-    dit         727 ± 4   150 ± 8   49.6±2.2  27.0±0.9  22.5±0.4  21.2±0.1  20.3±0.2  26.1±0.7      21.6±1.3  4.69±0.02
+    ddpm        91 ± 9    290 ± 16  67.4±3.6  23.9±0.9  17.0±1.2  14.4±1.0  13.7±0.9  19.2±2.1      15.7±2.4  4.70±0.03
+    eps         89 ± 20   78 ± 21   32.1±10.4 14.7±3.0  11.3±1.6  10.1±1.2  9.7±1.0   11.8±1.7      7.1±1.3   4.53±0.03
+    v           680 ± 7   105 ± 1   29.2±1.6  13.0±1.4  9.8±1.3   8.6±1.3   8.1±1.3   10.6±1.7      6.9±1.0   4.59±0.03
+    x_0         634 ± 13  98 ± 5    26.4±2.0  11.5±2.0  8.6±1.1   7.3±0.8   6.7±0.5   8.9±1.6       5.3±1.1   115 ± 7
+    min_snr     459 ± 25  62.4±5.9  20.9±2.5  9.6±1.4   7.6±0.8   6.8±0.8   6.5±0.7   9.5±1.4       5.5±0.6   5.21±0.04
+    hybrid      83 ± 3    71.2±6.9  28.7±3.6  13.9±1.4  11.1±1.0  10.0±0.8  9.5±0.7   10.8±1.8      6.8±0.8   4.42±0.03
+    edm         647 ± 21  249 ± 12  123 ± 8   25.2±2.6  13.5±1.4  9.2±0.9   7.6±0.6   10.8±0.6      12.1±1.3  4.54±0.06
+    flow        624 ± 15  95 ± 6    30.6±3.0  12.4±1.1  9.3±0.7   8.1±0.4   7.5±0.3   —             —         5.35±0.03
+    flow_logit  475 ± 24  68.4±4.3  24.1±2.1  9.6±0.6   7.6±0.5   6.7±0.5   6.3±0.5   —             —         6.50±0.11
+    dit         728 ± 2   151 ± 6   49.9±2.4  27.2±1.3  22.7±1.1  21.2±0.9  20.4±1.0  25.3±1.2      21.2±1.4  4.69±0.01
 
                 heun_3    heun_9    heun_19   heun_49   dpm_4     dpm_10    dpm_20    at_16k    at_32k    at_48k
-    ddpm        98 ± 2    25.0±3.3  16.2±0.3  13.5±0.2  155 ± 22  12.2±0.9  12.9±0.3  49.9±3.5  31.1±1.9  21.5±1.0
-    eps         79 ± 8    16.8±1.9  10.5±0.7  9.6±0.1   45.6±7.6  11.4±1.3  9.6±0.1   35.7±1.9  19.6±0.2  13.9±0.6
-    v           681 ± 10  15.3±0.6  8.7±1.1   8.4±1.0   35.4±2.3  13.2±1.4  8.6±0.9   32.3±1.8  16.7±2.2  12.3±0.7
-    x_0         523 ± 20  16.0±2.7  9.9±0.2   8.0±0.9   31.3±3.3  12.5±1.9  7.6±0.5   18.5±1.1  12.1±0.6  10.2±0.8
-    min_snr     454 ± 21  7.0±0.2   6.4±0.4   6.5±0.3   16.6±1.3  9.6±0.6   6.7±0.2   24.3±1.3  12.5±0.9  10.1±0.9
-    hybrid      82 ± 4    15.9±1.6  9.9±0.5   9.5±0.1   44.8±8.3  11.5±1.0  9.4±0.2   35.7±2.1  19.4±0.4  13.7±1.0
-    edm         648 ± 28  17.0±1.9  5.9±0.7   7.0±0.8   58.8±9.0  8.7±1.4   7.5±0.9   37.5±0.7  20.5±1.2  17.0±0.7
-    flow        285 ± 8   11.6±1.1  8.4±0.4   7.6±0.2   —         —         —         28.6±1.8  15.8±0.6  13.2±1.2
-    flow_logit  212 ± 13  10.5±0.6  7.2±0.4   6.5±0.3   —         —         —         21.2±1.1  11.3±1.6  9.4±0.6
-    dit         729 ± 4   30.6±0.2  20.7±0.5  20.2±0.3  61.1±3.5  22.6±0.2  19.8±0.3  65.4±5.1  35.9±0.5  28.2±1.0
+    ddpm        92 ± 9    25.9±3.5  17.0±1.2  14.1±0.8  162 ± 18  13.4±1.8  13.5±1.0  51.5±3.3  31.2±1.6  22.3±1.3
+    eps         89 ± 20   20.4±7.9  11.1±2.8  9.5±1.1   53.3±14.0 11.2±1.1  9.5±0.8   35.9±2.0  19.4±0.8  13.5±1.3
+    v           683 ± 7   15.0±0.7  8.2±1.3   7.9±1.3   34.7±1.9  12.7±1.2  8.1±1.2   32.2±1.4  16.7±1.5  11.6±1.1
+    x_0         534 ± 21  16.4±2.2  9.9±0.5   7.9±0.6   30.8±2.5  12.2±1.5  7.5±0.5   18.1±1.0  11.4±1.2  9.3±1.4
+    min_snr     458 ± 25  6.9±0.9   6.1±0.7   6.3±0.6   15.9±2.5  9.5±0.6   6.5±0.7   24.1±1.1  12.8±0.8  9.6±1.1
+    hybrid      83 ± 3    17.0±2.4  10.1±1.4  9.4±0.8   49.0±8.3  11.3±0.8  9.3±0.6   36.0±1.9  19.3±0.6  13.3±1.2
+    edm         646 ± 21  17.5±2.0  5.7±0.5   7.0±0.6   61.7±7.6  9.1±1.2   7.6±0.7   36.3±1.7  20.7±2.0  17.6±1.0
+    flow        287 ± 7   11.5±0.8  8.4±0.3   7.6±0.3   —         —         —         28.1±1.6  15.3±0.8  11.6±2.4
+    flow_logit  220 ± 20  10.4±1.0  7.0±0.6   6.3±0.6   —         —         —         20.7±1.6  11.3±1.1  9.2±0.5
+    dit         729 ± 2   31.0±0.7  21.1±0.8  20.3±0.9  61.6±3.1  22.8±0.3  19.7±1.1  67.9±4.5  36.5±0.9  27.7±1.4
 
                 its own calls; renoise_1, _2, _4
-    v_32        9.2 ± 1.1
-    v_16        9.3 ± 0.9
-    v_8         9.6 ± 0.9
-    v_4         10.6 ± 1.1
-    v_2         11.9 ± 1.5
-    v_1         14.4 ± 1.8
-    consistency 22.5 ± 1.5, 16.6 ± 1.8, 25.5 ± 0.9
-    distilled   9.9 ± 0.6, 8.6 ± 0.5, 12.3 ± 2.1
+    v_32        8.6±1.3
+    v_16        8.8±1.2
+    v_8         9.2±1.2
+    v_4         10.0±1.3
+    v_2         11.5±1.3
+    v_1         13.8±1.6
+    consistency 23.3±2.7, 16.7±2.4, 27.3±2.2
+    distilled   11.5±1.7, 9.9±2.0, 13.9±1.9
 
-Trained again by someone else, min_snr with seed 1 has 21.639 in ddim_4, as here; seed 3, which is not in the table, has 17.6, and
-6.2 in ddim_20: less than all three (20.2 to 21.6, 7.7 to 8.0). So the spread of three seeds is an underestimate.
+Trained again in a fresh environment by someone else, min_snr has the same 21.639 in ddim_4 for seed 1, and the same 17.6 for seed 3.
 
-Paired by seeds, ± standard error; a difference below two of them is called none. By Student's t three seeds need 4.3 for 95 %, which the
-0.4 ± 0.2, 2.4 ± 1.1, 1.6 ± 0.5 and 3.7 ± 1.1 below do not reach.
-* One to eight calls: students, as expected. In one call `distilled` is 4.5 ± 1.1 better than v_1 and 12.6 ± 0.9 better than consistency
-  training (not paired: `distilled` was trained later than the other rows). With 2 calls it is 1.3 ± 0.3 better than with one, and with 4
-  calls 3.7 ± 1.1 worse than with 2. v_4 is 6.0 ± 1.0 better than Min-SNR by DPM-Solver++ in 4 (not paired).
-* Nine to 19: the students are overtaken, against the expectation. Min-SNR by Heun in 9 calls (7.0) is 3.6 ± 0.6 better than v_4 and
-  1.6 ± 0.3 better than `distilled` in 2 (not paired). EDM by Heun in 19 (5.9) is 0.4 ± 0.2 better than Min-SNR, and not different from the
-  best of 250 calls.
-* Many: the methods are not alike. v is 4.6 ± 0.6 better than ddpm in 50 calls of DDIM, Min-SNR and flow_logit are 2.2 ± 0.3 and
-  2.4 ± 0.5 better than v, with no difference between them.
-* Second order: DPM-Solver++ in 10 calls is 15.3 ± 0.7 better than DDIM for EDM, 2.4 ± 1.1 for eps, none for v and Min-SNR. Heun in 9 is
-  2.8 ± 0.2 better than DDIM in 10 for Min-SNR, and 1.6 ± 0.5 worse for v.
-* The ancestral sampler in 250 calls is better than DDIM for eps (3.0 ± 0.2) and v (1.8 ± 0.2), and worse for EDM (3.9 ± 0.8).
-* Training: Min-SNR after 32,000 images is where v is after 48,000 (0.2 ± 0.9). After 16,000 x_0 is the best, 5.9 ± 1.2 ahead of Min-SNR.
-* The bound: hybrid is 0.101 ± 0.001 better than eps. What gives little weight to small noise costs bits: Min-SNR 0.60 ± 0.03 more
-  than v, flow 0.77 ± 0.01, flow_logit 1.92 ± 0.09; with x_0 the error of ε̂ has no limit there.
-* With levels and weights of Song et al. 2023 and 17 intervals `distilled` had 49 ± 10 in one call; see experiments/consistency.py.
-* `dit` still improved (5.7 ± 0.6 over the last 16,000 images).
+Paired by seeds, ± standard error; a difference below two of them is called none. By Student's t five seeds need 2.8 for 95 %, which those
+marked * do not reach.
+* One to eight calls: students, as expected. `distilled` is 2.3 ± 1.1 * better than v_1 in one call and not different from v_2 in two, but
+  3.9 ± 1.1 worse than v_4 in four; with 2 calls it is 1.6 ± 0.5 better than with one, and with 4 calls 4.0 ± 0.6 worse than with 2.
+  Consistency training is 11.8 ± 1.4 behind it in one call. v_4 is 5.8 ± 1.0 better than Min-SNR by DPM-Solver++ in 4.
+* Nine to 19: the students are overtaken, against the expectation. Min-SNR by Heun in 9 calls (6.9) is 3.1 ± 0.4 better than v_4, 2.3 ± 0.3
+  better than v_8, 3.0 ± 1.2 * better than `distilled` in 2 and 2.2 ± 0.7 better than EDM by DPM-Solver++ in 10. EDM by Heun in 19 (5.7) is
+  1.2 ± 0.3 better still, and not different from the best of 250 calls.
+* Many: the methods are not alike. In 50 calls of DDIM v is 5.8 ± 0.9 better than ddpm and 1.5 ± 0.5 better than eps; Min-SNR and flow_logit
+  are 1.8 ± 0.3 and 1.9 ± 0.4 better than v, with no difference between them.
+* Second order: DPM-Solver++ in 10 calls is 16.2 ± 0.6 better than DDIM for EDM, 3.5 ± 1.7 * for eps, none for v and Min-SNR; in 20 calls
+  it is 1.7 ± 0.1 better for v. Heun in 9 is 2.7 ± 0.3 better than DDIM in 10 for Min-SNR, and 2.0 ± 0.4 worse for v.
+* The ancestral sampler in 250 calls is better than DDIM for eps (2.6 ± 0.3), x_0 (1.4 ± 0.4) and v (1.2 ± 0.4), and worse for EDM (4.4 ± 0.7).
+* Training: x_0 and flow_logit after 32,000 images are where v is after 48,000 (differences 0.2 ± 0.4, 0.3 ± 0.5), Min-SNR too
+  (1.2 ± 0.8). After 16,000 x_0 is the best, 2.6 ± 1.0 * ahead of flow_logit and 6.0 ± 0.8 of Min-SNR.
+* The bound: hybrid is 0.101 ± 0.001 better than eps. What gives little weight to small noise costs bits: Min-SNR 0.61 ± 0.02 more
+  than v, flow 0.76 ± 0.01, flow_logit 1.91 ± 0.06; with x_0 the error of ε̂ has no limit there.
+* Some spreads are large: in ddim_4 eps has 26.4 to 30.2 in four seeds, and 50.4 in the fifth.
+* With levels and weights of Song et al. 2023 and 17 intervals `distilled` had 49 ± 10 in one call, in three seeds; see
+  experiments/consistency.py.
+* `dit` still improved (5.0 ± 0.5 over the last 16,000 images).
 """
 
 from ddpm_jax.configs import digits
