@@ -2,7 +2,6 @@
 
 Without it jax ends the others by an abort after half a minute, with a hundred lines of its own. Here each process keeps
 a connection to the first one, which the system closes when a process dies. Whoever is left prints one line and ends.
-Before jax 0.9.2, on a busy machine, jax may end it first; the line is then jax's: "… another task died …".
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import os
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +26,7 @@ HELLO_SECONDS = 5.0  # how long a connection may take to say its number
 GOODBYE_SECONDS = (
     3600.0  # how long a process that is done waits for the first, which may still write
 )
-LEAVE_SECONDS = 5.0  # how long the first process waits until the others have ended, too
+LEAVE_SECONDS = 5.0  # how long jax's connections to the first process last, while the others end
 FINISH_SECONDS = 600.0  # how long this process may finish writing; jax itself may end it earlier
 # A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
@@ -34,6 +34,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 GOODBYE = b"done"
 
 _watch: _Watch | None = None
+_child: subprocess.Popen | None = None  # the end of this process closes its standard input
 # What is written under this lock is finished before the process ends because another has ended.
 finishing = threading.Lock()
 
@@ -45,7 +46,7 @@ def begin(process: int, count: int, from_first: Callable) -> None:
       process, count: the number of this process, and of all.
       from_first: function -> its result in the first process; see `processes.from_first`.
     """
-    global _watch
+    global _watch, _child
     if count == 1:
         return
     _slow_abort()
@@ -70,6 +71,7 @@ def begin(process: int, count: int, from_first: Callable) -> None:
             _dismiss(peer)
         return
     _watch = _Watch(process, count, peers)
+    _child = _outlive() if process == 0 else None
     atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
 
 
@@ -82,6 +84,41 @@ def _slow_abort() -> None:
         library = ctypes.CDLL(None)
         library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+
+
+def _outlive() -> subprocess.Popen | None:
+    """Starts a child that keeps jax's connections for `LEAVE_SECONDS` after this first process has died. On Linux only.
+
+    So the others hear of it here, and not from jax, which before 0.9.2 would end them at once.
+    """
+    if not os.path.isdir("/proc/self/fd"):
+        return None
+    port = int(distributed.global_state.coordinator_address.rpartition(":")[2])
+    kept = [number for number in map(int, os.listdir("/proc/self/fd")) if _port(number) == port]
+    code = f"import sys, time; sys.stdin.read(); time.sleep({LEAVE_SECONDS})"
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", code],
+        stdin=subprocess.PIPE,
+        pass_fds=kept,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _port(number: int) -> int | None:
+    """This side's port of a connection over a network, by its file descriptor; None for what is none."""
+    try:
+        one = socket.socket(fileno=number)
+    except OSError:
+        return None
+    try:
+        one.getpeername()
+        return None if one.family == socket.AF_UNIX else one.getsockname()[1]
+    except OSError:  # it listens
+        return None
+    finally:
+        one.detach()
 
 
 def _accept(listening: socket.socket, count: int, peers: dict[int, socket.socket]) -> None:

@@ -85,7 +85,7 @@ def test_order_is_the_same_on_every_version_of_numpy():
 def test_any_step_at_once():
     began = time.monotonic()
     indices = data.batch_indices(50_000, seed=0, step=10**12, batch_size=128)
-    assert time.monotonic() - began < 10  # one after another would take years
+    assert time.monotonic() - began < 1
     assert indices.min() >= 0 and indices.max() < 50_000
 
 
@@ -1168,7 +1168,7 @@ def test_a_name_that_is_not_here(tmp_path):
     assert f"tfds.builder('celeb_a', data_dir='{tmp_path / 'tfds'}'" in message
     assert "tensorflow_io" in error("lsun/bedroom", data_dir=tmp_path)
     assert "fashion_mnist" in error("qqqqqq", data_dir=tmp_path)  # nothing is near: all are named
-    assert time.monotonic() - began < 30  # nothing waits for a network
+    assert time.monotonic() - began < 5
 
 
 # The progress line.

@@ -39,7 +39,7 @@ def test_a_first_process_that_does_not_answer(monkeypatch):
     chosen = Processes(coordinator=f"localhost:{port}", num_processes=2, process_id=1)
     with pytest.raises(ConfigError, match=f"no process answers at --coordinator=localhost:{port}"):
         chosen.join()
-    assert time.monotonic() - begin < 30  # not 60
+    assert time.monotonic() - begin < 10
 
 
 def test_other_processes_that_do_not_come():

@@ -16,8 +16,6 @@ import pytest
 from ddpm_jax import main
 from ddpm_jax.files import checkpoints, runs, writers
 
-ABORT_WAITS = jax.__version_info__ >= (0, 9, 2)  # before, a process may end by jax's own line
-
 
 def free_port():
     with socket.socket() as free:
@@ -147,11 +145,8 @@ def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path,
     assert time.monotonic() - begin < 20
     assert statuses[killed] == -number and statuses[1 - killed] == 1
     lines = [line for line in errors[1 - killed].splitlines() if line.startswith("error")]
-    if killed == 0 and not lines and not ABORT_WAITS:
-        assert "another task died" in errors[1]
-    else:
-        said = f"error: process {killed} of 2 has ended without a word"
-        assert [line.startswith(said) for line in lines] == [True]
+    said = f"error: process {killed} of 2 has ended without a word"
+    assert [line.startswith(said) for line in lines] == [True]
     assert "Traceback" not in errors[1 - killed]
     kept = rows[0].stat().st_size // 68
     main.main([*line[:2], f"--num_samples={kept + 1}", "--steps=50"])
@@ -162,8 +157,6 @@ def test_whoever_is_left_says_so_at_once_and_the_work_goes_on(trained, tmp_path,
 @pytest.mark.parametrize("word", ["", "the disk is full"])
 def test_the_line_is_said_also_by_a_slow_process(word):
     """It hears of the end two seconds later than jax's own threads, as may happen on a busy machine."""
-    if not word and not ABORT_WAITS:
-        pytest.skip("jax before 0.9.2 exits at once, with its own line")
     code = f"""if True:
         import os, signal, sys, time
         from ddpm_jax import processes, watch
