@@ -98,6 +98,19 @@ def test_the_same_compiled_step_serves_every_state():
     assert int(state.step) == 2 and np.isfinite(loss)
 
 
+def test_several_cpu_devices_take_one_step_at_a_time():
+    """Steps in a queue can wait for each other for ever there; XLA then aborts the process."""
+    state, loaded = training.init_state(METHOD, SGD, KEY), parallel.shard(make_batch())
+
+    def slow(state, batch):
+        x = jax.lax.fori_loop(0, 200_000, lambda _, x: jnp.sin(x) + 1.0, batch["image"].mean())
+        return state, jax.lax.pmean(x, parallel.AXIS)
+
+    step = parallel.compile_step(jax.tree_util.Partial(slow), parallel.place(state), loaded)
+    assert jax.local_device_count() > 1
+    assert all(x.is_ready() for x in jax.tree.leaves(step(parallel.place(state), loaded)))
+
+
 def test_the_seed_is_no_constant_of_the_program():
     """A run with another seed finds the program of the first in the compilation cache."""
     state, batch = training.init_state(METHOD, SGD, KEY), parallel.shard(make_batch())

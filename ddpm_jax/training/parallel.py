@@ -91,7 +91,19 @@ def compile_step(step: jax.tree_util.Partial, state, batch) -> functools.partial
     )
     step = place(step)
     program = mapped if processes.count() > 1 else compiled(mapped, step, state, batch)
-    return functools.partial(program, step)
+    several_cpus = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    return (_OneAtATime if several_cpus else functools.partial)(program, step)
+
+
+class _OneAtATime(functools.partial):
+    """A step that returns when it has ended.
+
+    Several CPU devices of one process share its threads. When steps wait in a queue, the means over devices can wait for
+    each other for ever (jaxlib 0.10.2; within a minute at 1,000 steps a second); XLA then aborts the process.
+    """
+
+    def __call__(self, *arguments):
+        return jax.block_until_ready(super().__call__(*arguments))
 
 
 def compiled(mapped: Callable, *arguments):
