@@ -2,6 +2,9 @@
 
 Without it jax ends the others by an abort after half a minute, with a hundred lines of its own. Here each process keeps
 a connection to the first one, which the system closes when a process dies. Whoever is left prints one line and ends.
+
+Before jax 0.9.2 the line may be jax's own ("… another task died …") when the first process dies with all its children,
+as in a container that is killed, or on systems other than Linux.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import selectors
 import signal
@@ -19,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import jax
 from jax._src import distributed  # the address of the first process has no public name
 
 CONNECT_SECONDS = 30.0
@@ -26,15 +31,15 @@ HELLO_SECONDS = 5.0  # how long a connection may take to say its number
 GOODBYE_SECONDS = (
     3600.0  # how long a process that is done waits for the first, which may still write
 )
-LEAVE_SECONDS = 5.0  # how long jax's connections to the first process last, while the others end
+# How long the first process waits for the others to end before it does, and jax's connections to it last when it is killed.
+LEAVE_SECONDS = 5.0
 FINISH_SECONDS = 600.0  # how long this process may finish writing; jax itself may end it earlier
 # A machine that vanishes closes nothing: after ten silent seconds the system asks four times, five seconds apart.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
-GOODBYE = b"done"
+GOODBYE = "done"
 
 _watch: _Watch | None = None
-_child: subprocess.Popen | None = None  # the end of this process closes its standard input
 # What is written under this lock is finished before the process ends because another has ended.
 finishing = threading.Lock()
 
@@ -46,10 +51,9 @@ def begin(process: int, count: int, from_first: Callable) -> None:
       process, count: the number of this process, and of all.
       from_first: function -> its result in the first process; see `processes.from_first`.
     """
-    global _watch, _child
+    global _watch
     if count == 1:
         return
-    _slow_abort()
     listening = None
     if process == 0:
         both = socket.has_dualstack_ipv6()
@@ -70,17 +74,32 @@ def begin(process: int, count: int, from_first: Callable) -> None:
         for peer in peers.values():
             _dismiss(peer)
         return
+    _slow_abort()
     _watch = _Watch(process, count, peers)
-    _child = _outlive() if process == 0 else None
     atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
+    sys.excepthook = functools.partial(_leave_by, sys.excepthook)
+    _watch.child = _outlive() if process == 0 else None
+
+
+def _leave_by(hook: Callable, kind: type[BaseException], error: BaseException, trace) -> None:
+    """Ends this process by an error that nobody catches: an orderly exit would wait for the others, and they for this one."""
+    hook(kind, error, trace)
+    if issubclass(kind, jax.errors.JaxRuntimeError):
+        wait_for_word()
+    sys.stdout.flush()
+    leave(f"{kind.__name__}: {error}")
+    os._exit(1)
 
 
 def _slow_abort() -> None:
     """Delays the abort by which jax ends this process when the first one dies, until `_Watch` has printed its line.
 
-    The handler of SIGABRT becomes the C library's sleep, whose argument is then the number of the signal: six seconds.
+    The handler of SIGABRT becomes the C library's sleep, whose argument is then the number of the signal: six seconds. An
+    abort from inside still ends the process after them; SIGABRT from outside no longer does.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not on Windows
+    with contextlib.suppress(
+        OSError, AttributeError, TypeError
+    ):  # on Windows there is no such library
         library = ctypes.CDLL(None)
         library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
@@ -90,20 +109,25 @@ def _outlive() -> subprocess.Popen | None:
     """Starts a child that keeps jax's connections for `LEAVE_SECONDS` after this first process has died. On Linux only.
 
     So the others hear of it here, and not from jax, which before 0.9.2 would end them at once.
+
+    Returns:
+      the child, which lasts as long as its standard input; None where it cannot start.
     """
     if not os.path.isdir("/proc/self/fd"):
         return None
     port = int(distributed.global_state.coordinator_address.rpartition(":")[2])
     kept = [number for number in map(int, os.listdir("/proc/self/fd")) if _port(number) == port]
     code = f"import sys, time; sys.stdin.read(); time.sleep({LEAVE_SECONDS})"
-    return subprocess.Popen(
-        [sys.executable, "-S", "-c", code],
-        stdin=subprocess.PIPE,
-        pass_fds=kept,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with contextlib.suppress(OSError, ValueError):
+        return subprocess.Popen(
+            [sys.executable, "-S", "-c", code],
+            stdin=subprocess.PIPE,
+            pass_fds=kept,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return None
 
 
 def _port(number: int) -> int | None:
@@ -147,7 +171,7 @@ def _accept(listening: socket.socket, count: int, peers: dict[int, socket.socket
 def _dismiss(peer: socket.socket) -> None:
     """Ends a connection; a process at the other end no longer watches this one."""
     with contextlib.suppress(OSError), peer:
-        peer.sendall(GOODBYE + b"\n")
+        peer.sendall(f"{GOODBYE}\n".encode())
 
 
 def leave(line: str) -> None:
@@ -173,6 +197,7 @@ class _Watch:
         self._rest = {number: b"" for number in peers}  # the begin of a message
         self._all_done = threading.Event()
         self._leaving = False  # this process has said why it ends
+        self.child: subprocess.Popen | None = None  # see `_outlive`
         for peer in peers.values():
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -199,9 +224,9 @@ class _Watch:
             content = b""
         *lines, self._rest[number] = (self._rest[number] + content).split(b"\n")
         for line in lines:
-            if line == GOODBYE:
+            if (said := line.decode(errors="replace")) == GOODBYE:
                 return False
-            self._end(line.decode())
+            self._end(said)
         if not content:
             self._end(f"{self._name(number)} without a word: it was killed, or its machine is gone")
         return bool(content)
@@ -213,20 +238,22 @@ class _Watch:
         """Prints the line, tells the other processes, and ends this one, unless it ends already."""
         if not self._leaving:
             said = f"error: {line}; start all processes again to continue"
-            self._tell(line.encode())
+            self._tell(line)
             finishing.acquire(timeout=FINISH_SECONDS)
-            print(said, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # a full disk, or nobody reads
+                print(said, file=sys.stderr, flush=True)
             self._wait_for_others()
             os._exit(1)
 
-    def _tell(self, line: bytes) -> None:
+    def _tell(self, line: str) -> None:
+        content = line.encode(errors="backslashreplace")  # names of files need not be UTF-8
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                peer.sendall(line + b"\n")
+                peer.sendall(content + b"\n")
 
     def leave(self, line: str) -> None:
         self._leaving = True
-        self._tell(f"{self._name(self._process)}: {line}".replace("\n", " ").encode())
+        self._tell(f"{self._name(self._process)}: {line}".replace("\n", " "))
         self._wait_for_others()
 
     def _wait_for_others(self) -> None:
@@ -243,3 +270,6 @@ class _Watch:
         self._tell(GOODBYE)
         if self._process > 0:
             self._all_done.wait(GOODBYE_SECONDS)
+        elif self.child is not None:
+            self.child.kill()
+            self.child.wait()

@@ -172,7 +172,7 @@ def test_a_process_that_cannot_be_watched_ends_no_other(monkeypatch, capsys):
     assert "WARNING: the processes cannot watch each other" in capsys.readouterr().err
     with clients[0] as client:
         client.settimeout(5)
-        assert client.recv(99) == watch.GOODBYE + b"\n"
+        assert client.recv(99) == f"{watch.GOODBYE}\n".encode()
 
 
 def test_the_folder_of_unfinished_results_stays_until_all_have_read_it(tmp_path, monkeypatch):

@@ -47,6 +47,10 @@ def finish(started):
     """The exit statuses, and what was written to standard output and to standard error."""
     try:
         texts = [process.communicate(timeout=280) for process in started]
+    except subprocess.TimeoutExpired:
+        for process in started:
+            process.kill()
+        raise AssertionError([process.communicate() for process in started]) from None
     finally:
         for process in started:
             process.kill()
@@ -174,6 +178,51 @@ def test_the_line_is_said_also_by_a_slow_process(word):
     assert statuses == [-signal.SIGKILL, 1], errors
     said = f"error: process 0 of 2 has ended{f': {word}' if word else ' without a word'}"
     assert errors[1].splitlines()[-1].startswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_error_that_nobody_catches_ends_all(number):
+    """In a program of one's own, with text that is not UTF-8; an orderly exit would wait for the other, and it for this one."""
+    code = f"""if True:
+        import os, sys
+        from ddpm_jax import processes
+        number = int(sys.argv[1])
+        processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        if number == {number}:
+            raise LookupError(os.fsdecode(b"no x\\xff.png"))
+        processes.barrier("never")
+    """
+    begin = time.monotonic()
+    statuses, _, errors = finish([python("-c", code, i) for i in range(2)])
+    assert statuses == [1, 1] and time.monotonic() - begin < 40, errors
+    assert "Traceback" in errors[number] and "LookupError: no x" in errors[number]
+    said = f"error: process {number} of 2 has ended: LookupError: no x\\udcff.png; start all"
+    assert said in errors[1 - number]
+
+
+@pytest.mark.slow
+def test_the_first_process_leaves_no_child_and_needs_none():
+    """Its child ends with it; where none can start, the job goes on."""
+    code = f"""if True:
+        import sys
+        from ddpm_jax import processes, watch
+        number = int(sys.argv[1])
+        if sys.argv[2] == "none":
+            def fail(*arguments, **options):
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            watch.subprocess.Popen = fail
+        processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        processes.barrier("met")
+        print(watch._watch.child and watch._watch.child.pid)
+    """
+    for how in ("child", "none"):
+        statuses, (first, _), errors = finish([python("-c", code, i, how) for i in range(2)])
+        assert statuses == [0, 0], errors
+        if how == "none" or sys.platform != "linux":
+            assert first.strip() == "None"
+        else:
+            assert not os.path.exists(f"/proc/{int(first)}")
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def compile_step(step: jax.tree_util.Partial, state, batch) -> functools.partial
     Returns:
       a callable whose `func` is a `jax.stages.Compiled`, with `memory_analysis()` and `cost_analysis()` of one device. In a
       job of several processes it is the mapped function, which compiles at its first call: there a Compiled takes global
-      arrays, and a process has only its own part.
+      arrays, and a process has only its own part. On several CPU devices a call returns when the step has ended.
     """
     mapped = jax.pmap(
         lambda step, state, batch: step(state, batch),
