@@ -56,13 +56,14 @@ def get_config(variant: str = ""):
     config.schedule.num_timesteps = ROWS
     config.diffusion.t_sampling = "uniform"  # replaced
     config.diffusion.loss = "experiments.consistency:pseudo_huber"
-    config.diffusion.update(improved=True, distil=False, s_0=10, s_1=80, target_decay=0.0)
+    config.diffusion.update(improved=True, weighted=True, distil=False)
+    config.diffusion.update(s_0=10, s_1=80, target_decay=0.0)
     config.optimizer.decay = "none"  # the last steps, with the most levels, need their rate
     config.step.clip = "none"  # the weights make the gradient large
     config.preview.sampler = "experiments.consistency:Renoise"
     config.preview.steps = "1"
     if variant == "distil":
-        config.diffusion.distil = True
+        config.diffusion.update(distil=True, improved=False, s_0=17, s_1=17)
         config.init_from = ""  # the run of the teacher
     return config
 
@@ -105,7 +106,10 @@ class Consistency(DDPM):
     of intervals; otherwise ⌈√(k/K ((s_1 + 1)² − s_0²) + s_0²) − 1⌉; and s_0 if s_0 = s_1.
     """
 
-    improved: bool = option(True, "Whether levels, their law and weights are Song & Dhariwal's.")
+    improved: bool = option(True, "Whether levels and their law are Song & Dhariwal's.")
+    weighted: bool = option(
+        True, "Whether losses are divided by the distance of their levels, as Song & Dhariwal's."
+    )
     distil: bool = option(False, "Whether the model that the run begins with is the teacher.")
     s_0: int = option(10, "The intervals between noise levels at the beginning.", least=1)
     s_1: int = option(80, "The intervals between noise levels at the end.", least=1)
@@ -197,7 +201,7 @@ class Consistency(DDPM):
         is_lowest = (low == 0)[:, None, None, None]
         y = jnp.where(is_lowest, x_low, f(x_low, low).x_0)
         sigma = jnp.asarray(chain.sigma, jnp.float32)
-        weight = 1.0 / (sigma[high] - sigma[low]) if self.improved else drawn.weight
+        weight = 1.0 / (sigma[high] - sigma[low]) if self.weighted else drawn.weight
         return drawn._replace(x_0=y, t=high, weight=weight, eps=noise_of(chain, y, x_high, high))
 
 

@@ -240,9 +240,10 @@ def test_what_they_learn_becomes_the_map_of_the_ode_with_more_levels():
     assert (errors[:-1] / errors[1:] > 1.9).all() and errors[-1] < 0.02  # first order
 
 
-def test_distillation_has_the_levels_weights_and_loss_of_training():
+def test_distillation_has_the_weights_and_loss_of_training_and_its_own_levels():
     alone, taught = (consistency.get_config(v).diffusion.to_dict() for v in ("", "distil"))
-    assert taught == alone | {"distil": True} and taught["improved"] and taught["s_1"] == 80
+    assert taught == alone | {"distil": True, "improved": False, "s_0": 17, "s_1": 17}
+    assert taught["weighted"] and alone["improved"] and alone["s_1"] == 80
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_distillation_has_the_levels_weights_and_loss_of_training():
 )
 def test_distillation_has_no_loss_where_f_is_the_teachers_path(n, improved, loss, limit):
     loss = f"experiments.consistency:{loss}"
-    model = consistency_of("distil", s_0=n, s_1=n, improved=improved, loss=loss)
+    model = consistency_of("distil", s_0=n, s_1=n, improved=improved, weighted=improved, loss=loss)
     teacher = exact(model.schedule)
     learned = composed(model, n, heun)
     args = (model.init_loss_state(teacher)._replace(target=None), KEY, batch())
@@ -268,7 +269,8 @@ def test_distillation_has_no_loss_where_f_is_the_teachers_path(n, improved, loss
 def test_training_without_a_teacher_rests_where_f_is_the_regression():
     """The gradient of the squared error is 0 within its standard error there, and not at other tables."""
     n = 10
-    model = consistency_of(improved=False, s_0=n, s_1=n, loss="experiments.consistency:squared")
+    song = {"improved": False, "weighted": False, "loss": "experiments.consistency:squared"}
+    model = consistency_of(s_0=n, s_1=n, **song)
     learned = composed(model, n, regression)
 
     def slope_gradient(factor):
@@ -333,6 +335,21 @@ def test_levels_have_the_papers_law():
     p /= p.sum()
     counts = np.bincount(np.searchsorted(rows, low), minlength=n)
     assert (np.abs(counts - count * p) < 5 * np.sqrt(count * p) + 1).all()
+
+
+@pytest.mark.parametrize("improved", [False, True])
+def test_losses_are_divided_by_the_distance_of_their_levels(improved):
+    """Song & Dhariwal 2023, Table 1: λ(σ_i) = 1/(σ_{i+1} − σ_i); Song et al. 2023 have 1."""
+    n, losses = 10, []
+    for weighted in (False, True):
+        model = consistency_of(s_0=n, s_1=n, improved=improved, weighted=weighted)
+        params = exact(model.schedule)
+        loss, _, (t, _) = model.loss_fn(params, model.init_loss_state(params), KEY, batch())
+        losses.append(np.asarray(loss))
+    sigma = model.schedule.sigma[rows_of(model, n)]
+    distance = np.diff(sigma)[np.searchsorted(rows_of(model, n), t) - 1]
+    np.testing.assert_allclose(losses[0], losses[1] * distance, rtol=1e-4)
+    assert losses[0].min() > 0 and len(set(distance)) > 5
 
 
 def test_the_target_is_a_moving_average():
