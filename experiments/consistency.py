@@ -47,6 +47,7 @@ from ddpm_jax.process.samplers.chain import scan
 ROWS = 1281  # of the table of σ: 10 · 2ⁿ intervals fit for n = 0 … 7
 SCALE = 0.00054  # of the robust distance, times √(number of values); Song & Dhariwal 2023 §3.3
 LOG_MEAN, LOG_STD = -1.1, 2.0  # of ln σ; Song & Dhariwal 2023 §3.5
+DISTIL = {"distil": True, "improved": False, "s_0": 17, "s_1": 17}  # 18 levels; Song et al. 2023
 
 
 def get_config(variant: str = ""):
@@ -63,7 +64,7 @@ def get_config(variant: str = ""):
     config.preview.sampler = "experiments.consistency:Renoise"
     config.preview.steps = "1"
     if variant == "distil":
-        config.diffusion.update(distil=True, improved=False, s_0=17, s_1=17)
+        config.diffusion.update(DISTIL)
         config.init_from = ""  # the run of the teacher
     return config
 

@@ -96,6 +96,7 @@ marked * do not reach.
 """
 
 from ddpm_jax.configs import digits
+from ddpm_jax.experiments.consistency import DISTIL
 
 FEATURES = "--features=experiments.feature_classifier:runs/digits_classifier.npz"
 CALLS = (1, 2, 4, 10, 20, 50, 250)
@@ -149,7 +150,8 @@ def rows(size: str) -> dict[str, dict]:
             **({} if size == "smoke" else {"config.training.num_steps": STEPS // len(STUDENTS)}),
         }
     consistency = {"config": "experiments/consistency.py"}
-    from_edm = {"config.init_from": "edm", "config.diffusion.distil": True}
+    from_edm = {"config.init_from": "edm"}
+    from_edm |= {f"config.diffusion.{name}": value for name, value in DISTIL.items()}
     few = {"consistency": consistency | common, "distilled": consistency | common | from_edm}
     every = {name: row | common for name, row in (plain | in_one_file).items()} | students | few
     alike = ("eps", "x_0", "flow", "v_8", "v_4", "v_2", "v_1") if size == "smoke" else ()
