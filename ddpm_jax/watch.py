@@ -88,7 +88,7 @@ def _leave_by(hook: Callable, kind: type[BaseException], error: BaseException, t
         wait_for_word()
     sys.stdout.flush()
     leave(f"{kind.__name__}: {error}")
-    os._exit(1)
+    os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def _slow_abort() -> None:
@@ -97,9 +97,7 @@ def _slow_abort() -> None:
     The handler of SIGABRT becomes the C library's sleep, whose argument is then the number of the signal: six seconds. An
     abort from inside still ends the process after them; SIGABRT from outside no longer does.
     """
-    with contextlib.suppress(
-        OSError, AttributeError, TypeError
-    ):  # on Windows there is no such library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # as on Windows
         library = ctypes.CDLL(None)
         library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))

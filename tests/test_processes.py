@@ -193,9 +193,8 @@ def test_an_error_that_nobody_catches_ends_all(number):
             raise LookupError(os.fsdecode(b"no x\\xff.png"))
         processes.barrier("never")
     """
-    begin = time.monotonic()
     statuses, _, errors = finish([python("-c", code, i) for i in range(2)])
-    assert statuses == [1, 1] and time.monotonic() - begin < 40, errors
+    assert statuses == [1, 1], errors
     assert "Traceback" in errors[number] and "LookupError: no x" in errors[number]
     said = f"error: process {number} of 2 has ended: LookupError: no x\\udcff.png; start all"
     assert said in errors[1 - number]
