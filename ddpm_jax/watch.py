@@ -77,18 +77,26 @@ def begin(process: int, count: int, from_first: Callable) -> None:
     _slow_abort()
     _watch = _Watch(process, count, peers)
     atexit.register(_watch.goodbye)  # before jax's own, which was registered earlier
-    sys.excepthook = functools.partial(_leave_by, sys.excepthook)
+    if not (hasattr(sys, "ps1") or sys.flags.interactive):  # an interactive session goes on
+        sys.excepthook = functools.partial(_leave_by, sys.excepthook)
     _watch.child = _outlive() if process == 0 else None
 
 
 def _leave_by(hook: Callable, kind: type[BaseException], error: BaseException, trace) -> None:
-    """Ends this process by an error that nobody catches: an orderly exit would wait for the others, and they for this one."""
-    hook(kind, error, trace)
-    if issubclass(kind, jax.errors.JaxRuntimeError):
-        wait_for_word()
-    sys.stdout.flush()
-    leave(f"{kind.__name__}: {error}")
-    os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+    """Ends this process by an error that nobody catches: an orderly exit would wait for the others, and they for this one.
+
+    Nothing else runs on, such as other threads or functions of `atexit`.
+    """
+    try:
+        hook(kind, error, trace)
+        if issubclass(kind, jax.errors.JaxRuntimeError):
+            wait_for_word()
+    finally:
+        try:
+            leave(f"{kind.__name__}: {error}")
+            sys.stdout.flush()
+        finally:  # whatever the lines above raise, as on a full disk
+            os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def _slow_abort() -> None:
@@ -114,9 +122,9 @@ def _outlive() -> subprocess.Popen | None:
     if not os.path.isdir("/proc/self/fd"):
         return None
     port = int(distributed.global_state.coordinator_address.rpartition(":")[2])
-    kept = [number for number in map(int, os.listdir("/proc/self/fd")) if _port(number) == port]
     code = f"import sys, time; sys.stdin.read(); time.sleep({LEAVE_SECONDS})"
     with contextlib.suppress(OSError, ValueError):
+        kept = [number for number in map(int, os.listdir("/proc/self/fd")) if _port(number) == port]
         return subprocess.Popen(
             [sys.executable, "-S", "-c", code],
             stdin=subprocess.PIPE,

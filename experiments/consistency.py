@@ -27,9 +27,9 @@ has --config.diffusion.weighted=False, the second row --config.diffusion.improve
     10 … 80 intervals, ln σ normal       11.5 ± 1.7      18.0 ± 2.8
 
 So the weights matter most: they are 39.5 ± 2.6 better with the first levels, 6.5 ± 1.9 with the second (paired, ± standard error). With
-them the first levels, which `distil` has, are 1.8 ± 0.6 better in one call and not different in four. A probable cause: with equal
-weights low levels have a small share of the gradient, and each level learns from the one below; a normal ln σ draws them more often. The
-four were compared on the seeds of experiments/frontier, not on others.
+them the first levels, which `distil` has, are 1.8 ± 0.6 better in one call, 1.7 ± 0.8 in two, and not different with `trailing4`; without
+them 31.2 ± 3.2 worse. A probable cause: with equal weights low levels have a small share of the gradient, and each level learns from
+the one below; a normal ln σ draws them more often. The four were compared on the seeds of experiments/frontier, not on others.
 """
 
 from __future__ import annotations

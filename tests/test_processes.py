@@ -183,13 +183,17 @@ def test_the_line_is_said_also_by_a_slow_process(word):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_error_that_nobody_catches_ends_all(number):
-    """In a program of one's own, with text that is not UTF-8; an orderly exit would wait for the other, and it for this one."""
+    """In a program of one's own, with text that is not UTF-8, its output on a full disk; an orderly exit would wait."""
     code = f"""if True:
         import os, sys
         from ddpm_jax import processes
         number = int(sys.argv[1])
         processes.Processes(coordinator="localhost:{free_port()}", num_processes=2, process_id=number).join()
+        class Full:
+            def flush(self):
+                raise OSError(28, "No space left on device")
         if number == {number}:
+            sys.stdout = Full()
             raise LookupError(os.fsdecode(b"no x\\xff.png"))
         processes.barrier("never")
     """
