@@ -158,6 +158,21 @@ def test_what_is_being_written_is_finished_before_the_end(monkeypatch, capsys):
     assert ended.is_set() and "process 1 of 2 has ended; start all" in capsys.readouterr().err
 
 
+def test_a_line_that_cannot_be_printed_delays_no_end(monkeypatch):
+    """Its log is on a full disk."""
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(watch, "finishing", threading.Lock())
+    watch._Watch(0, 2, {})._end("process 1 of 2 has ended")
+    assert ended == [1]
+
+
 def test_a_process_that_cannot_be_watched_ends_no_other(monkeypatch, capsys):
     """The first process waits for two, and only one comes, which then watches no more."""
     monkeypatch.setattr(watch, "CONNECT_SECONDS", 0.5)
