@@ -77,8 +77,8 @@ Paired by seeds, ± standard error; a difference below two of them is called non
 marked * do not reach.
 * One to eight calls: students, as expected. `distilled` is 4.1 ± 0.8 better than v_1 in one call and 3.2 ± 0.6 better than v_2 in two. In two it
   is 1.5 ± 0.3 better than in one, 1.8 ± 0.7 * better than v_4 in four and not different from v_8 in eight (1.0 ± 0.6). With four
-  even levels it is 6.0 ± 0.5 worse than in two, whose level is Song & Dhariwal's; with --steps=[301,602,979,1280], one try at lower
-  levels, 10.9 ± 2.2.
+  even levels it is 6.0 ± 0.5 worse than in two, whose level is Song & Dhariwal's; with --steps=[301,602,979,1280], one of three tries at
+  lower levels on these seeds, 10.9 ± 2.2.
   Consistency training is 13.6 ± 1.2 behind it in one call. v_4 is 5.8 ± 1.0 better than Min-SNR by DPM-Solver++ in 4.
 * Nine to 19: the students are overtaken, against the expectation. Min-SNR by Heun in 9 calls (6.9) is 3.1 ± 0.4 better than v_4, 2.3 ± 0.3
   better than v_8, 1.3 ± 0.5 * better than `distilled` in 2 and 2.2 ± 0.7 better than EDM by DPM-Solver++ in 10. EDM by Heun in 19 (5.7) is
